@@ -1,0 +1,8 @@
+"""As `torch.nn`: the classes that torch_bp writes by hand, and torch's own for every other name."""
+
+import torch.nn
+
+from torch_bp._mirror import mirror
+from torch_bp.nn import functional, init, utils
+
+__getattr__, __dir__, __all__ = mirror(globals(), torch.nn)
