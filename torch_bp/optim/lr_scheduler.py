@@ -1,7 +1,304 @@
-"""As `torch.optim.lr_scheduler`."""
+"""As `torch.optim.lr_scheduler`, with each schedule stated as one curve of `torch_bp.optim.curves`.
 
-import torch.optim.lr_scheduler
+The classes subclass torch's of the same name: constructors, errors, `isinstance`, composers (`SequentialLR`,
+`ChainedScheduler`) are torch's, and so are the rates, step for step. Their t is `last_epoch`, the number of
+steps taken, in epochs or batches. A rate is moved or set:
+
+- `StepLR MultiStepLR ConstantLR LinearLR ExponentialLR CosineAnnealingLR` *move* the rate in force by
+  curve(t) / curve(t - 1), so that others may change it in between; `step(epoch)` sets base_lr curve(epoch).
+- `CosineAnnealingWarmRestarts OneCycleLR` *set* it; `ReduceLROnPlateau` cuts it when a metric stands still.
+
+What differs from torch:
+
+- **Loading.** `load_state_dict` also writes the saved run's rates, and what else schedules keep in parameter
+  groups, into the optimizer. So the optimizer's state may be loaded before the schedule is constructed, after
+  it, last, or not at all. The values travel under one more key, `"_param_groups"`, which torch's classes
+  ignore; of a state that torch's class has saved, the last rates are written. Groups match by position.
+- **Groups added later** with `add_param_group` join every schedule. Their base rate is their `"initial_lr"`
+  or, without one, the rate they have at the next step. `OneCycleLR` asks for its own keys.
+- **Where torch divides by zero** (ConstantLR with factor = 0, OneCycleLR with a phase that has no steps) the
+  schedule is defined: `curves.move` and `curves.one_cycle` say how.
+"""
+
+import math
+import warnings
+from typing import Any, SupportsFloat, cast
+
+import torch
+from torch.optim import lr_scheduler as theirs
 
 from torch_bp._mirror import mirror
+from torch_bp.optim import curves
 
-__getattr__, __dir__, __all__ = mirror(globals(), torch.optim.lr_scheduler)
+_Rates = list[float | torch.Tensor]
+_GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+_SAVED = "_param_groups"
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _write(group: dict[str, Any], key: str, value: Any) -> None:
+    """Set group[key] to a copy of `value`; a tensor there stays the same object, a number stays a number."""
+    present = group.get(key)
+    if isinstance(present, torch.Tensor):
+        present.fill_(float(value))
+    else:
+        group[key] = _copy(value) if present is None else float(value)
+
+
+def _state_dict(self: Any) -> dict[str, Any]:
+    """As torch's, and the values in force of the schedules' keys in the parameter groups.
+
+    They are stamped with the moment: torch's class passes them on unchanged when it loads, steps and saves.
+    """
+    param_groups = self.optimizer.param_groups
+    groups = [{key: _copy(group[key]) for key in _GROUP_KEYS if key in group} for group in param_groups]
+    saved = {"last_epoch": self.last_epoch, "_last_lr": self._last_lr, "groups": groups}
+    return theirs.LRScheduler.state_dict(self) | {_SAVED: saved}
+
+
+def _load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+    """As torch's, and write the saved values into the optimizer's groups. `state_dict` is left as it is."""
+    theirs.LRScheduler.load_state_dict(self, {key: state_dict[key] for key in state_dict if key != _SAVED})
+    saved = state_dict.get(_SAVED)
+    if saved and (saved["last_epoch"], saved["_last_lr"]) == (self.last_epoch, self._last_lr):
+        values = saved["groups"]
+    else:  # torch's: the rates of its last step, if it had begun (in a SequentialLR it may not)
+        values = [{"lr": lr} for lr in self._last_lr if self.last_epoch >= 0]
+    for group, entries in zip(self.optimizer.param_groups, values):
+        for key, value in entries.items():
+            _write(group, key, value)
+
+
+def _base_lrs(scheduler: theirs.LRScheduler) -> _Rates:
+    """The base rates of all groups, those of groups added since the construction included."""
+    groups = scheduler.optimizer.param_groups
+    for group in groups[len(scheduler.base_lrs) :]:
+        base_lr = group.setdefault("initial_lr", _copy(group["lr"]))
+        scheduler.base_lrs = [*scheduler.base_lrs, _copy(base_lr)]
+    return scheduler.base_lrs[: len(groups)]
+
+
+def _moved(scheduler: theirs.LRScheduler, before: float, now: float, eta_min: float = 0.0) -> _Rates:
+    """The rates in force, moved as the curve moves from `before` to `now`."""
+    theirs._warn_get_lr_called_within_step(scheduler)
+    pairs = zip(scheduler.optimizer.param_groups, _base_lrs(scheduler))
+    return [curves.move(group["lr"], base_lr, before, now, eta_min) for group, base_lr in pairs]
+
+
+def _closed_form(self: Any) -> _Rates:
+    """The rates at `last_epoch` from the base rates alone."""
+    factor, eta_min = self._factor(self.last_epoch), getattr(self, "eta_min", 0.0)
+    return [curves.between(eta_min, base_lr, factor) for base_lr in _base_lrs(self)]
+
+
+class StepLR(theirs.StepLR):
+    """As `torch.optim.lr_scheduler.StepLR`, over `curves.step`.
+
+    >>> StepLR(torch.optim.SGD([torch.zeros(1)], lr=0.8), step_size=30).get_last_lr()
+    [0.8]
+    """
+
+    state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
+
+    def _factor(self, t: int, since: int = 0) -> float:
+        return curves.step(t, self.step_size, self.gamma, since)
+
+    def get_lr(self) -> _Rates:
+        return _moved(self, 1.0, self._factor(self.last_epoch, since=self.last_epoch - 1))
+
+
+class MultiStepLR(theirs.MultiStepLR):
+    """As `torch.optim.lr_scheduler.MultiStepLR`, over `curves.multi_step`.
+
+    >>> MultiStepLR(torch.optim.SGD([torch.zeros(1)], lr=0.8), milestones=[30, 80]).get_last_lr()
+    [0.8]
+    """
+
+    state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
+
+    def _factor(self, t: int, since: float = -math.inf) -> float:
+        return curves.multi_step(t, self.milestones, self.gamma, since)
+
+    def get_lr(self) -> _Rates:
+        return _moved(self, 1.0, self._factor(self.last_epoch, since=self.last_epoch - 1))
+
+
+class ConstantLR(theirs.ConstantLR):
+    """As `torch.optim.lr_scheduler.ConstantLR`, over `curves.constant`.
+
+    >>> ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=0.8), factor=0.5).get_last_lr()
+    [0.4]
+    """
+
+    state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
+
+    def _factor(self, t: int) -> float:
+        return curves.constant(t, self.factor, self.total_iters)
+
+    def get_lr(self) -> _Rates:
+        return _moved(self, self._factor(self.last_epoch - 1), self._factor(self.last_epoch))
+
+
+class LinearLR(theirs.LinearLR):
+    """As `torch.optim.lr_scheduler.LinearLR`, over `curves.linear`.
+
+    >>> LinearLR(torch.optim.SGD([torch.zeros(1)], lr=0.8), start_factor=0.25).get_last_lr()
+    [0.2]
+    """
+
+    state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
+
+    def _factor(self, t: int) -> float:
+        return curves.linear(t, self.start_factor, self.end_factor, self.total_iters)
+
+    def get_lr(self) -> _Rates:
+        now = self._factor(self.last_epoch)
+        resumed = self._is_initial and self.last_epoch > 0
+        return _moved(self, now if resumed else self._factor(self.last_epoch - 1), now)
+
+
+class ExponentialLR(theirs.ExponentialLR):
+    """As `torch.optim.lr_scheduler.ExponentialLR`, over `curves.exponential`.
+
+    >>> ExponentialLR(torch.optim.SGD([torch.zeros(1)], lr=0.8), gamma=0.5).get_last_lr()
+    [0.8]
+    """
+
+    state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
+
+    def _factor(self, t: int) -> float:
+        return curves.exponential(t, self.gamma)
+
+    def get_lr(self) -> _Rates:
+        return _moved(self, 1.0, self._factor(0 if self._is_initial else 1))
+
+
+class CosineAnnealingLR(theirs.CosineAnnealingLR):
+    """As `torch.optim.lr_scheduler.CosineAnnealingLR`, over `curves.cosine` from the base rate to `eta_min`.
+
+    >>> CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=0.8), T_max=100).get_last_lr()
+    [0.8]
+    """
+
+    state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
+
+    def _factor(self, t: int) -> float:
+        return curves.cosine(t, self.T_max)
+
+    def get_lr(self) -> _Rates:
+        before, now = self._factor(self.last_epoch - 1), self._factor(self.last_epoch)
+        if self._is_initial:
+            before = now
+        elif before == 0:
+            now = curves.cosine(1, self.T_max, rising=True)
+        return _moved(self, before, now, self.eta_min)
+
+
+class CosineAnnealingWarmRestarts(theirs.CosineAnnealingWarmRestarts):
+    """As `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`, over `curves.warm_restarts` and `cosine`.
+
+    The running cycle is found in whole numbers: constructing with `last_epoch` resumes in the right one for
+    T_mult > 1 too, and `step(epoch)` restarts at every restart, where torch's logarithm can miss one.
+
+    >>> CosineAnnealingWarmRestarts(torch.optim.SGD([torch.zeros(1)], lr=0.8), T_0=10).get_last_lr()
+    [0.8]
+    """
+
+    state_dict, load_state_dict = _state_dict, _load_state_dict
+
+    def get_lr(self) -> _Rates:
+        theirs._warn_get_lr_called_within_step(self)
+        factor = curves.cosine(self.T_cur, self.T_i)
+        return [curves.between(self.eta_min, base_lr, factor) for base_lr in _base_lrs(self)]
+
+    def step(self, epoch: float | None = None) -> None:
+        """Go one step on, or to `epoch` >= 0, which may have a fraction; a negative one raises ValueError."""
+        if epoch is None and self.last_epoch >= 0:
+            epoch, cycle = self.last_epoch + 1, curves.warm_restarts(self.T_cur + 1, self.T_i, self.T_mult)
+        else:
+            if (epoch := epoch or 0) < 0:
+                raise ValueError(f"Expected non-negative epoch, but got {epoch}")
+            cycle = curves.warm_restarts(epoch, self.T_0, self.T_mult)
+        self.T_cur, self.T_i = cycle  # type: ignore[assignment]  # torch says int, and takes fractions too
+        self._update_lr(math.floor(epoch))
+
+
+class OneCycleLR(theirs.OneCycleLR):
+    """As `torch.optim.lr_scheduler.OneCycleLR`, over `curves.one_cycle`.
+
+    A group added later must bring `initial_lr`, `max_lr` and `min_lr`, and with cycle_momentum `max_momentum`
+    and `base_momentum`; without them the next step raises KeyError.
+
+    >>> OneCycleLR(torch.optim.Adam([torch.zeros(1)]), 0.5, total_steps=9, div_factor=4.0).get_last_lr()
+    [0.125]
+    """
+
+    state_dict = _state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, and write the saved rates and momentum into the optimizer's groups."""
+        _load_state_dict(self, state_dict)
+        self._set_momentum()
+
+    def get_lr(self) -> _Rates:
+        """The rates at `last_epoch`; with cycle_momentum it also sets the momentum, as torch's does."""
+        theirs._warn_get_lr_called_within_step(self)
+        t, total_steps = self.last_epoch, self.total_steps
+        if t > total_steps:
+            raise ValueError(f"Tried to step {t} times. The specified number of total steps is {total_steps}")
+        self._set_momentum()
+        return [self._value(i, "lr") for i in range(len(self.optimizer.param_groups))]
+
+    def _set_momentum(self) -> None:
+        for i, group in enumerate(self.optimizer.param_groups if self.cycle_momentum else ()):
+            momentum = self._value(i, "momentum")
+            group |= {"betas": (momentum, *group["betas"][1:])} if self.use_beta1 else {"momentum": momentum}
+
+    def _value(self, i: int, quantity: str) -> float | torch.Tensor:
+        """The "lr" or "momentum" of group `i` at `last_epoch`."""
+        group, phases = self.optimizer.param_groups[i], cast(list[dict[str, Any]], self._schedule_phases)
+        keys = [phases[0][f"start_{quantity}"], *(phase[f"end_{quantity}"] for phase in phases)]
+        if missing := [key for key in keys if key not in group]:
+            raise KeyError(
+                f"OneCycleLR: param_groups[{i}] must have {missing}. Pass them to add_param_group."
+            )
+        levels = [group[key] for key in keys]
+        ends = [phase["end_step"] for phase in phases]
+        return curves.one_cycle(self.last_epoch, levels, ends, self._anneal_func_type)
+
+
+class ReduceLROnPlateau(theirs.ReduceLROnPlateau):
+    """As `torch.optim.lr_scheduler.ReduceLROnPlateau`, over `curves.improved` and `curves.plateau`.
+
+    >>> scheduler = ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1)], lr=0.8), factor=0.5, patience=0)
+    >>> for loss in (1.0, 0.5, 0.5):
+    ...     scheduler.step(loss)
+    >>> scheduler.get_last_lr()
+    [0.4]
+    """
+
+    state_dict, load_state_dict = _state_dict, _load_state_dict
+
+    def _is_better(self, a: float, best: float) -> bool:
+        return curves.improved(a, best, self.mode, self.threshold, self.threshold_mode)
+
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
+        """Take the metric of one more epoch, and cut the rates when it is due."""
+        current = float(metrics)
+        if epoch is not None:
+            warnings.warn(theirs.EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=2)
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        if better := self._is_better(current, self.best):
+            self.best = current
+        self.num_bad_epochs, self.cooldown_counter, reduce = curves.plateau(
+            better, self.num_bad_epochs, self.cooldown_counter, self.patience, self.cooldown
+        )
+        if reduce:
+            self._reduce_lr(self.last_epoch)
+        self._last_lr = [_copy(group["lr"]) for group in self.optimizer.param_groups]
+
+
+__getattr__, __dir__, __all__ = mirror(globals(), theirs)

@@ -1,0 +1,113 @@
+"""The base of every hand-written derivative: `torch.autograd.Function` with four things settled once.
+
+- `apply` goes straight to the C++ engine where no functorch transform is active; torch's own binds the signature anew
+  at every call, which costs more than a small layer's arithmetic.
+- `generate_vmap_rule = True`: `vmap`, `jacrev`, `hessian` work, since forward, backward and jvp are torch operations.
+- A `jvp` defined in the class body serves forward mode, and `torch.compile(fullgraph=True)` works all the same.
+  Dynamo refuses a Function that overrides `jvp`, so the method moves to a twin class that only eager code meets.
+- `casting` states what autocast does to the arguments. `torch.amp.custom_fwd` cannot be used with `setup_context`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C._functorch import TransformType
+from torch._functorch.autograd_function import custom_function_call
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+_transforms_active = torch._C._are_functorch_transforms_active
+_unwrap_dead = torch._functorch.utils.unwrap_dead_wrappers
+
+
+class Function(torch.autograd.Function):
+    """As `torch.autograd.Function` with a separate `setup_context`; call it with `apply(*args)`.
+
+    A subclass defines static methods `forward(*args)`, `setup_context(ctx, inputs, output)`, `backward(ctx, *grads)`
+    and, for forward mode, `jvp(ctx, *tangents)`. Arguments are positional, defaults are not filled in.
+
+    Example:
+        >>> import torch
+        >>> from torch_bp.autograd import Function
+        >>> class Square(Function):
+        ...     @staticmethod
+        ...     def forward(x):
+        ...         return x * x
+        ...     @staticmethod
+        ...     def setup_context(ctx, inputs, output):
+        ...         ctx.save_for_backward(*inputs)
+        ...     @staticmethod
+        ...     def backward(ctx, dy):
+        ...         (x,) = ctx.saved_tensors
+        ...         return 2 * x * dy
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> Square.apply(x).backward()
+        >>> x.grad
+        tensor(6.)
+    """
+
+    generate_vmap_rule = True
+    _jvp: Callable[..., Any] | None = None
+    _eager: type[Function]
+    _apply: Callable[..., Any]
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "_eager" in cls.__dict__:  # the twin itself
+            return
+        if "jvp" in cls.__dict__:
+            cls._jvp = cls.__dict__["jvp"]
+            del cls.jvp
+        cls._eager = cls
+        if cls._jvp is not None:
+            body = {"jvp": cls._jvp, "_eager": None, "__module__": cls.__module__, "__doc__": cls.__doc__}
+            cls._eager = type(cls)(cls.__name__, (cls,), body)
+        cls._apply = super(torch.autograd.Function, cls._eager).apply
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Run forward, recorded for backward. Dynamo knows this method by name and never enters it."""
+        if _transforms_active():
+            if _forward_over_forward():
+                return cls.forward(*args)
+            return custom_function_call(cls._eager, *args)
+        return cls._apply(*_unwrap_dead(args))
+
+
+def _forward_over_forward() -> bool:
+    """True inside two forward-mode transforms (`jacfwd(jacfwd(f))`).
+
+    A custom jvp is not differentiated again there: functorch would return zeros without a word. The forward itself is
+    made of torch operations, which are.
+    """
+    return [level.key() for level in retrieve_all_functorch_interpreters()].count(TransformType.Jvp) > 1
+
+
+def under_autocast(tensor: Any) -> bool:
+    """True if autocast is on for the device of `tensor`."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type)
+
+
+def cast_apply(function: type[torch.autograd.Function], to: torch.dtype | None, *args: Any) -> Any:
+    """Apply `function` under autocast: cast the floating-point tensors among `args`, then switch autocast off inside.
+
+    Args:
+        function: what to apply.
+        to: the dtype to cast to, or None for autocast's own lower-precision dtype. As in torch, float64 is left alone.
+        *args: the arguments of `function.forward`; the first is a tensor.
+    """
+    device = args[0].device.type
+    dtype = torch.get_autocast_dtype(device) if to is None else to
+    args = tuple(_cast(a, dtype, device) for a in args)
+    with torch.autocast(device, enabled=False):
+        return function.apply(*args)
+
+
+def _cast(value: Any, dtype: torch.dtype, device: str) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    if value.dtype is torch.float64 or value.device.type != device:
+        return value
+    return value.to(dtype)

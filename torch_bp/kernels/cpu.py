@@ -1,0 +1,218 @@
+"""Numba: emits the text of a CPU kernel from an expression, compiles it or finds it on disk, and runs it.
+
+Two shapes: one pass over one tensor, and one pass over a whole list of tensors given by a table of addresses. Both are
+split into chunks that run on as many threads as torch uses. Traps that shaped the text:
+
+- Memory is reached through typed pointers that start at the chunk: an index computed in the loop blocks vectorisation.
+- `fastmath` allows contraction only. Reciprocals turn 1e-39 into Inf, the full set drops NaN.
+- GNU OpenMP kills a forked child that runs parallel code after its parent did, and Numba's own thread pool aborts when
+  two threads enter it: in both cases the serial kernel serves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from torch_bp.kernels import cache
+from torch_bp.kernels.expression import Expression
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+CHUNK = 8192  # elements a thread takes at a time: four float32 streams of it fit the second-level cache
+PARALLEL_FROM = 32768  # elements below which waking threads costs more than it brings
+
+_log = logging.getLogger(__name__)
+_lock = threading.RLock()
+_state = {"parallel_ran": False, "serial_only": False}
+_usable: bool | None = None
+
+_SPELLING = {
+    "constant": "real({0})",
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "pow": "{0} ** {1}",
+    "neg": "-{0}",
+    "abs": "abs({0})",
+    "sqrt": "math.sqrt({0})",
+    "exp": "math.exp({0})",
+    "log": "math.log({0})",
+    "tanh": "math.tanh({0})",
+    "erf": "math.erf({0})",
+    "sign": "real(({0} > real(0)) - ({0} < real(0)))",
+    "number": "(real(1) if {0} else real(0))",
+    "where": "({1} if {0} else {2})",
+    "maximum": "({0} if ({0} > {1}) | ({0} != {0}) else {1})",
+    "minimum": "({0} if ({0} < {1}) | ({0} != {0}) else {1})",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "and": "{0} & {1}",
+    "or": "{0} | {1}",
+    "not": "not {0}",
+}
+
+_HEAD = '''"""{name}: made by torch_bp from a formula."""
+import math
+from numba import njit, prange, types
+from numba.extending import intrinsic
+
+real = types.{dtype}
+
+
+@intrinsic
+def pointer(typing_context, address):
+    def code(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(real)(types.int64), code
+
+
+@njit("void({signature})", cache=ON_DISK, nogil=True, parallel={parallel}, fastmath={{"contract"}}, error_model="numpy")
+'''
+
+
+def usable() -> bool:
+    """Say whether Numba can be loaded; if not, tell so once in the log."""
+    global _usable
+    if _usable is None:
+        with _lock:
+            try:
+                import numba  # noqa: F401
+            except Exception as error:
+                _log.warning(
+                    "Numba cannot be used (%s: %s); formulas run as torch operations, slower and with the same "
+                    "results. Remedy: pip install --upgrade numba.",
+                    type(error).__name__,
+                    error,
+                )
+                _usable = False
+            else:
+                os.register_at_fork(after_in_child=_after_fork)
+                _usable = True
+    return _usable
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+    _state["serial_only"] |= _state["parallel_ran"]
+
+
+def _names(expression: Expression, targets: Sequence[str]) -> list[str]:
+    return [*expression.inputs, *(t for t in targets if t not in expression.inputs)]
+
+
+def _loop(expression: Expression, targets: Sequence[str], count: str, indent: str) -> str:
+    """The loop over one stretch of memory: load what is read, compute, store to `targets`."""
+    lines, results = expression.statements(_SPELLING)
+    used = expression.used_inputs()
+    body = [f"in_{name} = p_{name}[i]" for name in expression.inputs if name in used]
+    body += lines
+    body += [f"p_{t} [i] = {r}".replace(" [", "[") for t, r in zip(targets, results) if r != f"in_{t}"]
+    return f"{indent}for i in range({count}):\n" + "".join(f"{indent}    {line}\n" for line in body or ["pass"])
+
+
+def _pointers(names: Sequence[str], address: str, indent: str) -> str:
+    return "".join(f"{indent}p_{n} = pointer({address.format(n=n, i=i)})\n" for i, n in enumerate(names))
+
+
+def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
+    """The module of a kernel `run(count, address..., scalar...)` over one tensor."""
+    names = _names(expression, targets)
+    scalars = [f"s{i}" for i in range(len(expression.scalars))]
+    signature = ", ".join(["int64"] * (1 + len(names)) + [DTYPES[dtype]] * len(scalars))
+    arguments = ", ".join(["count", *(f"a_{n}" for n in names), *scalars])
+    text = _HEAD.format(name=expression.name, dtype=DTYPES[dtype], signature=signature, parallel=parallel)
+    text += f"def run({arguments}):\n"
+    if not parallel:
+        return text + _pointers(names, "a_{n}", "    ") + _loop(expression, targets, "count", "    ")
+    text += f"    for chunk in prange((count + {CHUNK - 1}) // {CHUNK}):\n"
+    text += f"        start = chunk * {CHUNK}\n"
+    text += _pointers(names, f"a_{{n}} + start * {dtype.itemsize}", "        ")
+    return text + _loop(expression, targets, f"min({CHUNK}, count - start)", "        ")
+
+
+def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
+    """The module of a kernel `run(addresses, tensor, start, length, scalar...)` over a list of tensors.
+
+    `addresses[r, k]` is where argument r of tensor k begins; chunk c is `length[c]` elements of tensor `tensor[c]`
+    from element `start[c]` on.
+    """
+    names = _names(expression, targets)
+    scalars = [f"s{i}" for i in range(len(expression.scalars))]
+    signature = ", ".join(["int64[:, ::1]", *["int64[::1]"] * 3, *[DTYPES[dtype]] * len(scalars)])
+    text = _HEAD.format(name=expression.name, dtype=DTYPES[dtype], signature=signature, parallel=parallel)
+    text += f"def run({', '.join(['addresses', 'tensor', 'start', 'length', *scalars])}):\n"
+    text += f"    for chunk in {'prange' if parallel else 'range'}(tensor.shape[0]):\n"
+    text += f"        k = tensor[chunk]\n        first = start[chunk] * {dtype.itemsize}\n"
+    text += _pointers(names, "addresses[{i}, k] + first", "        ")
+    return text + _loop(expression, targets, "length[chunk]", "        ")
+
+
+class Kernel:
+    """A compiled formula for one dtype and shape of call; the serial and the parallel text are compiled when needed."""
+
+    def __init__(
+        self,
+        text: Callable[[Expression, Sequence[str], torch.dtype, bool], str],
+        expression: Expression,
+        targets: Sequence[str],
+        dtype: torch.dtype,
+    ) -> None:
+        self.expression = expression
+        self._text = text
+        self._arguments = (expression, tuple(targets), dtype)
+        self._serial: Callable[..., None] | None = None
+        self._parallel: Callable[..., None] | None = None
+
+    def run(self, elements: int, *arguments: Any) -> None:
+        """Run over `elements` elements in all, on torch's number of threads."""
+        if elements >= PARALLEL_FROM and not _state["serial_only"]:
+            threads = torch.get_num_threads()
+            if threads > 1:
+                return self._run_parallel(threads, arguments)
+        if self._serial is None:
+            self._serial = self._compiled(parallel=False)
+        self._serial(*arguments)
+
+    def _run_parallel(self, threads: int, arguments: tuple[Any, ...]) -> None:
+        import numba
+
+        if self._parallel is None:
+            self._parallel = self._compiled(parallel=True)
+        before = numba.get_num_threads()
+        wanted = min(threads, numba.config.NUMBA_NUM_THREADS)
+        if wanted != before:
+            numba.set_num_threads(wanted)
+        try:
+            if not _state["parallel_ran"]:
+                numba.set_num_threads(wanted)  # starts the thread layer, which then has a name
+                if numba.threading_layer() == "workqueue":
+                    _state["serial_only"] = True
+                    return self.run(0, *arguments)
+                _state["parallel_ran"] = True
+            self._parallel(*arguments)
+        finally:
+            if wanted != before:
+                numba.set_num_threads(before)
+
+    def _compiled(self, *, parallel: bool) -> Callable[..., None]:
+        with _lock:
+            text = self._text(*self._arguments, parallel)
+            name = f"{self.expression.name}_{'parallel' if parallel else 'serial'}"
+            try:
+                return cache.load(name, text).run
+            except Exception as error:
+                # A full disk, or machine code torn by a crash: the text itself is sound.
+                _log.warning("kernel %s: cache unusable (%s: %s); compiling in memory", name, type(error).__name__, error)
+                return cache.load(name, text, on_disk=False).run

@@ -1,0 +1,394 @@
+"""`@formula`: a function of plain arithmetic that runs as torch operations, as a Numba kernel or as a Triton kernel.
+
+The function is the only text of its mathematics. Torch runs it as it is: the reference, right for every tensor there
+is. Where the tensors are plain memory and nobody watches the operations, a kernel made from a trace of the same
+function runs instead: one pass over memory, on the CPU by Numba, on CUDA by Triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, overload
+
+import torch
+
+from torch_bp.kernels import cpu, cuda, plain
+from torch_bp.kernels.expression import Expression, trace
+from torch_bp.kernels.table import Table
+
+ENGINES = ("auto", "torch", "numba", "triton")
+_HALF = {torch.float16, torch.bfloat16}
+
+_MISSING = object()
+_is_compiling = torch.compiler.is_dynamo_compiling
+
+_engine = "auto"
+
+
+@contextlib.contextmanager
+def use(engine: str) -> Iterator[None]:
+    """Force the engine of every formula in this process, for tests and debugging.
+
+    Process-wide and not thread-local, because backward runs in other threads. What a kernel cannot serve still runs as
+    torch operations.
+
+    Args:
+        engine: "torch" (the formula as it is), "numba" (CPU), "triton" (CUDA; on the CPU where Triton interprets), or
+            "auto" (default: Numba on the CPU, Triton on CUDA).
+
+    Raises:
+        ValueError: `engine` is none of these.
+
+    Example:
+        >>> import torch, torch_bp
+        >>> with torch_bp.kernels.use("torch"):
+        ...     torch_bp.nn.functional.tanh(torch.zeros(1))
+        tensor([0.])
+    """
+    global _engine
+    if engine not in ENGINES:
+        raise ValueError(f"kernels.use: engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}.")
+    before, _engine = _engine, engine
+    try:
+        yield
+    finally:
+        _engine = before
+
+
+def _serving(tensor: torch.Tensor) -> str | None:
+    """Return the engine that has kernels for plain tensors of this one's device and dtype."""
+    if tensor.is_cpu:
+        if _engine == "triton":
+            return "triton" if tensor.dtype in cuda.DTYPES and cuda.interpreted() and cuda.usable() else None
+        return "numba" if tensor.dtype in cpu.DTYPES and cpu.usable() else None
+    if tensor.is_cuda and _engine != "numba":
+        return "triton" if tensor.dtype in cuda.DTYPES and cuda.usable() else None
+    return None
+
+
+def _may_write(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """True if writing to some of these is safe and allowed (torch refuses, with its own words, what is not)."""
+    present = [t for t in tensors if t is not None]
+    size = present[0].numel() * present[0].element_size()
+    return plain.disjoint([(t.data_ptr(), size, 0, True) for t in present]) and (
+        torch.is_inference_mode_enabled() or not any(t.is_inference() for t in present)
+    )
+
+
+def as_torch(
+    function: Callable[..., Any],
+    updates: Sequence[str],
+    names: Sequence[str],
+    tensors: Sequence[Any],
+    keywords: Mapping[str, Any],
+) -> Any:
+    """Run a formula's function on tensors as it is, and write the results where `updates` says.
+
+    Half precision is computed in float32 and rounded once, as torch's own kernels do.
+    """
+    dtypes = {t.dtype for t in tensors if t is not None}
+    half = dtypes and dtypes <= _HALF
+    if half:
+        results = function(*[None if t is None else t.float() for t in tensors], **keywords)
+    else:
+        results = function(*tensors, **keywords)
+    if not half and not updates:
+        return results
+    several = isinstance(results, tuple)
+    if half:
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        rounded = [None if r is None else r.to(dtype) for r in (results if several else (results,))]
+        results = tuple(rounded) if several else rounded[0]
+    if not updates:
+        return results
+    by_name = dict(zip(names, tensors))
+    for name, result in zip(updates, results if several else (results,)):
+        if result is not None and result is not by_name[name]:
+            by_name[name].copy_(result)
+    return None
+
+
+class Formula:
+    """What `@formula` makes of a function; call it like the function.
+
+    Attributes:
+        tensors: names of the positional arguments, all tensors of one shape.
+        scalars: names of the keyword-only arguments that are numbers or one-element tensors.
+        static: names of the keyword-only arguments that are fixed while tracing.
+        updates: names of the tensors that the results are written to; empty if the results are new tensors.
+    """
+
+    def __init__(self, function: Callable[..., Any], updates: Sequence[str] = (), static: Iterable[str] = ()) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.name = function.__name__.strip("<>")
+        parameters = inspect.signature(function).parameters.values()
+        for parameter in parameters:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise TypeError(f"formula {self.name}: arguments must be named one by one, got {parameter}.")
+        self.tensors = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+        keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+        self.static = tuple(static)
+        self.scalars = tuple(p.name for p in keywords if p.name not in self.static)
+        self.updates = tuple(updates)
+        self._defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+        self._programs: dict[Any, _Program] = {}
+        for kind, names, allowed in (
+            ("updates", self.updates, self.tensors),
+            ("static", self.static, [p.name for p in keywords]),
+        ):
+            unknown = [n for n in names if n not in allowed]
+            if unknown:
+                raise TypeError(
+                    f"formula {self.name}: {kind} must name arguments of the function ({', '.join(allowed)}), "
+                    f"got {', '.join(map(repr, unknown))}."
+                )
+        if not self.tensors:
+            raise TypeError(f"formula {self.name}: it must have a positional argument, the tensor it computes with.")
+
+    def __repr__(self) -> str:
+        return f"<formula {self.name}({', '.join(self.tensors)}; {', '.join((*self.scalars, *self.static))})>"
+
+    def __call__(self, *tensors: Any, **keywords: Any) -> Any:
+        """Compute the formula on tensors; return its results, or write them where `updates` says and return None."""
+        program = self._program(tensors, keywords)
+        if program is not None:
+            return program(tensors, keywords)
+        return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
+
+    def _program(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> _Program | None:
+        """The one place that decides whether a kernel serves a call: return it, or None for torch."""
+        if _engine == "torch" or len(tensors) != len(self.tensors) or not plain.unwatched():
+            return None
+        first = plain.alike(tensors)
+        if first is None or not first.numel():
+            return None
+        if torch.is_grad_enabled():  # would autograd record this?
+            for value in (*tensors, *keywords.values()):
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    return None
+        engine = _serving(first)
+        if engine is None or not plain.have_memory(tensors) or (self.updates and not _may_write(tensors)):
+            return None
+        return self._prepare(engine, first.dtype, tensors, keywords)
+
+    def _prepare(
+        self, engine: str, dtype: torch.dtype, tensors: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> _Program:
+        """Return the kernels for these arguments, traced and compiled if they are new."""
+        absent = ()
+        for tensor in tensors:
+            if tensor is None:
+                absent = tuple(n for n, t in zip(self.tensors, tensors) if t is None)
+                break
+        key: Any = (engine, dtype, absent)
+        if self.static:
+            static = tuple(self._static_value(n, keywords) for n in self.static)
+            key = (*key, *static)
+        program = self._programs.get(key)
+        if program is None:
+            fixed = dict(zip(self.static, static)) if self.static else {}
+            expression = trace(self.function, self.name, self.tensors, absent, self.scalars, fixed)
+            program = self._programs[key] = _Program(self, engine, dtype, expression, absent)
+        return program
+
+    def _static_value(self, name: str, keywords: Mapping[str, Any]) -> Any:
+        value = keywords.get(name, self._defaults.get(name, _MISSING))
+        if value is _MISSING:
+            raise TypeError(f"{self.name}() missing required keyword-only argument: {name!r}")
+        return value
+
+    def table(self) -> Table:
+        """Return an empty table of addresses, to be passed to every `foreach_` on the same lists."""
+        return Table()
+
+    def foreach_(self, *lists: Sequence[torch.Tensor] | None, table: Table | None = None, **keywords: Any) -> None:
+        """Run an updating formula over lists of tensors, in one kernel launch where a kernel may serve.
+
+        Args:
+            *lists: one list of tensors for each positional argument, all of one length; None for an argument that
+                is None.
+            table: from `table()`, kept between calls on the same lists: addresses are then compared, not collected.
+            **keywords: the scalars, the same for every tensor, and the static keywords.
+
+        Raises:
+            TypeError: the formula has no `updates`.
+            ValueError: the lists differ in length.
+        """
+        if not self.updates:
+            raise TypeError(f"formula {self.name}: foreach_ needs @formula(updates=...), which names what is written.")
+        present = [row for row in lists if row is not None]
+        if len({len(row) for row in present}) != 1:
+            raise ValueError(
+                f"formula {self.name}: lists must have the same length, got "
+                f"{', '.join(f'{n}: {len(row)}' for n, row in zip(self.tensors, lists) if row is not None)}."
+            )
+        if not present[0]:
+            return
+        if not _is_compiling() and self._foreach_kernel(lists, present, table or Table(), keywords):
+            return
+        for k in range(len(present[0])):
+            self(*(None if row is None else row[k] for row in lists), **keywords)
+
+    def _foreach_kernel(
+        self,
+        lists: Sequence[Sequence[torch.Tensor] | None],
+        present: Sequence[Sequence[torch.Tensor]],
+        table: Table,
+        keywords: Mapping[str, Any],
+    ) -> bool:
+        first = present[0][0]
+        if len(lists) != len(self.tensors) or not plain.unwatched() or not isinstance(first, torch.Tensor):
+            return False
+        engine = _serving(first)
+        if engine is None or any(map(plain.recording, present)):
+            return False
+        writes = [n in self.updates for n, row in zip(self.tensors, lists) if row is not None]
+        if not table.refresh(tuple(present), writes, cpu.CHUNK if engine == "numba" else cuda.CHUNK):
+            return False
+        if table.elements:
+            self._prepare(engine, first.dtype, lists, keywords).foreach(table, first.device, keywords)
+        return True
+
+
+class _Program:
+    """The kernels of one formula for one engine, one dtype and one choice of static and absent arguments."""
+
+    def __init__(
+        self, formula: Formula, engine: str, dtype: torch.dtype, expression: Expression, absent: Sequence[str]
+    ) -> None:
+        self.expression = expression
+        self.defaults = {n: v for n, v in formula._defaults.items() if n in formula.scalars}
+        self.static = frozenset(formula.static)
+        self.takes_scalars = bool(formula.scalars)
+        self.updates = bool(formula.updates)
+        if self.updates:
+            targets = [n for n in formula.updates if n not in absent]
+            if len(targets) != len(expression.outputs):
+                raise TypeError(
+                    f"formula {formula.name}: it must return one result for each of updates={formula.updates}, got "
+                    f"{len(expression.outputs)} for {', '.join(targets)}."
+                )
+        else:
+            targets = [f"out{i}" for i in range(len(expression.outputs))]
+        self.numba = engine == "numba"
+        module: Any = cpu if self.numba else cuda
+        self.single = module.Kernel(module.text_single, expression, targets, dtype)
+        self.list = module.Kernel(module.text_list, expression, targets, dtype)
+        self.written = [i for i, n in enumerate(expression.inputs) if n in targets]
+        self.created = 0 if self.updates else len(expression.outputs)
+
+    def _values(self, keywords: Mapping[str, Any]) -> Sequence[Any]:
+        if self.defaults:
+            keywords = {**self.defaults, **keywords}
+        if self.static:
+            keywords = {n: v for n, v in keywords.items() if n not in self.static}
+        if self.numba and keywords:
+            keywords = {n: v.item() if isinstance(v, torch.Tensor) else v for n, v in keywords.items()}
+        return self.expression.host(**keywords)
+
+    def __call__(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+        present = [t for t in tensors if t is not None]
+        first = present[0]
+        values = self._values(keywords) if self.takes_scalars or keywords else ()
+        results = [torch.empty_like(first) for _ in range(self.created)]
+        if self.numba:
+            count = first.numel()
+            self.single.run(count, count, *[t.data_ptr() for t in present + results], *values)
+        else:
+            self.single.run_single(present + results, values)
+        if self.updates:
+            torch.autograd.graph.increment_version([present[i] for i in self.written])
+            return None
+        return results[0] if self.created == 1 else tuple(results)
+
+    def foreach(self, table: Table, device: torch.device, keywords: Mapping[str, Any]) -> None:
+        values = self._values(keywords)
+        if self.numba:
+            self.list.run(table.elements, table.addresses, table.tensor, table.start, table.length, *values)
+        else:
+            self.list.run_list(table, device, values)
+        torch.autograd.graph.increment_version(table.written)
+
+
+class FormulaFunction(Protocol):
+    """What `formula` returns, for type checkers: the function itself, `foreach_` for lists, and the `Formula`."""
+
+    formula: Formula
+    foreach_: Callable[..., None]
+
+    def __call__(self, *tensors: Any, **keywords: Any) -> Any: ...
+
+
+@overload
+def formula(function: Callable[..., Any], /) -> FormulaFunction: ...
+@overload
+def formula(
+    *, updates: Sequence[str] = ..., static: Sequence[str] = ...
+) -> Callable[[Callable[..., Any]], FormulaFunction]: ...
+def formula(
+    function: Callable[..., Any] | None = None, /, *, updates: Sequence[str] = (), static: Sequence[str] = ()
+) -> Any:
+    """Make a function of plain arithmetic run as torch operations, as a Numba kernel and as a Triton kernel.
+
+    Positional arguments are tensors of one shape (or None, if the function can do without). Keyword-only arguments are
+    numbers, or one-element tensors. The body may use `+ - * / **`, comparisons, `& | ~`, and `sqrt exp log tanh erf
+    where maximum minimum abs sign` from `torch_bp.kernels`, which follow torch in NaN and Inf.
+
+    Args:
+        updates: names of positional arguments that the results, in this order, are written to in place. Default: the
+            results are returned as new tensors.
+        static: names of keyword-only arguments that a plain Python `if` in the body may ask; each combination of
+            their values becomes a kernel of its own.
+
+    Raises:
+        TypeError: the signature has `*args` or `**kwargs`, or `updates` or `static` name no argument. When a kernel
+            is first needed, `FormulaError` names the construct that a kernel cannot compute.
+
+    Example:
+        >>> import torch
+        >>> from torch_bp.kernels import formula
+        >>> @formula
+        ... def sigmoid_backward(dy, y):
+        ...     return dy * y * (1 - y)
+        >>> sigmoid_backward(torch.ones(2), torch.tensor([0.5, 1.0]))
+        tensor([0.2500, 0.0000])
+        >>> @formula(updates=("param",), static=("maximize",))
+        ... def gradient_descent(param, grad, *, lr, maximize=False):
+        ...     return param + lr * grad if maximize else param - lr * grad
+        >>> weight = torch.ones(2)
+        >>> gradient_descent(weight, torch.ones(2), lr=0.25)
+        >>> weight
+        tensor([0.7500, 0.7500])
+    """
+    if function is None:
+        return lambda function: formula_function(Formula(function, updates, static))
+    return formula_function(Formula(function))
+
+
+_FORMULAS: dict[int, Formula] = {}
+
+
+def formula_function(formula: Formula) -> Any:
+    """Return the function that users hold: as callable as `formula`, and traceable by Dynamo wherever it is kept.
+
+    Dynamo builds what a closure of an autograd Function holds without knowing where it comes from, which it can do for
+    functions and numbers alone; so the formula is looked up by number, in a branch that Dynamo never takes.
+    """
+    number, function = id(formula), formula.function
+    updates, tensors_of = formula.updates, formula.tensors
+
+    @functools.wraps(function)
+    def call(*tensors: Any, **keywords: Any) -> Any:
+        if _is_compiling():
+            return as_torch(function, updates, tensors_of, tensors, keywords)
+        return _FORMULAS[number](*tensors, **keywords)
+
+    _FORMULAS[number] = formula
+    weakref.finalize(call, _FORMULAS.pop, number)
+    call.foreach_, call.formula = formula.foreach_, formula  # type: ignore[attr-defined]
+    return call

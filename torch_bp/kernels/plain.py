@@ -1,0 +1,101 @@
+"""When a kernel may serve: which tensors are nothing but memory, and when nobody is watching the operations.
+
+A kernel reads and writes memory and knows nothing else. Whatever gives an operation a meaning beyond that (a graph
+being recorded, a tangent, a transform, a mode, a subclass) or a layout that pairs elements differently is served by
+torch running the formula itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch.autograd import forward_ad
+
+PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_jit_tracing = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+_strided = torch.strided
+
+
+def unwatched() -> bool:
+    """True unless a transform, a tangent level, a dispatch mode or a tracer would miss what a kernel does."""
+    return not (
+        _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0 or _jit_tracing() is not None
+    )
+
+
+def recording(tensors: Iterable[torch.Tensor]) -> bool:
+    """True if autograd would record an operation on these tensors."""
+    return _grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def dense(tensor: torch.Tensor) -> bool:
+    """True if the elements fill one stretch of memory, each in a place of its own."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def alike(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Return the first tensor if all are plain strided memory of its device, dtype, shape and strides; else None."""
+    first = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN_TYPES or tensor.layout is not _strided or tensor.is_neg():
+            return None
+        if first is None:
+            if not dense(tensor):
+                return None
+            first, on_cpu, dtype, shape, stride = tensor, tensor.is_cpu, tensor.dtype, tensor.shape, tensor.stride()
+        elif tensor is not first and (
+            tensor.dtype is not dtype
+            or tensor.shape != shape
+            or tensor.stride() != stride
+            or not (tensor.is_cpu if on_cpu else tensor.device == first.device)
+        ):
+            return None
+    return first
+
+
+def have_memory(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """True unless some tensor has no address: a zero tensor, a freed storage, a tensor inside `is_grads_batched`."""
+    try:
+        for tensor in tensors:
+            if tensor is not None and not tensor.data_ptr():
+                return False
+    except RuntimeError:
+        return False
+    return True
+
+
+def disjoint(stretches: Iterable[tuple[int, int, int, bool]]) -> bool:
+    """True if no stretch of memory that is written overlaps another one.
+
+    A stretch is (start, size, index, written), in bytes. Stretches that coincide and have the same index are paired
+    element by element, which is safe; so are overlapping ones that are only read.
+    """
+    groups: dict[tuple[int, int], tuple[int, bool]] = {}
+    for start, size, index, written in stretches:
+        if size:
+            other, was_written = groups.setdefault((start, size), (index, written))
+            if other != index and (written or was_written):
+                return False
+            groups[start, size] = (index, written or was_written)
+    reach = reach_written = -1
+    for (start, size), (_, written) in sorted(groups.items()):
+        if start < reach_written or (written and start < reach):
+            return False
+        reach = max(reach, start + size)
+        if written:
+            reach_written = max(reach_written, start + size)
+    return True
