@@ -67,6 +67,14 @@ class Function(torch.autograd.Function):
         cls._apply = super(torch.autograd.Function, cls._eager).apply
 
     @classmethod
+    def rename(cls, name: str) -> None:
+        """Let the node in the graph be called `name` in CamelCase + "Backward", and the class so too."""
+        camel = "".join(part.capitalize() for part in name.split("_"))
+        for twin in {cls, cls._eager}:
+            twin.__name__ = twin.__qualname__ = camel
+            twin._backward_cls.__name__ = camel + "Backward"  # type: ignore[attr-defined]
+
+    @classmethod
     def apply(cls, *args: Any) -> Any:
         """Run forward, recorded for backward. Dynamo knows this method by name and never enters it."""
         if _transforms_active():

@@ -119,7 +119,9 @@ def _loop(expression: Expression, targets: Sequence[str], count: str, indent: st
     body = [f"in_{name} = p_{name}[i]" for name in expression.inputs if name in used]
     body += lines
     body += [f"p_{t} [i] = {r}".replace(" [", "[") for t, r in zip(targets, results) if r != f"in_{t}"]
-    return f"{indent}for i in range({count}):\n" + "".join(f"{indent}    {line}\n" for line in body or ["pass"])
+    return f"{indent}for i in range({count}):\n" + "".join(
+        f"{indent}    {line}\n" for line in body or ["pass"]
+    )
 
 
 def _pointers(names: Sequence[str], address: str, indent: str) -> str:
@@ -214,5 +216,10 @@ class Kernel:
                 return cache.load(name, text).run
             except Exception as error:
                 # A full disk, or machine code torn by a crash: the text itself is sound.
-                _log.warning("kernel %s: cache unusable (%s: %s); compiling in memory", name, type(error).__name__, error)
+                _log.warning(
+                    "kernel %s: cache unusable (%s: %s); compiling in memory",
+                    name,
+                    type(error).__name__,
+                    error,
+                )
                 return cache.load(name, text, on_disk=False).run

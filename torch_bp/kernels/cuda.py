@@ -33,7 +33,10 @@ DTYPES = {
 }  # how it is stored, how it is computed
 CHUNK = 4096  # elements of a list that one program takes
 BLOCK = 1024
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}  # as nvcc compiles torch's kernels, and Numba ours ("contract")
+LAUNCH = {
+    "num_warps": 4,
+    "enable_fp_fusion": True,
+}  # as nvcc compiles torch's kernels, and Numba ours ("contract")
 
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
@@ -69,7 +72,7 @@ _SPELLING = {
     "not": "({0} == 0)",
 }
 
-_ROUNDED = '''
+_ROUNDED = """
 @triton.jit
 def divide(a, b):
     a, b = tl.broadcast(a, b)
@@ -79,9 +82,9 @@ def divide(a, b):
 @triton.jit
 def root(a):
     return tl.sqrt_rn(a)
-'''
+"""
 
-_DOUBLE = '''
+_DOUBLE = """
 @triton.jit
 def divide(a, b):
     return a / b
@@ -90,9 +93,9 @@ def divide(a, b):
 @triton.jit
 def root(a):
     return tl.sqrt(a)
-'''
+"""
 
-_LIBRARY = '''
+_LIBRARY = """
 @triton.jit
 def power(a, b):
     a, b = tl.broadcast(a, b)
@@ -102,10 +105,10 @@ def power(a, b):
 @triton.jit
 def tanh(a):
     return libdevice.tanh(a)
-'''
+"""
 
 # The interpreter has no libdevice: these stand in for it on the CPU alone.
-_INTERPRETED_LIBRARY = '''
+_INTERPRETED_LIBRARY = """
 @triton.jit
 def power(a, b):
     magnitude = tl.exp(b * tl.log(tl.abs(a)))
@@ -122,7 +125,7 @@ def tanh(a):
     small = a - a * a * a / 3
     size = tl.where(tl.abs(a) < 1e-3, tl.abs(small), (1 - e) / (1 + e))
     return tl.where(a < 0, -size, tl.where(a != a, a, size))
-'''
+"""
 
 _HEAD = '''"""{name}: made by torch_bp from a formula."""
 import triton
@@ -164,7 +167,9 @@ def interpreted() -> bool:
 
 
 def _library(real: str) -> str:
-    return (_ROUNDED if real == "float32" else _DOUBLE) + (_INTERPRETED_LIBRARY if interpreted() else _LIBRARY)
+    return (_ROUNDED if real == "float32" else _DOUBLE) + (
+        _INTERPRETED_LIBRARY if interpreted() else _LIBRARY
+    )
 
 
 def _names(expression: Expression, targets: Sequence[str]) -> list[str]:
@@ -174,7 +179,9 @@ def _names(expression: Expression, targets: Sequence[str]) -> list[str]:
 def _body(expression: Expression, targets: Sequence[str], place: str, mask: str, indent: str) -> str:
     lines, results = expression.statements(_SPELLING)
     used = expression.used_inputs()
-    body = [f"in_{n} = tl.load(p_{n} + {place}, mask={mask}).to(REAL)" for n in expression.inputs if n in used]
+    body = [
+        f"in_{n} = tl.load(p_{n} + {place}, mask={mask}).to(REAL)" for n in expression.inputs if n in used
+    ]
     body += lines
     body += [
         f"tl.store(p_{t} + {place}, {r}.to(STORED), mask={mask})"
@@ -191,7 +198,9 @@ def _scalars(expression: Expression, from_table: bool) -> tuple[list[str], str]:
         return [], ""
     if from_table:
         return ["scalars"], "".join(f"    s{i} = tl.load(scalars + {i}).to(REAL)\n" for i in range(count))
-    return [f"v{i}" for i in range(count)], "".join(f"    s{i} = tl.full((), v{i}, REAL)\n" for i in range(count))
+    return [f"v{i}" for i in range(count)], "".join(
+        f"    s{i} = tl.full((), v{i}, REAL)\n" for i in range(count)
+    )
 
 
 def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
@@ -220,13 +229,17 @@ def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype
         real=real,
         stored=stored,
         library=_library(real),
-        arguments=", ".join(["addresses", "columns", "tensor", "start", "length", *arguments, "CHUNK: tl.constexpr"]),
+        arguments=", ".join(
+            ["addresses", "columns", "tensor", "start", "length", *arguments, "CHUNK: tl.constexpr"]
+        ),
     )
     text += reading
     text += "    chunk = tl.program_id(0)\n    k = tl.load(tensor + chunk)\n"
     text += "    first = tl.load(start + chunk)\n    count = tl.load(length + chunk)\n"
     for row, name in enumerate(_names(expression, targets)):
-        text += f"    p_{name} = tl.load(addresses + {row} * columns + k).to(tl.pointer_type(STORED)) + first\n"
+        text += (
+            f"    p_{name} = tl.load(addresses + {row} * columns + k).to(tl.pointer_type(STORED)) + first\n"
+        )
     text += "    for step in range(0, CHUNK, BLOCK):\n"
     text += "        place = step + tl.arange(0, BLOCK)\n        inside = place < count\n"
     return text + _body(expression, targets, "place", "inside", "        ")

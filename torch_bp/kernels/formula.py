@@ -51,7 +51,9 @@ def use(engine: str) -> Iterator[None]:
     """
     global _engine
     if engine not in ENGINES:
-        raise ValueError(f"kernels.use: engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}.")
+        raise ValueError(
+            f"kernels.use: engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}."
+        )
     before, _engine = _engine, engine
     try:
         yield
@@ -68,6 +70,19 @@ def _serving(tensor: torch.Tensor) -> str | None:
     if tensor.is_cuda and _engine != "numba":
         return "triton" if tensor.dtype in cuda.DTYPES and cuda.usable() else None
     return None
+
+
+def _numbers(values: Iterable[Any]) -> bool:
+    """True if the tensors among the keyword values are single numbers that may be read on the host or by a kernel."""
+    for value in values:
+        if isinstance(value, torch.Tensor) and not (
+            type(value) in plain.PLAIN_TYPES
+            and value.numel() == 1
+            and plain.have_memory((value,))
+            and not plain.recording((value,))
+        ):
+            return False
+    return True
 
 
 def _may_write(tensors: Sequence[torch.Tensor | None]) -> bool:
@@ -122,7 +137,9 @@ class Formula:
         updates: names of the tensors that the results are written to; empty if the results are new tensors.
     """
 
-    def __init__(self, function: Callable[..., Any], updates: Sequence[str] = (), static: Iterable[str] = ()) -> None:
+    def __init__(
+        self, function: Callable[..., Any], updates: Sequence[str] = (), static: Iterable[str] = ()
+    ) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self.name = function.__name__.strip("<>")
@@ -148,7 +165,9 @@ class Formula:
                     f"got {', '.join(map(repr, unknown))}."
                 )
         if not self.tensors:
-            raise TypeError(f"formula {self.name}: it must have a positional argument, the tensor it computes with.")
+            raise TypeError(
+                f"formula {self.name}: it must have a positional argument, the tensor it computes with."
+            )
 
     def __repr__(self) -> str:
         return f"<formula {self.name}({', '.join(self.tensors)}; {', '.join((*self.scalars, *self.static))})>"
@@ -167,10 +186,8 @@ class Formula:
         first = plain.alike(tensors)
         if first is None or not first.numel():
             return None
-        if torch.is_grad_enabled():  # would autograd record this?
-            for value in (*tensors, *keywords.values()):
-                if isinstance(value, torch.Tensor) and value.requires_grad:
-                    return None
+        if plain.recording(tensors) or not _numbers(keywords.values()):
+            return None
         engine = _serving(first)
         if engine is None or not plain.have_memory(tensors) or (self.updates and not _may_write(tensors)):
             return None
@@ -206,7 +223,9 @@ class Formula:
         """Return an empty table of addresses, to be passed to every `foreach_` on the same lists."""
         return Table()
 
-    def foreach_(self, *lists: Sequence[torch.Tensor] | None, table: Table | None = None, **keywords: Any) -> None:
+    def foreach_(
+        self, *lists: Sequence[torch.Tensor] | None, table: Table | None = None, **keywords: Any
+    ) -> None:
         """Run an updating formula over lists of tensors, in one kernel launch where a kernel may serve.
 
         Args:
@@ -220,7 +239,9 @@ class Formula:
             ValueError: the lists differ in length.
         """
         if not self.updates:
-            raise TypeError(f"formula {self.name}: foreach_ needs @formula(updates=...), which names what is written.")
+            raise TypeError(
+                f"formula {self.name}: foreach_ needs @formula(updates=...), which names what is written."
+            )
         present = [row for row in lists if row is not None]
         if len({len(row) for row in present}) != 1:
             raise ValueError(
@@ -245,7 +266,7 @@ class Formula:
         if len(lists) != len(self.tensors) or not plain.unwatched() or not isinstance(first, torch.Tensor):
             return False
         engine = _serving(first)
-        if engine is None or any(map(plain.recording, present)):
+        if engine is None or any(map(plain.recording, present)) or not _numbers(keywords.values()):
             return False
         writes = [n in self.updates for n, row in zip(self.tensors, lists) if row is not None]
         if not table.refresh(tuple(present), writes, cpu.CHUNK if engine == "numba" else cuda.CHUNK):

@@ -24,13 +24,16 @@ _strided = torch.strided
 def unwatched() -> bool:
     """True unless a transform, a tangent level, a dispatch mode or a tracer would miss what a kernel does."""
     return not (
-        _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0 or _jit_tracing() is not None
+        _transforms_active()
+        or _dispatch_modes()
+        or forward_ad._current_level >= 0
+        or _jit_tracing() is not None
     )
 
 
-def recording(tensors: Iterable[torch.Tensor]) -> bool:
+def recording(tensors: Iterable[torch.Tensor | None]) -> bool:
     """True if autograd would record an operation on these tensors."""
-    return _grad_enabled() and any(t.requires_grad for t in tensors)
+    return _grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def dense(tensor: torch.Tensor) -> bool:
@@ -56,7 +59,13 @@ def alike(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         if first is None:
             if not dense(tensor):
                 return None
-            first, on_cpu, dtype, shape, stride = tensor, tensor.is_cpu, tensor.dtype, tensor.shape, tensor.stride()
+            first, on_cpu, dtype, shape, stride = (
+                tensor,
+                tensor.is_cpu,
+                tensor.dtype,
+                tensor.shape,
+                tensor.stride(),
+            )
         elif tensor is not first and (
             tensor.dtype is not dtype
             or tensor.shape != shape

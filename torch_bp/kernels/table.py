@@ -30,7 +30,9 @@ class Table:
         self.elements = 0
         self.dtype = torch.float32
         self.written: list[torch.Tensor] = []
-        self.version = 0  # grows whenever an address changes: a device copy of the table knows when it is stale
+        self.version = (
+            0  # grows whenever an address changes: a device copy of the table knows when it is stale
+        )
         self._copied: tuple[int, torch.device] | None = None
 
     def refresh(self, lists: tuple[Sequence[torch.Tensor], ...], writes: Sequence[bool], chunk: int) -> bool:
@@ -111,7 +113,9 @@ class Table:
             addresses = torch.from_numpy(self.addresses.copy())
             chunks = [torch.from_numpy(column) for column in (self.tensor, self.start, self.length)]
             if device.type == "cuda":
-                addresses, *chunks = (t.pin_memory().to(device, non_blocking=True) for t in (addresses, *chunks))
+                addresses, *chunks = (
+                    t.pin_memory().to(device, non_blocking=True) for t in (addresses, *chunks)
+                )
             self._copies = addresses, tuple(chunks)
             self._copied = (self.version, device)
         return self._copies

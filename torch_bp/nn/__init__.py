@@ -4,5 +4,15 @@ import torch.nn
 
 from torch_bp._mirror import mirror
 from torch_bp.nn import functional, init, utils
+from torch_bp.nn.activation import LeakyReLU, LogSoftmax, ReLU, Sigmoid, Softmax, Tanh
+from torch_bp.nn.linear import Linear
+from torch_bp.nn.loss import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    HalfMSELoss,
+    MSELoss,
+    NLLLoss,
+)
 
 __getattr__, __dir__, __all__ = mirror(globals(), torch.nn)

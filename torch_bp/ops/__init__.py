@@ -1,0 +1,31 @@
+"""What is computed: the forward and the hand-written backward of each operation, side by side."""
+
+from torch_bp.ops.cross_entropy import cross_entropy, nll_loss
+from torch_bp.ops.linear import linear
+from torch_bp.ops.losses import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    half_mse_loss,
+    mse_loss,
+)
+from torch_bp.ops.pointwise import leaky_relu, pointwise, relu, saves_input, saves_output, sigmoid, tanh
+from torch_bp.ops.softmax import log_softmax, softmax
+
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "half_mse_loss",
+    "leaky_relu",
+    "linear",
+    "log_softmax",
+    "mse_loss",
+    "nll_loss",
+    "pointwise",
+    "relu",
+    "saves_input",
+    "saves_output",
+    "sigmoid",
+    "softmax",
+    "tanh",
+]

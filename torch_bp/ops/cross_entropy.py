@@ -1,0 +1,296 @@
+"""Losses along a class dimension: cross-entropy on logits (eq. 4) and the negative log likelihood it contains.
+
+Shapes: z (N, C, d1, ..., dk) or (C); a target of class indices (N, d1, ..., dk) or (), or of probabilities like z.
+With row weights r, which hold the class weight of the target, the reduction and what comes from above, and with p the
+softmax of z over classes, the gradient is the report's "difference between predicted and true":
+
+    indices         dz = r (p - onehot)        smoothed by e:  r (1 - e) (p - onehot) + r' e/C (p sum(w) - w)
+    probabilities   dz = r (p sum(q) - q),  q = w ((1 - e) t + e/C)
+
+Saved: z and the target, no softmax: it is computed again in backward, which spares a tensor of the size of z and keeps
+double backward. `ignore_index` rows have r = 0.
+"""
+
+from typing import Any
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from torch_bp.autograd.function import Function, cast_apply, under_autocast
+from torch_bp.ops.losses import no_gradient, reduction_name
+
+_Optional = torch.Tensor | None
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _class_dim(z: torch.Tensor) -> int:
+    return 0 if z.dim() == 1 else 1
+
+
+def _along_classes(weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Shape the weights (C) so that they broadcast over z."""
+    return weight.view([-1 if d == _class_dim(z) else 1 for d in range(z.dim())])
+
+
+def _rows(
+    dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int
+) -> tuple[Any, ...]:
+    """Return per row: the class (0 where ignored), dy times the target's class weight, and dy, over the divisor."""
+    counted = target != ignored
+    classes = torch.where(counted, target, 0)
+    mask = counted.to(z.dtype)
+    weights = mask if weight is None else weight.to(z.dtype)[classes] * mask
+    if reduction == "mean":
+        dy = dy / weights.sum()
+    dim = _class_dim(z)
+    return classes.unsqueeze(dim), (dy * weights).unsqueeze(dim), (dy * mask).unsqueeze(dim)
+
+
+def nll_backward(
+    dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int
+) -> Any:
+    """The gradient at log-probabilities: minus the row weight at the target class, 0 elsewhere."""
+    classes, rows, _ = _rows(dy, z, target, weight, reduction, ignored)
+    return torch.zeros_like(z).scatter(_class_dim(z), classes, -rows.expand_as(classes))
+
+
+def cross_entropy_backward(
+    dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int, smoothing: float
+) -> torch.Tensor:
+    """eq. 4: the gradient at the logits for class indices, softmax minus one-hot."""
+    dim, dtype = _class_dim(z), z.dtype
+    if dtype in _HALF:
+        z, dy = z.float(), dy.float()
+    classes, rows, even_rows = _rows(dy, z, target, weight, reduction, ignored)
+    rows = rows if smoothing == 0 else rows * (1 - smoothing)
+    factor = rows
+    if smoothing != 0:
+        even = even_rows * (smoothing / z.shape[dim])
+        factor = rows + even * (z.shape[dim] if weight is None else weight.sum())
+    dz = torch.softmax(z, dim) * factor
+    if smoothing != 0:
+        dz = dz - (even if weight is None else even * _along_classes(weight, z))
+    # dz is a new tensor and nothing has saved it
+    return dz.scatter_add_(dim, classes, -rows.expand_as(classes)).to(dtype)
+
+
+def soft_cross_entropy_backward(
+    dy: Any,
+    z: Any,
+    target: Any,
+    weight: _Optional,
+    reduction: str,
+    smoothing: float,
+    wanted: tuple[bool, ...],
+) -> tuple[_Optional, ...]:
+    """eq. 4: the gradients at the logits, at the target and at the class weights for target probabilities."""
+    dim, dtypes = _class_dim(z), (z.dtype, target.dtype)
+    if z.dtype in _HALF:
+        z, target, dy = z.float(), target.float(), dy.float()
+    classes = z.shape[dim]
+    if reduction == "mean":
+        dy = dy / (z.numel() // classes)
+    rows = dy.unsqueeze(dim) if reduction == "none" else dy
+    dz = dt = dw = None
+    smoothed = target if smoothing == 0 else target * (1 - smoothing) + smoothing / classes
+    if wanted[0]:
+        true = smoothed if weight is None else smoothed * _along_classes(weight, z)
+        dz = (rows * (torch.softmax(z, dim) * true.sum(dim, keepdim=True) - true)).to(dtypes[0])
+    if wanted[1]:
+        slope = -(1 - smoothing) * torch.log_softmax(z, dim)
+        dt = (rows * (slope if weight is None else slope * _along_classes(weight, z))).to(dtypes[1])
+    if wanted[2]:
+        others = [d for d in range(z.dim()) if d != dim]
+        terms = -rows * smoothed * torch.log_softmax(z, dim)
+        dw = terms.sum(others) if others else terms
+    return dz, dt, dw
+
+
+def _tangent(slope: torch.Tensor, tangent: torch.Tensor, z: torch.Tensor, reduction: str) -> torch.Tensor:
+    """The change of the loss: row-wise or total product of the gradient for dy = 1 with a tangent."""
+    product = slope * tangent
+    return product.sum(_class_dim(z)) if reduction == "none" else product.sum()
+
+
+def _ones(ctx: Any, z: torch.Tensor) -> torch.Tensor:
+    """A dy of ones for the loss of logits z."""
+    if ctx.options[0] != "none":
+        return z.new_ones(())
+    return torch.ones_like(z.select(_class_dim(z), 0))
+
+
+class CrossEntropy(Function):
+    """eq. 4 with class indices."""
+
+    @staticmethod
+    def forward(
+        z: torch.Tensor,
+        target: torch.Tensor,
+        weight: _Optional,
+        reduction: str,
+        ignored: int,
+        smoothing: float,
+    ) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(
+            z, target, weight, ignore_index=ignored, reduction=reduction, label_smoothing=smoothing
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+        ctx.options = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
+        return cross_entropy_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dz: torch.Tensor, *_: Any) -> torch.Tensor:
+        z = ctx.saved_tensors[0]
+        slope = cross_entropy_backward(_ones(ctx, z), *ctx.saved_tensors, *ctx.options)
+        return _tangent(slope, dz, z, ctx.options[0])
+
+
+class SoftCrossEntropy(Function):
+    """eq. 4 with target probabilities."""
+
+    @staticmethod
+    def forward(
+        z: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: str, smoothing: float
+    ) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(
+            z, target, weight, reduction=reduction, label_smoothing=smoothing
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+        ctx.options = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
+        slopes = soft_cross_entropy_backward(dy, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:3])
+        return *slopes, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dz: _Optional, dt: _Optional, dw: _Optional, *_: Any) -> torch.Tensor:
+        z, target, weight = ctx.saved_tensors
+        if dw is not None:  # the loss is linear in the weights, and so in their tangent
+            by_weight = SoftCrossEntropy.forward(z, target, dw, *ctx.options)
+        wanted = (dz is not None, dt is not None, False)
+        slopes = soft_cross_entropy_backward(_ones(ctx, z), z, target, weight, *ctx.options, wanted)
+        terms = [
+            _tangent(s, t, z, ctx.options[0])
+            for s, t in zip(slopes, (dz, dt))
+            if s is not None and t is not None
+        ]
+        terms += [by_weight] if dw is not None else []
+        return sum(terms[1:], terms[0])
+
+
+class NegativeLogLikelihood(Function):
+    """The loss on log-probabilities that eq. 4 ends with."""
+
+    @staticmethod
+    def forward(
+        logp: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: str, ignored: int
+    ) -> torch.Tensor:
+        return torch.nn.functional.nll_loss(logp, target, weight, ignore_index=ignored, reduction=reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+        ctx.options = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
+        return nll_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dlogp: torch.Tensor, *_: Any) -> torch.Tensor:
+        logp = ctx.saved_tensors[0]
+        slope = nll_backward(_ones(ctx, logp), *ctx.saved_tensors, *ctx.options)
+        return _tangent(slope, dlogp, logp, ctx.options[0])
+
+
+def cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: _Optional = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """As `torch.nn.functional.cross_entropy`; eq. 4 on logits, for class indices or probabilities.
+
+    Raises:
+        IndexError: a class index outside [0, C), on the CPU; on CUDA the device asserts, as torch does.
+
+    Example:
+        >>> cross_entropy(torch.zeros(1, 2), torch.tensor([1]))
+        tensor(0.6931)
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            cross_entropy,
+            (input, target, weight),
+            input,
+            target,
+            weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
+        )
+    reduction = reduction_name(size_average, reduce, reduction)
+    args: tuple[Any, ...]
+    if target.is_floating_point() and input.shape == target.shape:
+        function: type[Function] = SoftCrossEntropy
+        args = (input, target, weight, reduction, label_smoothing)
+    else:
+        function, args = CrossEntropy, (input, target, weight, reduction, ignore_index, label_smoothing)
+        no_gradient("cross_entropy", weight=weight)
+    if under_autocast(input):
+        return cast_apply(function, torch.float32, *args)
+    return function.apply(*args)
+
+
+def nll_loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: _Optional = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """As `torch.nn.functional.nll_loss`, on log-probabilities.
+
+    Example:
+        >>> nll_loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
+        tensor(2.)
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            nll_loss,
+            (input, target, weight),
+            input,
+            target,
+            weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+        )
+    reduction = reduction_name(size_average, reduce, reduction)
+    no_gradient("nll_loss", weight=weight)
+    args = (input, target, weight, reduction, ignore_index)
+    if under_autocast(input):
+        return cast_apply(NegativeLogLikelihood, torch.float32, *args)
+    return NegativeLogLikelihood.apply(*args)

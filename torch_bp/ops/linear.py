@@ -1,0 +1,82 @@
+"""The affine map, eq. 1: z = a W^T + b over rows, that is z_i = W a_i + b for each example i.
+
+Shapes: a (*, I), W (O, I), b (O), z (*, O), with any leading dimensions, none included.
+Backward, Algorithm 1, lines 8 and 9, with dz the error signal at z:
+
+    da = dz W            dW = dz^T a            db = sum of dz over rows
+
+`a` is the *post*-activation of the layer before. (Sec. 3.1 says pre-activation; Algorithm 1 has it right.)
+Saved: a and W. The output is not.
+"""
+
+from typing import Any
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from torch_bp.autograd.function import Function, cast_apply, under_autocast
+
+
+class Linear(Function):
+    """z = a W^T + b."""
+
+    @staticmethod
+    def forward(a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.linear(a, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        a, weight, _ = inputs
+        needs_da, needs_dw, _ = ctx.needs_input_grad
+        ctx.save_for_backward(a if needs_dw else None, weight if needs_da else None)
+        ctx.save_for_forward(a, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dz: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        a, weight = ctx.saved_tensors
+        needs_da, needs_dw, needs_db = ctx.needs_input_grad
+        rows = dz if dz.dim() == 2 else dz.reshape(-1, dz.shape[-1])
+        da = dw = db = None
+        if needs_da:
+            da = dz @ _conjugate(weight)
+        if needs_dw:
+            dw = rows.t() @ _conjugate(a if a.dim() == 2 else a.reshape(-1, a.shape[-1]))
+        if needs_db:
+            db = rows.sum(0)
+        return da, dw, db
+
+    @staticmethod
+    def jvp(ctx: Any, da: torch.Tensor | None, dw: torch.Tensor | None, db: torch.Tensor | None) -> Any:
+        a, weight = ctx.saved_tensors
+        terms = []
+        if da is not None:
+            terms.append(torch.nn.functional.linear(da, weight))
+        if dw is not None:
+            terms.append(torch.nn.functional.linear(a, dw))
+        if db is not None:
+            terms.append(db.expand(*a.shape[:-1], -1))
+        return sum(terms[1:], terms[0])
+
+
+def _conjugate(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.conj() if tensor.is_complex() else tensor
+
+
+def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As `torch.nn.functional.linear`: `input` (*, I), `weight` (O, I), `bias` (O) or None give (*, O); eq. 1.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit, in torch's words.
+
+    Example:
+        >>> linear(torch.ones(2, 3), torch.ones(1, 3), torch.ones(1))
+        tensor([[4.],
+                [4.]])
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
+    if weight.dim() != 2:  # torch's forward alone knows (I) weights; they have no place in eq. 1
+        return torch.nn.functional.linear(input, weight, bias)
+    if under_autocast(input):
+        return cast_apply(Linear, None, input, weight, bias)
+    return Linear.apply(input, weight, bias)

@@ -1,0 +1,142 @@
+"""Pointwise activations: a = s(z), dz = s'(z) da, element by element.
+
+Shapes: z, a and da are alike, of any shape. Saved: the output where the derivative can be told from it (no memory of
+its own: the next layer keeps the same tensor), else the input. The same derivative, with a tangent in the place of
+the error signal, serves forward mode.
+
+Each activation is one formula and one line. `pointwise` makes a function of two texts: how the value is computed (a
+torch operation, or a formula) and the derivative.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from torch_bp.autograd.function import Function
+from torch_bp.kernels import formula, where
+
+Saves = Callable[..., torch.Tensor]
+
+
+def saves_output(output: torch.Tensor, input: torch.Tensor, *parameters: float) -> torch.Tensor:
+    """Keep the activation for backward."""
+    return output
+
+
+def saves_input(output: torch.Tensor, input: torch.Tensor, *parameters: float) -> torch.Tensor:
+    """Keep the pre-activation for backward."""
+    return input
+
+
+def pointwise(
+    name: str,
+    value: Callable[..., torch.Tensor],
+    derivative: Callable[..., torch.Tensor],
+    saves: Saves = saves_output,
+    parameters: tuple[str, ...] = (),
+) -> Callable[..., torch.Tensor]:
+    """Make a differentiable pointwise function of its value and its derivative.
+
+    Args:
+        name: what the function and its node in the graph are called.
+        value: `value(z, *parameters)`, a torch operation or a `@formula`.
+        derivative: a `@formula` of `(dy, saved, *, parameters...)`: the error signal before the activation from the
+            one after it.
+        saves: `saves_output` (default), `saves_input`, or a function `(output, input, *parameters)` of your own:
+            what `derivative` gets as its second argument.
+        parameters: names of numbers that the function takes after the tensor, all needed.
+
+    Returns:
+        A function `f(input, *parameters)`, differentiable any number of times in reverse and forward mode, usable
+        under `vmap` and `torch.compile`.
+
+    Example:
+        >>> import torch
+        >>> from torch_bp.kernels import formula
+        >>> from torch_bp.ops.pointwise import pointwise
+        >>> @formula
+        ... def softsign(z):
+        ...     return z / (1 + abs(z))
+        >>> @formula
+        ... def softsign_backward(dy, y):
+        ...     return dy * (1 - abs(y)) ** 2
+        >>> f = pointwise("softsign", softsign, softsign_backward)
+        >>> z = torch.tensor([-1.0, 0.0], requires_grad=True)
+        >>> f(z).sum().backward()
+        >>> z.grad
+        tensor([0.2500, 1.0000])
+    """
+    no_gradients = (None,) * len(parameters)
+
+    class Pointwise(Function):
+        @staticmethod
+        def forward(z: torch.Tensor, *values: float) -> torch.Tensor:
+            return value(z, *values)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            saved = saves(output, *inputs)
+            ctx.save_for_backward(saved)
+            ctx.save_for_forward(saved)
+            ctx.values = inputs[1:]
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> Any:
+            (saved,) = ctx.saved_tensors
+            if not parameters:
+                return derivative(dy, saved)
+            return derivative(dy, saved, **dict(zip(parameters, ctx.values))), *no_gradients
+
+        @staticmethod
+        def jvp(ctx: Any, dz: torch.Tensor, *_: None) -> torch.Tensor:
+            (saved,) = ctx.saved_tensors
+            return derivative(dz, saved, **dict(zip(parameters, ctx.values)))
+
+    Pointwise.rename(name)
+    apply = Pointwise.apply
+
+    def function(input: torch.Tensor, *values: float) -> torch.Tensor:
+        if has_torch_function_unary(input):
+            return handle_torch_function(function, (input,), input, *values)
+        return apply(input, *values)
+
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+@formula
+def sigmoid_backward(dy, y):
+    """eq. 12: s'(z) = s(z) (1 - s(z)), at most 1/4."""
+    return dy * y * (1 - y)
+
+
+@formula
+def tanh_backward(dy, y):
+    """eq. 13: tanh'(z) = 1 - tanh(z)^2, at most 1."""
+    return dy * (1 - y * y)
+
+
+@formula
+def relu_backward(dy, y):
+    """eq. 14: relu'(z) = 1 for z > 0 and 0 for z < 0. At the kink relu'(0) = 0, as in torch; NaN lets dy through."""
+    return where(y <= 0, 0, dy)
+
+
+@formula
+def leaky_relu_backward(dy, y, *, negative_slope):
+    """eq. 15: 1 for z > 0, else the slope, also at 0; y is z, or the output where that has the sign of z."""
+    return where(y > 0, dy, negative_slope * dy)
+
+
+def _saves_sign(output: torch.Tensor, input: torch.Tensor, negative_slope: float) -> torch.Tensor:
+    return output if negative_slope >= 0 else input
+
+
+sigmoid = pointwise("sigmoid", torch.sigmoid, sigmoid_backward)
+tanh = pointwise("tanh", torch.tanh, tanh_backward)
+relu = pointwise("relu", torch.relu, relu_backward)
+leaky_relu = pointwise(
+    "leaky_relu", torch.nn.functional.leaky_relu, leaky_relu_backward, _saves_sign, ("negative_slope",)
+)
