@@ -16,10 +16,12 @@ from torch_bp.kernels.expression import (
     where,
 )
 from torch_bp.kernels.formula import Formula, formula, use
+from torch_bp.kernels.table import Table
 
 __all__ = [
     "Formula",
     "FormulaError",
+    "Table",
     "abs",
     "erf",
     "exp",
@@ -34,4 +36,4 @@ __all__ = [
     "where",
 ]
 
-abs = abs  # noqa: A001, PLW0127: so that all functions of a formula can be imported from one place
+abs = abs  # so that all functions of a formula can be imported from one place

@@ -119,9 +119,7 @@ def _loop(expression: Expression, targets: Sequence[str], count: str, indent: st
     body = [f"in_{name} = p_{name}[i]" for name in expression.inputs if name in used]
     body += lines
     body += [f"p_{t} [i] = {r}".replace(" [", "[") for t, r in zip(targets, results) if r != f"in_{t}"]
-    return f"{indent}for i in range({count}):\n" + "".join(
-        f"{indent}    {line}\n" for line in body or ["pass"]
-    )
+    return f"{indent}for i in range({count}):\n" + "".join(f"{indent}    {line}\n" for line in body or ["pass"])
 
 
 def _pointers(names: Sequence[str], address: str, indent: str) -> str:

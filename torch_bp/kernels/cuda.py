@@ -167,9 +167,7 @@ def interpreted() -> bool:
 
 
 def _library(real: str) -> str:
-    return (_ROUNDED if real == "float32" else _DOUBLE) + (
-        _INTERPRETED_LIBRARY if interpreted() else _LIBRARY
-    )
+    return (_ROUNDED if real == "float32" else _DOUBLE) + (_INTERPRETED_LIBRARY if interpreted() else _LIBRARY)
 
 
 def _names(expression: Expression, targets: Sequence[str]) -> list[str]:
@@ -179,14 +177,10 @@ def _names(expression: Expression, targets: Sequence[str]) -> list[str]:
 def _body(expression: Expression, targets: Sequence[str], place: str, mask: str, indent: str) -> str:
     lines, results = expression.statements(_SPELLING)
     used = expression.used_inputs()
-    body = [
-        f"in_{n} = tl.load(p_{n} + {place}, mask={mask}).to(REAL)" for n in expression.inputs if n in used
-    ]
+    body = [f"in_{n} = tl.load(p_{n} + {place}, mask={mask}).to(REAL)" for n in expression.inputs if n in used]
     body += lines
     body += [
-        f"tl.store(p_{t} + {place}, {r}.to(STORED), mask={mask})"
-        for t, r in zip(targets, results)
-        if r != f"in_{t}"
+        f"tl.store(p_{t} + {place}, {r}.to(STORED), mask={mask})" for t, r in zip(targets, results) if r != f"in_{t}"
     ]
     return "".join(f"{indent}{line}\n" for line in body)
 
@@ -198,9 +192,7 @@ def _scalars(expression: Expression, from_table: bool) -> tuple[list[str], str]:
         return [], ""
     if from_table:
         return ["scalars"], "".join(f"    s{i} = tl.load(scalars + {i}).to(REAL)\n" for i in range(count))
-    return [f"v{i}" for i in range(count)], "".join(
-        f"    s{i} = tl.full((), v{i}, REAL)\n" for i in range(count)
-    )
+    return [f"v{i}" for i in range(count)], "".join(f"    s{i} = tl.full((), v{i}, REAL)\n" for i in range(count))
 
 
 def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
@@ -229,17 +221,13 @@ def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype
         real=real,
         stored=stored,
         library=_library(real),
-        arguments=", ".join(
-            ["addresses", "columns", "tensor", "start", "length", *arguments, "CHUNK: tl.constexpr"]
-        ),
+        arguments=", ".join(["addresses", "columns", "tensor", "start", "length", *arguments, "CHUNK: tl.constexpr"]),
     )
     text += reading
     text += "    chunk = tl.program_id(0)\n    k = tl.load(tensor + chunk)\n"
     text += "    first = tl.load(start + chunk)\n    count = tl.load(length + chunk)\n"
     for row, name in enumerate(_names(expression, targets)):
-        text += (
-            f"    p_{name} = tl.load(addresses + {row} * columns + k).to(tl.pointer_type(STORED)) + first\n"
-        )
+        text += f"    p_{name} = tl.load(addresses + {row} * columns + k).to(tl.pointer_type(STORED)) + first\n"
     text += "    for step in range(0, CHUNK, BLOCK):\n"
     text += "        place = step + tl.arange(0, BLOCK)\n        inside = place < count\n"
     return text + _body(expression, targets, "place", "inside", "        ")

@@ -190,9 +190,7 @@ class Trace:
         if isinstance(value, Symbol):
             return value
         if isinstance(value, int | float):
-            return self._enter(
-                "constant", (float(value) if isinstance(value, float) else int(value),), "scalar"
-            )
+            return self._enter("constant", (float(value) if isinstance(value, float) else int(value),), "scalar")
         if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 and not isinstance(value, torch.Tensor):
             return self._symbol(value.item())  # a numpy scalar
         raise FormulaError(
@@ -244,11 +242,7 @@ class Expression:
         names = {id(s): f"s{i}" for i, s in enumerate(self.scalars)}
 
         def operand(node: Symbol) -> str:
-            return (
-                spelling["constant"].format(_number(node))
-                if node.operation == "constant"
-                else names[id(node)]
-            )
+            return spelling["constant"].format(_number(node)) if node.operation == "constant" else names[id(node)]
 
         lines = []
         for node in self._order():
@@ -331,9 +325,7 @@ def _scalars_of(outputs: Iterable[Symbol]) -> tuple[Symbol, ...]:
     return tuple(found.values())
 
 
-def _host_function(
-    name: str, scalars: Sequence[Symbol], keywords: Sequence[str]
-) -> Callable[..., tuple[Any, ...]]:
+def _host_function(name: str, scalars: Sequence[Symbol], keywords: Sequence[str]) -> Callable[..., tuple[Any, ...]]:
     """Make the Python function that computes the scalars from the keyword arguments."""
     spelled: dict[int, str] = {}
 
@@ -356,9 +348,7 @@ def _host_function(
     return host
 
 
-def _dispatch(
-    operation: str, of_tensor: Callable[..., Any], of_number: Callable[..., Any]
-) -> Callable[..., Any]:
+def _dispatch(operation: str, of_tensor: Callable[..., Any], of_number: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function of tensors, numbers and symbols, with torch's rules for NaN."""
 
     def function(*arguments: Any) -> Any:

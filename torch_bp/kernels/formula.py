@@ -51,9 +51,7 @@ def use(engine: str) -> Iterator[None]:
     """
     global _engine
     if engine not in ENGINES:
-        raise ValueError(
-            f"kernels.use: engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}."
-        )
+        raise ValueError(f"kernels.use: engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}.")
     before, _engine = _engine, engine
     try:
         yield
@@ -137,9 +135,7 @@ class Formula:
         updates: names of the tensors that the results are written to; empty if the results are new tensors.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], updates: Sequence[str] = (), static: Iterable[str] = ()
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], updates: Sequence[str] = (), static: Iterable[str] = ()) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self.name = function.__name__.strip("<>")
@@ -165,9 +161,7 @@ class Formula:
                     f"got {', '.join(map(repr, unknown))}."
                 )
         if not self.tensors:
-            raise TypeError(
-                f"formula {self.name}: it must have a positional argument, the tensor it computes with."
-            )
+            raise TypeError(f"formula {self.name}: it must have a positional argument, the tensor it computes with.")
 
     def __repr__(self) -> str:
         return f"<formula {self.name}({', '.join(self.tensors)}; {', '.join((*self.scalars, *self.static))})>"
@@ -223,9 +217,7 @@ class Formula:
         """Return an empty table of addresses, to be passed to every `foreach_` on the same lists."""
         return Table()
 
-    def foreach_(
-        self, *lists: Sequence[torch.Tensor] | None, table: Table | None = None, **keywords: Any
-    ) -> None:
+    def foreach_(self, *lists: Sequence[torch.Tensor] | None, table: Table | None = None, **keywords: Any) -> None:
         """Run an updating formula over lists of tensors, in one kernel launch where a kernel may serve.
 
         Args:
@@ -239,9 +231,7 @@ class Formula:
             ValueError: the lists differ in length.
         """
         if not self.updates:
-            raise TypeError(
-                f"formula {self.name}: foreach_ needs @formula(updates=...), which names what is written."
-            )
+            raise TypeError(f"formula {self.name}: foreach_ needs @formula(updates=...), which names what is written.")
         present = [row for row in lists if row is not None]
         if len({len(row) for row in present}) != 1:
             raise ValueError(
@@ -250,18 +240,16 @@ class Formula:
             )
         if not present[0]:
             return
-        if not _is_compiling() and self._foreach_kernel(lists, present, table or Table(), keywords):
+        if not _is_compiling() and self.launch(lists, table or Table(), keywords):
             return
         for k in range(len(present[0])):
             self(*(None if row is None else row[k] for row in lists), **keywords)
 
-    def _foreach_kernel(
-        self,
-        lists: Sequence[Sequence[torch.Tensor] | None],
-        present: Sequence[Sequence[torch.Tensor]],
-        table: Table,
-        keywords: Mapping[str, Any],
-    ) -> bool:
+    def launch(self, lists: Sequence[Sequence[torch.Tensor] | None], table: Table, keywords: Mapping[str, Any]) -> bool:
+        """Run the list kernel if one may serve; False means that nothing was done. Arguments as of `foreach_`."""
+        present = [row for row in lists if row is not None]
+        if not present[0]:
+            return True
         first = present[0][0]
         if len(lists) != len(self.tensors) or not plain.unwatched() or not isinstance(first, torch.Tensor):
             return False

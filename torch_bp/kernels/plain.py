@@ -24,10 +24,7 @@ _strided = torch.strided
 def unwatched() -> bool:
     """True unless a transform, a tangent level, a dispatch mode or a tracer would miss what a kernel does."""
     return not (
-        _transforms_active()
-        or _dispatch_modes()
-        or forward_ad._current_level >= 0
-        or _jit_tracing() is not None
+        _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0 or _jit_tracing() is not None
     )
 
 

@@ -30,17 +30,16 @@ class Table:
         self.elements = 0
         self.dtype = torch.float32
         self.written: list[torch.Tensor] = []
-        self.version = (
-            0  # grows whenever an address changes: a device copy of the table knows when it is stale
-        )
+        self.version = 0  # grows whenever an address changes: a device copy of the table knows when it is stale
+        self._chunk = 0
         self._copied: tuple[int, torch.device] | None = None
 
     def refresh(self, lists: tuple[Sequence[torch.Tensor], ...], writes: Sequence[bool], chunk: int) -> bool:
         """Bring the table up to date; False if these tensors are not for a kernel."""
         try:
-            if any(row is not None for row in self.lists) and self._same(lists):
+            if chunk == self._chunk and any(row is not None for row in self.lists) and self._same(lists):
                 return True
-            self.lists = []
+            self.lists, self._chunk = [], chunk
             return self._build(lists, writes, chunk)
         except RuntimeError:  # a tensor that has no address
             self.lists = []
@@ -113,9 +112,7 @@ class Table:
             addresses = torch.from_numpy(self.addresses.copy())
             chunks = [torch.from_numpy(column) for column in (self.tensor, self.start, self.length)]
             if device.type == "cuda":
-                addresses, *chunks = (
-                    t.pin_memory().to(device, non_blocking=True) for t in (addresses, *chunks)
-                )
+                addresses, *chunks = (t.pin_memory().to(device, non_blocking=True) for t in (addresses, *chunks))
             self._copies = addresses, tuple(chunks)
             self._copied = (self.version, device)
         return self._copies

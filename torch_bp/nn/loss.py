@@ -48,9 +48,7 @@ class NLLLoss(torch.nn.NLLLoss):
     """As `torch.nn.NLLLoss`, on log-probabilities."""
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return F.nll_loss(
-            input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction
-        )
+        return F.nll_loss(input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
 
 
 class BCELoss(torch.nn.BCELoss):

@@ -32,9 +32,7 @@ def _along_classes(weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return weight.view([-1 if d == _class_dim(z) else 1 for d in range(z.dim())])
 
 
-def _rows(
-    dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int
-) -> tuple[Any, ...]:
+def _rows(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int) -> tuple[Any, ...]:
     """Return per row: the class (0 where ignored), dy times the target's class weight, and dy, over the divisor."""
     counted = target != ignored
     classes = torch.where(counted, target, 0)
@@ -46,9 +44,7 @@ def _rows(
     return classes.unsqueeze(dim), (dy * weights).unsqueeze(dim), (dy * mask).unsqueeze(dim)
 
 
-def nll_backward(
-    dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int
-) -> Any:
+def nll_backward(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int) -> Any:
     """The gradient at log-probabilities: minus the row weight at the target class, 0 elsewhere."""
     classes, rows, _ = _rows(dy, z, target, weight, reduction, ignored)
     return torch.zeros_like(z).scatter(_class_dim(z), classes, -rows.expand_as(classes))
@@ -159,9 +155,7 @@ class SoftCrossEntropy(Function):
     def forward(
         z: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: str, smoothing: float
     ) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(
-            z, target, weight, reduction=reduction, label_smoothing=smoothing
-        )
+        return torch.nn.functional.cross_entropy(z, target, weight, reduction=reduction, label_smoothing=smoothing)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -181,11 +175,7 @@ class SoftCrossEntropy(Function):
             by_weight = SoftCrossEntropy.forward(z, target, dw, *ctx.options)
         wanted = (dz is not None, dt is not None, False)
         slopes = soft_cross_entropy_backward(_ones(ctx, z), z, target, weight, *ctx.options, wanted)
-        terms = [
-            _tangent(s, t, z, ctx.options[0])
-            for s, t in zip(slopes, (dz, dt))
-            if s is not None and t is not None
-        ]
+        terms = [_tangent(s, t, z, ctx.options[0]) for s, t in zip(slopes, (dz, dt)) if s is not None and t is not None]
         terms += [by_weight] if dw is not None else []
         return sum(terms[1:], terms[0])
 

@@ -55,9 +55,7 @@ def bce_logits_backward(dy, s, t, p, *, scale):
     return slope if dy is None else slope * dy
 
 
-def _squared_error_slopes(
-    dy: _Optional, x: Any, t: Any, p: None, scale: Any, wanted: tuple[bool, bool]
-) -> Any:
+def _squared_error_slopes(dy: _Optional, x: Any, t: Any, p: None, scale: Any, wanted: tuple[bool, bool]) -> Any:
     slope = squared_error_backward(dy, x, t, scale=scale)
     return slope if wanted[0] else None, -slope if wanted[1] else None
 
@@ -69,9 +67,7 @@ def _bce_slopes(dy: _Optional, x: Any, t: Any, p: None, scale: Any, wanted: tupl
     )
 
 
-def _bce_logits_slopes(
-    dy: _Optional, z: Any, t: Any, p: _Optional, scale: Any, wanted: tuple[bool, bool]
-) -> Any:
+def _bce_logits_slopes(dy: _Optional, z: Any, t: Any, p: _Optional, scale: Any, wanted: tuple[bool, bool]) -> Any:
     dz = dt = None
     if wanted[0]:
         weight = None if p is None else p.expand_as(z)
@@ -82,9 +78,7 @@ def _bce_logits_slopes(
     return dz, dt
 
 
-def _elementwise_loss(
-    name: str, value: Callable[..., torch.Tensor], slopes: Callable[..., Any]
-) -> type[Function]:
+def _elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Callable[..., Any]) -> type[Function]:
     """Make the Function of a loss of `(input, target, weight, pos_weight, reduction, factor)`.
 
     `value(input, target, weight, pos_weight, reduction)` is reduced by torch to "none", "mean" or "sum" and multiplied
@@ -92,9 +86,7 @@ def _elementwise_loss(
     where that is not None.
     """
 
-    def upstream(
-        dy: torch.Tensor, x: torch.Tensor, weight: _Optional, options: tuple[str, float]
-    ) -> tuple[Any, Any]:
+    def upstream(dy: torch.Tensor, x: torch.Tensor, weight: _Optional, options: tuple[str, float]) -> tuple[Any, Any]:
         """Split what comes from above into one value per element, or None, and a number."""
         reduction, factor = options
         if reduction == "none":

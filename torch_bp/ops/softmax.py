@@ -85,9 +85,7 @@ class LogSoftmax(Function):
         return (wide_dz - (wide_y.exp() * wide_dz).sum(ctx.dim, keepdim=True)).to(y.dtype)
 
 
-def _along(
-    function: type[Function], name: str, input: torch.Tensor, dim: int | None, dtype: Any
-) -> torch.Tensor:
+def _along(function: type[Function], name: str, input: torch.Tensor, dim: int | None, dtype: Any) -> torch.Tensor:
     if dim is None:
         dim = _get_softmax_dim(name, input.dim(), 5)
     if dtype is not None:
@@ -121,7 +119,5 @@ def log_softmax(
         tensor([-0.6931, -0.6931])
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
-        )
+        return handle_torch_function(log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
     return _along(LogSoftmax, "log_softmax", input, dim, dtype)

@@ -8,5 +8,11 @@ import torch.optim
 
 from torch_bp._mirror import mirror
 from torch_bp.optim import lr_scheduler
+from torch_bp.optim.adagrad import Adagrad
+from torch_bp.optim.adam import Adam
+from torch_bp.optim.adamw import AdamW
+from torch_bp.optim.optimizer import RuleOptimizer
+from torch_bp.optim.rmsprop import RMSprop
+from torch_bp.optim.sgd import SGD
 
 __getattr__, __dir__, __all__ = mirror(globals(), torch.optim)

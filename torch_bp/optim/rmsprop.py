@@ -1,0 +1,80 @@
+"""RMSprop, sec. 6.1: the rate of each parameter is divided by the root of a moving average of squared gradients.
+
+    s <- alpha s + (1 - alpha) g^2               W <- W - lr g / (sqrt(s) + eps)
+    centered:  a <- alpha a + (1 - alpha) g,  with s - a^2 in the place of s
+    momentum:  b <- momentum b + g / (sqrt(s) + eps),  W <- W - lr b
+
+The report calls s an accumulated sum in one sentence: it is a moving average, Adagrad has the sum.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from torch_bp.kernels import formula, sqrt
+from torch_bp.optim.optimizer import step
+
+
+@formula(updates=("param", "square_avg", "momentum_buffer", "grad_avg"), static=("maximize", "decay"))
+def rmsprop(
+    param,
+    grad,
+    square_avg,
+    momentum_buffer,
+    grad_avg,
+    *,
+    lr,
+    alpha,
+    eps,
+    momentum,
+    weight_decay,
+    maximize,
+    decay,
+):
+    """sec. 6.1."""
+    if maximize:
+        grad = -grad
+    if decay:
+        grad = grad + weight_decay * param
+    square_avg = alpha * square_avg + (1 - alpha) * grad * grad
+    variance = square_avg
+    if grad_avg is not None:
+        grad_avg = grad_avg + (1 - alpha) * (grad - grad_avg)
+        variance = square_avg - grad_avg * grad_avg
+    direction = grad / (sqrt(variance) + eps)
+    if momentum_buffer is not None:
+        direction = momentum_buffer = momentum * momentum_buffer + direction
+    return param - lr * direction, square_avg, momentum_buffer, grad_avg
+
+
+class RMSprop(torch.optim.RMSprop):
+    """As `torch.optim.RMSprop`; sec. 6.1. torch fuses this one on no device; here it is one kernel.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = RMSprop([weight], lr=0.05)
+        >>> (2 * weight).sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.5000])
+    """
+
+    rule = staticmethod(rmsprop)
+    counts_steps = True
+
+    def state_layout(self, group: Mapping[str, Any]) -> tuple[str | None, ...]:
+        return (
+            "square_avg",
+            "momentum_buffer" if group["momentum"] > 0 else None,
+            "grad_avg" if group["centered"] else None,
+        )
+
+    def scalars(self, group: Mapping[str, Any], step: Any, fresh: bool) -> dict[str, Any]:
+        names = ("lr", "alpha", "eps", "momentum", "weight_decay", "maximize")
+        return {name: group[name] for name in names} | {"decay": group["weight_decay"] != 0}
+
+    def sparse(self, group: Mapping[str, Any]) -> str:
+        raise RuntimeError("RMSprop does not support sparse gradients")
+
+    step = step

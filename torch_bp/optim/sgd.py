@@ -1,0 +1,67 @@
+"""Gradient descent: plain (eq. 6, 7), with momentum (eq. 8, 9) and as Nesterov has it (sec. 5.4).
+
+    v <- momentum v + (1 - dampening) g          W <- W - lr v            (at the first update v = g)
+    Nesterov:                                    W <- W - lr (g + momentum v)
+
+Nesterov's method evaluates the gradient at the look-ahead point W - lr momentum v. Here, as in torch, W *is* the
+look-ahead point: with W' = W + lr momentum v for the report's W', both make the same steps.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from torch_bp.kernels import formula
+from torch_bp.optim.optimizer import step
+
+
+@formula(updates=("param", "momentum_buffer"), static=("nesterov", "maximize", "decay"))
+def sgd(param, grad, momentum_buffer, *, lr, momentum, gain, weight_decay, nesterov, maximize, decay):
+    """eq. 6 to 9; `gain` is 1 - dampening."""
+    if maximize:
+        grad = -grad
+    if decay:
+        grad = grad + weight_decay * param
+    if momentum_buffer is None:
+        return param - lr * grad, None
+    momentum_buffer = momentum * momentum_buffer + gain * grad
+    direction = grad + momentum * momentum_buffer if nesterov else momentum_buffer
+    return param - lr * direction, momentum_buffer
+
+
+class SGD(torch.optim.SGD):
+    """As `torch.optim.SGD`; eq. 6 to 9 and sec. 5.4.
+
+    `foreach` and `fused` are accepted; the update is one kernel over all parameters in any case.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = SGD([weight], lr=0.5)
+        >>> (2 * weight).sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.])
+    """
+
+    rule = staticmethod(sgd)
+    counts_steps = False
+
+    def state_layout(self, group: Mapping[str, Any]) -> tuple[str | None, ...]:
+        return ("momentum_buffer" if group["momentum"] != 0 else None,)
+
+    def scalars(self, group: Mapping[str, Any], step: Any, fresh: bool) -> dict[str, Any]:
+        return {
+            "lr": group["lr"],
+            "momentum": group["momentum"],
+            "gain": 1 if fresh else 1 - group["dampening"],
+            "weight_decay": group["weight_decay"],
+            "nesterov": group["nesterov"],
+            "maximize": group["maximize"],
+            "decay": group["weight_decay"] != 0,
+        }
+
+    def sparse(self, group: Mapping[str, Any]) -> str:
+        return "rows" if group["momentum"] == 0 and group["weight_decay"] == 0 else "dense"
+
+    step = step
