@@ -108,6 +108,19 @@ def _after_fork() -> None:
     _state["serial_only"] |= _state["parallel_ran"]
 
 
+def _start_threads(threads: int) -> bool:
+    """Start Numba's threads; False if only the thread pool that aborts on concurrent use is there."""
+    import numba
+
+    numba.get_num_threads()
+    # Both share one OpenMP library, and Numba sets its count there, which is torch's too.
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    _state["serial_only"] = numba.threading_layer() == "workqueue"
+    _state["parallel_ran"] = True
+    return not _state["serial_only"]
+
+
 def _names(expression: Expression, targets: Sequence[str]) -> list[str]:
     return [*expression.inputs, *(t for t in targets if t not in expression.inputs)]
 
@@ -190,17 +203,13 @@ class Kernel:
 
         if self._parallel is None:
             self._parallel = self._compiled(parallel=True)
+        if not _state["parallel_ran"] and not _start_threads(threads):
+            return self.run(0, *arguments)
         before = numba.get_num_threads()
         wanted = min(threads, numba.config.NUMBA_NUM_THREADS)
         if wanted != before:
             numba.set_num_threads(wanted)
         try:
-            if not _state["parallel_ran"]:
-                numba.set_num_threads(wanted)  # starts the thread layer, which then has a name
-                if numba.threading_layer() == "workqueue":
-                    _state["serial_only"] = True
-                    return self.run(0, *arguments)
-                _state["parallel_ran"] = True
             self._parallel(*arguments)
         finally:
             if wanted != before:

@@ -143,7 +143,9 @@ class Formula:
         for parameter in parameters:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise TypeError(f"formula {self.name}: arguments must be named one by one, got {parameter}.")
-        self.tensors = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+        positional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        self.tensors = tuple(p.name for p in positional)
+        self._required = sum(p.default is not None for p in positional)
         keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
         self.static = tuple(static)
         self.scalars = tuple(p.name for p in keywords if p.name not in self.static)
@@ -168,10 +170,18 @@ class Formula:
 
     def __call__(self, *tensors: Any, **keywords: Any) -> Any:
         """Compute the formula on tensors; return its results, or write them where `updates` says and return None."""
+        if len(tensors) < len(self.tensors):
+            tensors = self._padded(tensors)
         program = self._program(tensors, keywords)
         if program is not None:
             return program(tensors, keywords)
         return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
+
+    def _padded(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        """Add the optional arguments that were left out, which are None."""
+        if len(tensors) < self._required:
+            return tuple(tensors)
+        return (*tensors, *[None] * (len(self.tensors) - len(tensors)))
 
     def _program(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> _Program | None:
         """The one place that decides whether a kernel serves a call: return it, or None for torch."""
@@ -247,6 +257,7 @@ class Formula:
 
     def launch(self, lists: Sequence[Sequence[torch.Tensor] | None], table: Table, keywords: Mapping[str, Any]) -> bool:
         """Run the list kernel if one may serve; False means that nothing was done. Arguments as of `foreach_`."""
+        lists = self._padded(lists)
         present = [row for row in lists if row is not None]
         if not present[0]:
             return True

@@ -8,10 +8,11 @@ from torch_bp.ops.losses import (
     half_mse_loss,
     mse_loss,
 )
-from torch_bp.ops.pointwise import leaky_relu, pointwise, relu, saves_input, saves_output, sigmoid, tanh
+from torch_bp.ops.pointwise import activation, leaky_relu, relu, saves_input, saves_output, sigmoid, tanh
 from torch_bp.ops.softmax import log_softmax, softmax
 
 __all__ = [
+    "activation",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
@@ -21,7 +22,6 @@ __all__ = [
     "log_softmax",
     "mse_loss",
     "nll_loss",
-    "pointwise",
     "relu",
     "saves_input",
     "saves_output",

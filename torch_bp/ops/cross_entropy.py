@@ -40,8 +40,9 @@ def _rows(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: s
     weights = mask if weight is None else weight.to(z.dtype)[classes] * mask
     if reduction == "mean":
         dy = dy / weights.sum()
+    rows = torch.where(counted, dy * weights, 0)  # 0 also where all is ignored and dy is therefore Inf
     dim = _class_dim(z)
-    return classes.unsqueeze(dim), (dy * weights).unsqueeze(dim), (dy * mask).unsqueeze(dim)
+    return classes.unsqueeze(dim), rows.unsqueeze(dim), torch.where(counted, dy, 0).unsqueeze(dim)
 
 
 def nll_backward(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int) -> Any:

@@ -137,14 +137,11 @@ def _elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Cal
     return Loss
 
 
-def _squared_error_value(x: Any, t: Any, weight: _Optional, _: None, reduction: str) -> torch.Tensor:
-    if weight is None:
-        return torch.nn.functional.mse_loss(x, t, reduction=reduction)
-    loss = weight * (x - t) ** 2
-    return loss if reduction == "none" else loss.sum()
-
-
-SquaredError = _elementwise_loss("squared_error", _squared_error_value, _squared_error_slopes)
+SquaredError = _elementwise_loss(
+    "squared_error",
+    lambda x, t, _, __, reduction: torch.nn.functional.mse_loss(x, t, reduction=reduction),
+    _squared_error_slopes,
+)
 BinaryCrossEntropy = _elementwise_loss(
     "binary_cross_entropy",
     lambda x, t, w, _, reduction: torch.nn.functional.binary_cross_entropy(x, t, w, reduction=reduction),
@@ -222,12 +219,9 @@ def mse_loss(
         return _apply(SquaredError, x, t, None, None, reduction, 1.0)
     if weight.size() != input.size():
         raise ValueError("Weights and input must have the same size.")
-    # torch composes this case, so its weight has a gradient: the sum of weights is divided outside.
-    if weight.requires_grad:
-        losses = weight * mse_loss(input, target, reduction="none")
-        return losses if reduction == "none" else losses.sum() / (weight.sum() if reduction == "mean" else 1)
-    loss = _apply(SquaredError, x, t, weight, None, "none" if reduction == "none" else "sum", 1.0)
-    return loss / weight.sum() if reduction == "mean" else loss
+    # torch composes this case, so that its weight has a derivative, tangents included: the same here
+    losses = weight * mse_loss(x, t, reduction="none")
+    return losses if reduction == "none" else losses.sum() / (weight.sum() if reduction == "mean" else 1)
 
 
 def half_mse_loss(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ Shapes: z, a and da are alike, of any shape. Saved: the output where the derivat
 its own: the next layer keeps the same tensor), else the input. The same derivative, with a tangent in the place of
 the error signal, serves forward mode.
 
-Each activation is one formula and one line. `pointwise` makes a function of two texts: how the value is computed (a
+Each activation is one formula and one line. `activation` makes a function of two texts: how the value is computed (a
 torch operation, or a formula) and the derivative.
 """
 
@@ -30,7 +30,7 @@ def saves_input(output: torch.Tensor, input: torch.Tensor, *parameters: float) -
     return input
 
 
-def pointwise(
+def activation(
     name: str,
     value: Callable[..., torch.Tensor],
     derivative: Callable[..., torch.Tensor],
@@ -55,14 +55,14 @@ def pointwise(
     Example:
         >>> import torch
         >>> from torch_bp.kernels import formula
-        >>> from torch_bp.ops.pointwise import pointwise
+        >>> from torch_bp.ops.pointwise import activation
         >>> @formula
         ... def softsign(z):
         ...     return z / (1 + abs(z))
         >>> @formula
         ... def softsign_backward(dy, y):
         ...     return dy * (1 - abs(y)) ** 2
-        >>> f = pointwise("softsign", softsign, softsign_backward)
+        >>> f = activation("softsign", softsign, softsign_backward)
         >>> z = torch.tensor([-1.0, 0.0], requires_grad=True)
         >>> f(z).sum().backward()
         >>> z.grad
@@ -134,9 +134,9 @@ def _saves_sign(output: torch.Tensor, input: torch.Tensor, negative_slope: float
     return output if negative_slope >= 0 else input
 
 
-sigmoid = pointwise("sigmoid", torch.sigmoid, sigmoid_backward)
-tanh = pointwise("tanh", torch.tanh, tanh_backward)
-relu = pointwise("relu", torch.relu, relu_backward)
-leaky_relu = pointwise(
+sigmoid = activation("sigmoid", torch.sigmoid, sigmoid_backward)
+tanh = activation("tanh", torch.tanh, tanh_backward)
+relu = activation("relu", torch.relu, relu_backward)
+leaky_relu = activation(
     "leaky_relu", torch.nn.functional.leaky_relu, leaky_relu_backward, _saves_sign, ("negative_slope",)
 )

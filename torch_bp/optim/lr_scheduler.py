@@ -10,14 +10,13 @@ steps taken, in epochs or batches. A rate is moved or set:
 
 What differs from torch:
 
-- **Loading.** `load_state_dict` also writes the saved run's rates, and what else schedules keep in parameter
-  groups, into the optimizer. So the optimizer's state may be loaded before the schedule is constructed, after
-  it, last, or not at all. The values travel under one more key, `"_param_groups"`, which torch's classes
-  ignore; of a state that torch's class has saved, the last rates are written. Groups match by position.
+- **Loading.** `load_state_dict` also writes the saved rates, and what else schedules keep in parameter groups,
+  into the optimizer, whose own state may be loaded before the schedule is constructed, later, or not at all.
+  They travel under one more key, `"_param_groups"`, which torch's classes ignore. Without it (torch's states)
+  the last rates are written, unless the optimizer has loaded since. Groups match by position.
 - **Groups added later** with `add_param_group` join every schedule. Their base rate is their `"initial_lr"`
   or, without one, the rate they have at the next step. `OneCycleLR` asks for its own keys.
-- **Where torch divides by zero** (ConstantLR with factor = 0, OneCycleLR with a phase that has no steps) the
-  schedule is defined: `curves.move` and `curves.one_cycle` say how.
+- **Where torch divides by zero** the schedule is defined: see `curves.move` and `curves.one_cycle`.
 """
 
 import math
@@ -33,19 +32,11 @@ from torch_bp.optim import curves
 _Rates = list[float | torch.Tensor]
 _GROUP_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 _SAVED = "_param_groups"
+_BUILT_ON = "_built_on"  # the list of groups at the construction: an optimizer that loads makes a new one
 
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def _write(group: dict[str, Any], key: str, value: Any) -> None:
-    """Set group[key] to a copy of `value`; a tensor there stays the same object, a number stays a number."""
-    present = group.get(key)
-    if isinstance(present, torch.Tensor):
-        present.fill_(float(value))
-    else:
-        group[key] = _copy(value) if present is None else float(value)
 
 
 def _state_dict(self: Any) -> dict[str, Any]:
@@ -55,26 +46,31 @@ def _state_dict(self: Any) -> dict[str, Any]:
     """
     param_groups = self.optimizer.param_groups
     groups = [{key: _copy(group[key]) for key in _GROUP_KEYS if key in group} for group in param_groups]
-    saved = {"last_epoch": self.last_epoch, "_last_lr": self._last_lr, "groups": groups}
-    return theirs.LRScheduler.state_dict(self) | {_SAVED: saved}
+    state = theirs.LRScheduler.state_dict(self)
+    state.pop(_BUILT_ON, None)
+    return state | {_SAVED: {"last_epoch": self.last_epoch, "_last_lr": self._last_lr, "groups": groups}}
 
 
 def _load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
     """As torch's, and write the saved values into the optimizer's groups. `state_dict` is left as it is."""
     theirs.LRScheduler.load_state_dict(self, {key: state_dict[key] for key in state_dict if key != _SAVED})
-    saved = state_dict.get(_SAVED)
+    param_groups, saved, groups = self.optimizer.param_groups, state_dict.get(_SAVED), []
     if saved and (saved["last_epoch"], saved["_last_lr"]) == (self.last_epoch, self._last_lr):
-        values = saved["groups"]
-    else:  # torch's: the rates of its last step, if it had begun (in a SequentialLR it may not)
-        values = [{"lr": lr} for lr in self._last_lr if self.last_epoch >= 0]
-    for group, entries in zip(self.optimizer.param_groups, values):
-        for key, value in entries.items():
-            _write(group, key, value)
+        groups = saved["groups"]
+    elif vars(self).get(_BUILT_ON) is param_groups and self.last_epoch >= 0:  # torch's, and it has begun
+        groups = [{"lr": lr, "initial_lr": base_lr} for lr, base_lr in zip(self._last_lr, self.base_lrs)]
+    for group, entries in zip(param_groups, groups):
+        for key in entries.keys() & group.keys():
+            if isinstance(group[key], torch.Tensor):  # stays the same object
+                group[key].fill_(float(entries[key]))
+            else:
+                group[key] = float(entries[key])
 
 
 def _base_lrs(scheduler: theirs.LRScheduler) -> _Rates:
     """The base rates of all groups, those of groups added since the construction included."""
     groups = scheduler.optimizer.param_groups
+    vars(scheduler).setdefault(_BUILT_ON, groups)
     for group in groups[len(scheduler.base_lrs) :]:
         base_lr = group.setdefault("initial_lr", _copy(group["lr"]))
         scheduler.base_lrs = [*scheduler.base_lrs, _copy(base_lr)]
@@ -90,7 +86,7 @@ def _moved(scheduler: theirs.LRScheduler, before: float, now: float, eta_min: fl
 
 def _closed_form(self: Any) -> _Rates:
     """The rates at `last_epoch` from the base rates alone."""
-    factor, eta_min = self._factor(self.last_epoch), getattr(self, "eta_min", 0.0)
+    factor, eta_min = self._curve(self.last_epoch), getattr(self, "eta_min", 0.0)
     return [curves.between(eta_min, base_lr, factor) for base_lr in _base_lrs(self)]
 
 
@@ -103,11 +99,11 @@ class StepLR(theirs.StepLR):
 
     state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
 
-    def _factor(self, t: int, since: int = 0) -> float:
+    def _curve(self, t: int, since: int = 0) -> float:
         return curves.step(t, self.step_size, self.gamma, since)
 
     def get_lr(self) -> _Rates:
-        return _moved(self, 1.0, self._factor(self.last_epoch, since=self.last_epoch - 1))
+        return _moved(self, 1.0, self._curve(self.last_epoch, since=self.last_epoch - 1))
 
 
 class MultiStepLR(theirs.MultiStepLR):
@@ -119,11 +115,11 @@ class MultiStepLR(theirs.MultiStepLR):
 
     state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
 
-    def _factor(self, t: int, since: float = -math.inf) -> float:
+    def _curve(self, t: int, since: float = -math.inf) -> float:
         return curves.multi_step(t, self.milestones, self.gamma, since)
 
     def get_lr(self) -> _Rates:
-        return _moved(self, 1.0, self._factor(self.last_epoch, since=self.last_epoch - 1))
+        return _moved(self, 1.0, self._curve(self.last_epoch, since=self.last_epoch - 1))
 
 
 class ConstantLR(theirs.ConstantLR):
@@ -135,11 +131,11 @@ class ConstantLR(theirs.ConstantLR):
 
     state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
 
-    def _factor(self, t: int) -> float:
+    def _curve(self, t: int) -> float:
         return curves.constant(t, self.factor, self.total_iters)
 
     def get_lr(self) -> _Rates:
-        return _moved(self, self._factor(self.last_epoch - 1), self._factor(self.last_epoch))
+        return _moved(self, self._curve(self.last_epoch - 1), self._curve(self.last_epoch))
 
 
 class LinearLR(theirs.LinearLR):
@@ -151,13 +147,13 @@ class LinearLR(theirs.LinearLR):
 
     state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
 
-    def _factor(self, t: int) -> float:
+    def _curve(self, t: int) -> float:
         return curves.linear(t, self.start_factor, self.end_factor, self.total_iters)
 
     def get_lr(self) -> _Rates:
-        now = self._factor(self.last_epoch)
+        now = self._curve(self.last_epoch)
         resumed = self._is_initial and self.last_epoch > 0
-        return _moved(self, now if resumed else self._factor(self.last_epoch - 1), now)
+        return _moved(self, now if resumed else self._curve(self.last_epoch - 1), now)
 
 
 class ExponentialLR(theirs.ExponentialLR):
@@ -169,11 +165,11 @@ class ExponentialLR(theirs.ExponentialLR):
 
     state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
 
-    def _factor(self, t: int) -> float:
+    def _curve(self, t: int) -> float:
         return curves.exponential(t, self.gamma)
 
     def get_lr(self) -> _Rates:
-        return _moved(self, 1.0, self._factor(0 if self._is_initial else 1))
+        return _moved(self, 1.0, self._curve(0 if self._is_initial else 1))
 
 
 class CosineAnnealingLR(theirs.CosineAnnealingLR):
@@ -185,11 +181,11 @@ class CosineAnnealingLR(theirs.CosineAnnealingLR):
 
     state_dict, load_state_dict, _get_closed_form_lr = _state_dict, _load_state_dict, _closed_form
 
-    def _factor(self, t: int) -> float:
+    def _curve(self, t: int) -> float:
         return curves.cosine(t, self.T_max)
 
     def get_lr(self) -> _Rates:
-        before, now = self._factor(self.last_epoch - 1), self._factor(self.last_epoch)
+        before, now = self._curve(self.last_epoch - 1), self._curve(self.last_epoch)
         if self._is_initial:
             before = now
         elif before == 0:
@@ -229,8 +225,7 @@ class CosineAnnealingWarmRestarts(theirs.CosineAnnealingWarmRestarts):
 class OneCycleLR(theirs.OneCycleLR):
     """As `torch.optim.lr_scheduler.OneCycleLR`, over `curves.one_cycle`.
 
-    A group added later must bring `initial_lr`, `max_lr` and `min_lr`, and with cycle_momentum `max_momentum`
-    and `base_momentum`; without them the next step raises KeyError.
+    A group added later must bring `initial_lr`, `max_lr` and so on: the next step's KeyError names them all.
 
     >>> OneCycleLR(torch.optim.Adam([torch.zeros(1)]), 0.5, total_steps=9, div_factor=4.0).get_last_lr()
     [0.125]
@@ -241,16 +236,16 @@ class OneCycleLR(theirs.OneCycleLR):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, and write the saved rates and momentum into the optimizer's groups."""
         _load_state_dict(self, state_dict)
-        self._set_momentum()
+        if self.last_epoch >= 0:  # in a SequentialLR it may not have begun
+            self._set_momentum()
 
     def get_lr(self) -> _Rates:
         """The rates at `last_epoch`; with cycle_momentum it also sets the momentum, as torch's does."""
         theirs._warn_get_lr_called_within_step(self)
-        t, total_steps = self.last_epoch, self.total_steps
-        if t > total_steps:
+        if (t := self.last_epoch) > (total_steps := self.total_steps):
             raise ValueError(f"Tried to step {t} times. The specified number of total steps is {total_steps}")
         self._set_momentum()
-        return [self._value(i, "lr") for i in range(len(self.optimizer.param_groups))]
+        return [self._value(i, "lr") for i in range(len(_base_lrs(self)))]
 
     def _set_momentum(self) -> None:
         for i, group in enumerate(self.optimizer.param_groups if self.cycle_momentum else ()):
@@ -261,12 +256,13 @@ class OneCycleLR(theirs.OneCycleLR):
         """The "lr" or "momentum" of group `i` at `last_epoch`."""
         group, phases = self.optimizer.param_groups[i], cast(list[dict[str, Any]], self._schedule_phases)
         keys = [phases[0][f"start_{quantity}"], *(phase[f"end_{quantity}"] for phase in phases)]
-        if missing := [key for key in keys if key not in group]:
+        needed = _GROUP_KEYS[1:] if self.cycle_momentum else _GROUP_KEYS[1:4]
+        if missing := [key for key in needed if key not in group]:
             raise KeyError(
-                f"OneCycleLR: param_groups[{i}] must have {missing}. Pass them to add_param_group."
+                f"OneCycleLR: param_groups[{i}] must have the keys {needed}, got a group without {missing}. "
+                "Pass them to add_param_group, or construct the schedule after adding the group."
             )
-        levels = [group[key] for key in keys]
-        ends = [phase["end_step"] for phase in phases]
+        levels, ends = [group[key] for key in keys], [phase["end_step"] for phase in phases]
         return curves.one_cycle(self.last_epoch, levels, ends, self._anneal_func_type)
 
 

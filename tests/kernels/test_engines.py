@@ -1,0 +1,103 @@
+"""Every engine computes what torch computes with the same function, NaN and Inf included."""
+
+import pytest
+import torch
+
+from tests.kernels.formulas import PURE, SIZES, averaged, hostile, lists, scaled
+from torch_bp.kernels import use
+
+DTYPES = [torch.float32, torch.float64]
+# A few units in the last place of terms of size 1, which may cancel in a sum.
+TOLERANCE = {torch.float32: {"rtol": 3e-6, "atol": 4e-7}, torch.float64: {"rtol": 1e-14, "atol": 1e-15}}
+
+
+def same(actual, expected, dtype):
+    torch.testing.assert_close(actual, expected, equal_nan=True, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("formula", PURE, ids=lambda f: f.__name__)
+def test_numba_agrees_with_torch(formula, dtype):
+    for shape in SIZES:
+        x, y = hostile(shape, dtype)
+        with use("torch"):
+            expected = formula(x, y)
+        with use("numba"):
+            assert (formula.formula._program((x, y), {}) is not None) == (x.numel() > 0)
+            same(formula(x, y), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("signed", [False, True])
+def test_scalars_are_computed_in_float64(dtype, signed):
+    x = torch.randn(100, dtype=dtype)
+    expected = x.double() * (1 - 0.999) + 2.0**0.5
+    expected = (-expected if signed else expected).to(dtype)
+    for factor in (0.999, torch.tensor(0.999, dtype=torch.float64)):
+        with use("numba"):
+            torch.testing.assert_close(scaled(x, factor=factor, offset=2.0, signed=signed), expected)
+
+
+def test_one_minus_beta_is_not_rounded_first():
+    """1 - 0.999 in float32 is 1.3e-5 off; the average must not show it."""
+    grad = torch.ones(8)
+    param, average = torch.zeros(8), torch.zeros(8)
+    with use("numba"):
+        averaged(param, grad, average, rate=0.0, beta=0.999)
+    assert abs(average[0].item() / (1 - 0.999) - 1) < 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_largest", [True, False])
+@pytest.mark.parametrize("negative", [True, False])
+def test_list_kernel_agrees_with_torch(dtype, with_largest, negative):
+    rows, expected = lists(dtype, with_largest=with_largest), lists(dtype, with_largest=with_largest)
+    with use("torch"):
+        averaged.foreach_(*expected, rate=0.1, beta=0.9, negative=negative)
+    with use("numba"):
+        averaged.foreach_(*rows, rate=0.1, beta=0.9, negative=negative)
+    for row, wanted in zip(rows, expected):
+        assert (row is None) == (wanted is None)
+        if row is not None:
+            same(row, wanted, dtype)
+
+
+def test_updates_write_in_place_and_say_so():
+    param, grad, average = torch.ones(4), torch.ones(4), torch.zeros(4)
+    address = param.data_ptr()
+    for engine in ("torch", "numba"):
+        versions = [t._version for t in (param, grad, average)]
+        with use(engine):
+            assert averaged(param, grad, average, rate=0.1, beta=0.9) is None
+        grown = [t._version - v for t, v in zip((param, grad, average), versions)]
+        assert grown[0] > 0
+        assert grown[1] == 0
+        assert grown[2] > 0
+    assert param.data_ptr() == address
+    torch.testing.assert_close(grad, torch.ones(4))
+
+
+def test_backward_notices_that_a_kernel_wrote_a_saved_tensor():
+    weight = torch.ones(3, requires_grad=True)
+    y = (weight * weight).sum()
+    with torch.no_grad(), use("numba"):
+        averaged(weight, torch.ones(3), torch.zeros(3), rate=0.1, beta=0.9)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_strides_are_kept():
+    x, y = torch.randn(6, 5).t(), torch.rand(6, 5).t()
+    for formula in PURE[:1]:
+        with use("numba"):
+            assert formula.formula._program((x, y), {}) is not None
+            result = formula(x, y)
+        assert result.stride() == x.stride()
+        torch.testing.assert_close(result, x * y * (1 - y))
+
+
+def test_half_precision_is_rounded_once():
+    x, y = torch.randn(1000).bfloat16(), torch.rand(1000).bfloat16()
+    (formula,) = PURE[:1]
+    expected = (x.float() * y.float() * (1 - y.float())).bfloat16()
+    torch.testing.assert_close(formula(x, y), expected, rtol=0, atol=0)

@@ -1,0 +1,85 @@
+"""A formula that no kernel can compute says which construct is to blame."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from torch_bp.kernels import FormulaError, exp, formula, sqrt, where
+
+X = torch.ones(3)
+CONSTRUCTS = {
+    "a condition on a value": lambda x: x if x > 0 else -x,
+    "torch.sin": lambda x: torch.sin(x),
+    "attribute .sum": lambda x: x.sum(),
+    "iteration": lambda x: sum(x),
+    "indexing": lambda x: x[0],
+    r"len\(\)": lambda x: x * len(x),
+    r"float\(\)": lambda x: math.sin(x),
+    "a Tensor cannot be part|torch.mul": lambda x: x * X,
+    "a str cannot be part": lambda x: where(x > 0, x, "a"),
+    "ufunc": lambda x: np.sin(x),
+    "result 0 must be a value per element": lambda x: 1.0,
+    "two numbers": lambda x: x * where(x > 0, 1, 2),
+    "`and` on a number": lambda x: where(x & x, x, 0),
+    "floordiv|unsupported operand": lambda x: x // 2,
+}
+
+
+@pytest.mark.parametrize("construct", CONSTRUCTS)
+def test_construct_is_named(construct):
+    body = CONSTRUCTS[construct]
+    broken = formula(lambda x: body(x))
+    with pytest.raises(FormulaError, match=construct):
+        broken(X)
+
+
+def test_signature():
+    with pytest.raises(TypeError, match="named one by one"):
+        formula(lambda *x: x)
+    with pytest.raises(TypeError, match="must have a positional argument"):
+        formula(lambda *, x: x)
+    with pytest.raises(TypeError, match=r"updates must name arguments of the function \(x\), got 'y'"):
+        formula(updates=("y",))(lambda x: x)
+    with pytest.raises(TypeError, match="static must name arguments"):
+        formula(static=("y",))(lambda x: x)
+
+
+@formula(updates=("x",), static=("double",))
+def shrink(x, *, rate, double):
+    return x - rate * x * (2 if double else 1)
+
+
+def test_calls():
+    with pytest.raises(TypeError, match="rate"):
+        shrink(torch.ones(3), double=True)
+    with pytest.raises(TypeError, match="double"):
+        shrink(torch.ones(3), rate=0.1)
+    with pytest.raises(TypeError, match="unknown"):
+        shrink(torch.ones(3), rate=0.1, double=True, unknown=1)
+    with pytest.raises(TypeError, match="positional argument"):
+        shrink(torch.ones(3), torch.ones(3), rate=0.1, double=True)
+    with pytest.raises(ValueError, match=r"same length, got a: 1, b: 2"):
+        formula(updates=("a",))(lambda a, b: a + b).foreach_([X], [X, X])
+    with pytest.raises(TypeError, match="needs @formula"):
+        formula(lambda a: a * 2).foreach_([X])
+    with pytest.raises(TypeError, match="one result for each of updates"):
+        formula(updates=("a", "b"))(lambda a, b: a + b)(torch.ones(3), torch.ones(3))
+
+
+def test_formulas_need_no_source():
+    namespace = {"formula": formula, "exp": exp, "sqrt": sqrt}
+    exec("@formula\ndef made(x, *, a):\n    return exp(a) * sqrt(abs(x))", namespace)
+    torch.testing.assert_close(namespace["made"](X * 4, a=0.0), X * 2)
+    factor = 3
+    torch.testing.assert_close(formula(lambda x: x * factor)(X), X * 3)
+
+
+def test_functions_take_numbers():
+    from torch_bp import kernels as k
+
+    assert (k.sqrt(4.0), k.exp(0), k.log(1), k.tanh(0), k.erf(0), k.sign(-2)) == (2.0, 1.0, 0.0, 0.0, 0.0, -1)
+    assert (k.maximum(1, 2), k.minimum(1, 2), k.where(True, 1, 2), k.abs(-1)) == (2, 1, 1, 1)
+    assert all(math.isnan(v) for v in (k.sqrt(-1.0), k.log(-1.0), k.maximum(math.nan, 1), k.minimum(1, math.nan)))
+    assert (k.log(0.0), k.exp(1e4)) == (-math.inf, math.inf)

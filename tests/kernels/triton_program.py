@@ -1,0 +1,102 @@
+"""Run by `test_cuda.py` in a process of its own: kernels interpreted on the CPU, or compiled ahead of time."""
+
+import sys
+
+import torch
+
+from tests.kernels.formulas import PURE, SIZES, averaged, hostile, lists, scaled
+from torch_bp.kernels import cuda, use
+
+TOLERANCE = {
+    torch.float16: {"rtol": 1e-3, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3},
+    torch.float32: {"rtol": 5e-6, "atol": 1e-6},
+    torch.float64: {"rtol": 1e-13, "atol": 1e-14},
+}
+
+
+def interpret():
+    checked = 0
+    for dtype, tolerance in TOLERANCE.items():
+        for formula in PURE:
+            for shape in SIZES[:-1]:
+                x, y = hostile(shape, dtype)
+                if dtype is torch.bfloat16:  # the interpreter widens subnormal bfloat16 to other numbers
+                    x, y = (t.where(t.abs() > 1e-37, 0) for t in (x, y))
+                with use("torch"):
+                    expected = formula(x, y)
+                with use("triton"):
+                    assert (formula.formula._program((x, y), {}) is not None) == (x.numel() > 0)
+                    actual = formula(x, y)
+                torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
+                checked += 1
+        for factor in (0.999, torch.tensor(0.999, dtype=torch.float64)):
+            with use("triton"):
+                actual = scaled(torch.ones(9, dtype=dtype), factor=factor, offset=0.0)
+            torch.testing.assert_close(actual, torch.full((9,), 1 - 0.999, dtype=dtype), **tolerance)
+            checked += 1
+        for with_largest in (True, False):
+            rows, expected = lists(dtype, with_largest=with_largest), lists(dtype, with_largest=with_largest)
+            with use("torch"):
+                averaged.foreach_(*expected, rate=0.1, beta=0.9, negative=True)
+            with use("triton"):
+                averaged.foreach_(*rows, rate=0.1, beta=0.9, negative=True)
+            torch.testing.assert_close(rows, expected, **tolerance)
+            checked += 1
+    print("interpreted", checked)
+
+
+def kernels():
+    """Every text that a program of the package may load: (formula's program, form, from_table)."""
+    from torch_bp import optim
+    from torch_bp.ops import losses, pointwise
+
+    for formula in (*PURE, pointwise.sigmoid_backward, pointwise.tanh_backward, pointwise.relu_backward):
+        yield formula.formula, [torch.ones(2)] * len(formula.formula.tensors), {}
+    yield pointwise.leaky_relu_backward.formula, [torch.ones(2)] * 2, {"negative_slope": 0.1}
+    for formula in (losses.squared_error_backward, losses.bce_backward, losses.bce_target_backward):
+        yield formula.formula, [None, torch.ones(2), torch.ones(2)], {"scale": 1.0}
+    yield losses.bce_logits_backward.formula, [torch.ones(2)] * 4, {"scale": 1.0}
+    for kind, options in (
+        (optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        (optim.RMSprop, {"momentum": 0.9, "centered": True}),
+        (optim.Adagrad, {"lr_decay": 0.1}),
+        (optim.Adam, {"amsgrad": True, "weight_decay": 0.1}),
+        (optim.AdamW, {}),
+    ):
+        optimizer = kind([torch.ones(2, requires_grad=True)], **options)
+        group = optimizer.param_groups[0]
+        tensors = [torch.ones(2), torch.ones(2)]
+        tensors += [None if name is None else torch.ones(2) for name in optimizer.state_layout(group)]
+        yield kind.rule.formula, tensors, optimizer.scalars(group, 3, False)
+
+
+def compile_ahead():
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+    compiled = 0
+    for number, (formula, tensors, keywords) in enumerate(kernels()):
+        for dtype in pointers if number == 0 else (torch.float32, torch.float64 if number % 2 else torch.bfloat16):
+            program = formula._prepare("triton", dtype, tensors, keywords)
+            for kernel in (program.single, program.list):
+                run = kernel._run(dtype is torch.float64)
+                types = dict.fromkeys(run.arg_names, "fp32")
+                types |= {n: pointers[dtype] for n in run.arg_names if n.startswith("p_")}
+                types |= {n: "*fp64" for n in run.arg_names if n == "scalars"}
+                types |= {n: "*i64" for n in ("addresses", "tensor", "start", "length") if n in types}
+                types |= {n: "i64" for n in ("count", "columns") if n in types}
+                sizes = {"BLOCK": cuda.BLOCK, "CHUNK": cuda.CHUNK}
+                sizes = {n: v for n, v in sizes.items() if n in run.arg_names}
+                types |= dict.fromkeys(sizes, "constexpr")
+                source = ASTSource(run, types, constexprs={(run.arg_names.index(n),): v for n, v in sizes.items()})
+                binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(cuda.LAUNCH))
+                assert binary.asm["cubin"], formula.name
+                compiled += 1
+    print("compiled", compiled)
+
+
+if __name__ == "__main__":
+    {"interpret": interpret, "compile": compile_ahead}[sys.argv[1]]()
