@@ -3,8 +3,9 @@
 Public here: `formula`, `use`, `FormulaError`, and the functions a formula may call.
 """
 
-from torch_bp.kernels.expression import (
-    FormulaError,
+from torch_bp.kernels.engine import use
+from torch_bp.kernels.formula import Formula, formula
+from torch_bp.kernels.functions import (
     erf,
     exp,
     log,
@@ -15,7 +16,7 @@ from torch_bp.kernels.expression import (
     tanh,
     where,
 )
-from torch_bp.kernels.formula import Formula, formula, use
+from torch_bp.kernels.symbol import FormulaError
 from torch_bp.kernels.table import Table
 
 __all__ = [

@@ -7,67 +7,22 @@ function runs instead: one pass over memory, on the CPU by Numba, on CUDA by Tri
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, overload
 
 import torch
 
 from torch_bp.kernels import cpu, cuda, plain
-from torch_bp.kernels.expression import Expression, trace
+from torch_bp.kernels.engine import serving
+from torch_bp.kernels.expression import trace
+from torch_bp.kernels.program import Program, as_torch
 from torch_bp.kernels.table import Table
-
-ENGINES = ("auto", "torch", "numba", "triton")
-_HALF = {torch.float16, torch.bfloat16}
 
 _MISSING = object()
 _is_compiling = torch.compiler.is_dynamo_compiling
-
-_engine = "auto"
-
-
-@contextlib.contextmanager
-def use(engine: str) -> Iterator[None]:
-    """Force the engine of every formula in this process, for tests and debugging.
-
-    Process-wide and not thread-local, because backward runs in other threads. What a kernel cannot serve still runs as
-    torch operations.
-
-    Args:
-        engine: "torch" (the formula as it is), "numba" (CPU), "triton" (CUDA; on the CPU where Triton interprets), or
-            "auto" (default: Numba on the CPU, Triton on CUDA).
-
-    Raises:
-        ValueError: `engine` is none of these.
-
-    Example:
-        >>> import torch, torch_bp
-        >>> with torch_bp.kernels.use("torch"):
-        ...     torch_bp.nn.functional.tanh(torch.zeros(1))
-        tensor([0.])
-    """
-    global _engine
-    if engine not in ENGINES:
-        raise ValueError(f"kernels.use: engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}.")
-    before, _engine = _engine, engine
-    try:
-        yield
-    finally:
-        _engine = before
-
-
-def _serving(tensor: torch.Tensor) -> str | None:
-    """Return the engine that has kernels for plain tensors of this one's device and dtype."""
-    if tensor.is_cpu:
-        if _engine == "triton":
-            return "triton" if tensor.dtype in cuda.DTYPES and cuda.interpreted() and cuda.usable() else None
-        return "numba" if tensor.dtype in cpu.DTYPES and cpu.usable() else None
-    if tensor.is_cuda and _engine != "numba":
-        return "triton" if tensor.dtype in cuda.DTYPES and cuda.usable() else None
-    return None
 
 
 def _numbers(values: Iterable[Any]) -> bool:
@@ -90,39 +45,6 @@ def _may_write(tensors: Sequence[torch.Tensor | None]) -> bool:
     return plain.disjoint([(t.data_ptr(), size, 0, True) for t in present]) and (
         torch.is_inference_mode_enabled() or not any(t.is_inference() for t in present)
     )
-
-
-def as_torch(
-    function: Callable[..., Any],
-    updates: Sequence[str],
-    names: Sequence[str],
-    tensors: Sequence[Any],
-    keywords: Mapping[str, Any],
-) -> Any:
-    """Run a formula's function on tensors as it is, and write the results where `updates` says.
-
-    Half precision is computed in float32 and rounded once, as torch's own kernels do.
-    """
-    dtypes = {t.dtype for t in tensors if t is not None}
-    half = dtypes and dtypes <= _HALF
-    if half:
-        results = function(*[None if t is None else t.float() for t in tensors], **keywords)
-    else:
-        results = function(*tensors, **keywords)
-    if not half and not updates:
-        return results
-    several = isinstance(results, tuple)
-    if half:
-        dtype = functools.reduce(torch.promote_types, dtypes)
-        rounded = [None if r is None else r.to(dtype) for r in (results if several else (results,))]
-        results = tuple(rounded) if several else rounded[0]
-    if not updates:
-        return results
-    by_name = dict(zip(names, tensors))
-    for name, result in zip(updates, results if several else (results,)):
-        if result is not None and result is not by_name[name]:
-            by_name[name].copy_(result)
-    return None
 
 
 class Formula:
@@ -151,7 +73,7 @@ class Formula:
         self.scalars = tuple(p.name for p in keywords if p.name not in self.static)
         self.updates = tuple(updates)
         self._defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
-        self._programs: dict[Any, _Program] = {}
+        self._programs: dict[Any, Program] = {}
         for kind, names, allowed in (
             ("updates", self.updates, self.tensors),
             ("static", self.static, [p.name for p in keywords]),
@@ -183,23 +105,21 @@ class Formula:
             return tuple(tensors)
         return (*tensors, *[None] * (len(self.tensors) - len(tensors)))
 
-    def _program(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> _Program | None:
+    def _program(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> Program | None:
         """The one place that decides whether a kernel serves a call: return it, or None for torch."""
-        if _engine == "torch" or len(tensors) != len(self.tensors) or not plain.unwatched():
+        if len(tensors) != len(self.tensors) or not plain.unwatched():
             return None
         first = plain.alike(tensors)
         if first is None or not first.numel():
             return None
         if plain.recording(tensors) or not _numbers(keywords.values()):
             return None
-        engine = _serving(first)
+        engine = serving(first)
         if engine is None or not plain.have_memory(tensors) or (self.updates and not _may_write(tensors)):
             return None
         return self._prepare(engine, first.dtype, tensors, keywords)
 
-    def _prepare(
-        self, engine: str, dtype: torch.dtype, tensors: Sequence[Any], keywords: Mapping[str, Any]
-    ) -> _Program:
+    def _prepare(self, engine: str, dtype: torch.dtype, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> Program:
         """Return the kernels for these arguments, traced and compiled if they are new."""
         absent = ()
         for tensor in tensors:
@@ -214,7 +134,7 @@ class Formula:
         if program is None:
             fixed = dict(zip(self.static, static)) if self.static else {}
             expression = trace(self.function, self.name, self.tensors, absent, self.scalars, fixed)
-            program = self._programs[key] = _Program(self, engine, dtype, expression, absent)
+            program = self._programs[key] = Program(self, engine, dtype, expression, absent)
         return program
 
     def _static_value(self, name: str, keywords: Mapping[str, Any]) -> Any:
@@ -264,7 +184,7 @@ class Formula:
         first = present[0][0]
         if len(lists) != len(self.tensors) or not plain.unwatched() or not isinstance(first, torch.Tensor):
             return False
-        engine = _serving(first)
+        engine = serving(first)
         if engine is None or any(map(plain.recording, present)) or not _numbers(keywords.values()):
             return False
         writes = [n in self.updates for n, row in zip(self.tensors, lists) if row is not None]
@@ -273,66 +193,6 @@ class Formula:
         if table.elements:
             self._prepare(engine, first.dtype, lists, keywords).foreach(table, first.device, keywords)
         return True
-
-
-class _Program:
-    """The kernels of one formula for one engine, one dtype and one choice of static and absent arguments."""
-
-    def __init__(
-        self, formula: Formula, engine: str, dtype: torch.dtype, expression: Expression, absent: Sequence[str]
-    ) -> None:
-        self.expression = expression
-        self.defaults = {n: v for n, v in formula._defaults.items() if n in formula.scalars}
-        self.static = frozenset(formula.static)
-        self.takes_scalars = bool(formula.scalars)
-        self.updates = bool(formula.updates)
-        if self.updates:
-            targets = [n for n in formula.updates if n not in absent]
-            if len(targets) != len(expression.outputs):
-                raise TypeError(
-                    f"formula {formula.name}: it must return one result for each of updates={formula.updates}, got "
-                    f"{len(expression.outputs)} for {', '.join(targets)}."
-                )
-        else:
-            targets = [f"out{i}" for i in range(len(expression.outputs))]
-        self.numba = engine == "numba"
-        module: Any = cpu if self.numba else cuda
-        self.single = module.Kernel(module.text_single, expression, targets, dtype)
-        self.list = module.Kernel(module.text_list, expression, targets, dtype)
-        self.written = [i for i, n in enumerate(expression.inputs) if n in targets]
-        self.created = 0 if self.updates else len(expression.outputs)
-
-    def _values(self, keywords: Mapping[str, Any]) -> Sequence[Any]:
-        if self.defaults:
-            keywords = {**self.defaults, **keywords}
-        if self.static:
-            keywords = {n: v for n, v in keywords.items() if n not in self.static}
-        if self.numba and keywords:
-            keywords = {n: v.item() if isinstance(v, torch.Tensor) else v for n, v in keywords.items()}
-        return self.expression.host(**keywords)
-
-    def __call__(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
-        present = [t for t in tensors if t is not None]
-        first = present[0]
-        values = self._values(keywords) if self.takes_scalars or keywords else ()
-        results = [torch.empty_like(first) for _ in range(self.created)]
-        if self.numba:
-            count = first.numel()
-            self.single.run(count, count, *[t.data_ptr() for t in present + results], *values)
-        else:
-            self.single.run_single(present + results, values)
-        if self.updates:
-            torch.autograd.graph.increment_version([present[i] for i in self.written])
-            return None
-        return results[0] if self.created == 1 else tuple(results)
-
-    def foreach(self, table: Table, device: torch.device, keywords: Mapping[str, Any]) -> None:
-        values = self._values(keywords)
-        if self.numba:
-            self.list.run(table.elements, table.addresses, table.tensor, table.start, table.length, *values)
-        else:
-            self.list.run_list(table, device, values)
-        torch.autograd.graph.increment_version(table.written)
 
 
 class FormulaFunction(Protocol):

@@ -105,9 +105,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         return step(self, closure)
 
 
+# torch's check that a captured graph holds a capturable optimizer; renamed after torch 2.11
+_check_capture = getattr(
+    torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
+) or torch.optim.Optimizer._cuda_graph_capture_health_check
+
+
 def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
     """The `step` of every optimizer here; `self` has what `RuleOptimizer` describes."""
-    self._cuda_graph_capture_health_check()
+    _check_capture(self)
     loss = None
     if closure is not None:
         with torch.enable_grad():
@@ -131,13 +137,13 @@ def _overflowed(optimizer: Any) -> bool:
 
 def _step_group(self: Any, index: int, group: dict[str, Any], scale: Tensor | None) -> None:
     gradients: list[Tensor | None] = [p.grad for p in group["params"]]
-    if scale is None and not torch.compiler.is_compiling() and not _on_device(group):
-        if _listable(group["params"], gradients):
-            plans = self.__dict__.setdefault("_plans", {})
-            plan = plans.get(index)
-            if plan is None or not plan.fits(self, group, gradients):
-                plan = plans[index] = _Plan(self, group, gradients)
-            gradients = plan.run(self, group, gradients)
+    listed = scale is None and not torch.compiler.is_compiling() and not _on_device(group)
+    if listed and _listable(group["params"], gradients):
+        plans = self.__dict__.setdefault("_plans", {})
+        plan = plans.get(index)
+        if plan is None or not plan.fits(self, group, gradients):
+            plan = plans[index] = _Plan(self, group, gradients)
+        gradients = plan.run(self, group, gradients)
     if gradients:
         _one_by_one(self, group, gradients, scale)
 

@@ -1,0 +1,83 @@
+"""The functions a formula may call: of tensors, of numbers and of symbols, with torch's rules for NaN and Inf."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torch_bp.kernels.symbol import WHERE_OF_NUMBERS, FormulaError, Symbol
+
+
+def _dispatch(operation: str, of_tensor: Callable[..., Any], of_number: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function of tensors, numbers and symbols, with torch's rules for NaN."""
+
+    def function(*arguments: Any) -> Any:
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                return of_tensor(*arguments)
+        for argument in arguments:
+            if isinstance(argument, Symbol):
+                return argument.trace.operate(operation, *arguments)
+        return of_number(*arguments)
+
+    function.__name__ = function.__qualname__ = operation
+    function.__doc__ = f"`torch.{operation}` on tensors, numbers and, in a formula being traced, symbols."
+    return function
+
+
+def _as_tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Let a two-operand torch function take numbers: they become tensors of the other's dtype and device."""
+
+    def call(*arguments: Any) -> torch.Tensor:
+        like = next(a for a in arguments if isinstance(a, torch.Tensor))
+        return function(*(a if isinstance(a, torch.Tensor) else torch.full_like(like, a) for a in arguments))
+
+    return call
+
+
+def _where(condition: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+    if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
+        raise FormulaError(WHERE_OF_NUMBERS)
+    return torch.where(condition, a, b)
+
+
+def _nan_aware(choose: Callable[[float, float], float]) -> Callable[[float, float], float]:
+    return lambda a, b: math.nan if math.isnan(a) or math.isnan(b) else choose(a, b)
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else (-math.inf if value == 0 else math.nan)
+
+
+sqrt = _dispatch("sqrt", torch.sqrt, lambda a: math.sqrt(a) if not a < 0 else math.nan)
+exp = _dispatch("exp", torch.exp, _exp)
+log = _dispatch("log", torch.log, _log)
+tanh = _dispatch("tanh", torch.tanh, math.tanh)
+erf = _dispatch("erf", torch.erf, math.erf)
+sign = _dispatch("sign", torch.sign, lambda a: (a > 0) - (a < 0))
+where = _dispatch("where", _where, lambda condition, a, b: a if condition else b)
+maximum = _dispatch("maximum", _as_tensors(torch.maximum), _nan_aware(max))
+minimum = _dispatch("minimum", _as_tensors(torch.minimum), _nan_aware(min))
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "sqrt": sqrt,
+    "exp": exp,
+    "log": log,
+    "tanh": tanh,
+    "erf": erf,
+    "where": where,
+    "maximum": maximum,
+    "minimum": minimum,
+    "abs": abs,
+    "sign": sign,
+}

@@ -1,0 +1,111 @@
+"""A formula ready to run: as torch operations, or as the kernels of one engine, dtype and choice of flags."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torch_bp.kernels import cpu, cuda
+from torch_bp.kernels.expression import Expression
+from torch_bp.kernels.table import Table
+
+if TYPE_CHECKING:
+    from torch_bp.kernels.formula import Formula
+
+_HALF = {torch.float16, torch.bfloat16}
+
+
+def as_torch(
+    function: Callable[..., Any],
+    updates: Sequence[str],
+    names: Sequence[str],
+    tensors: Sequence[Any],
+    keywords: Mapping[str, Any],
+) -> Any:
+    """Run a formula's function on tensors as it is, and write the results where `updates` says.
+
+    Half precision is computed in float32 and rounded once, as torch's own kernels do.
+    """
+    dtypes = {t.dtype for t in tensors if t is not None}
+    half = dtypes and dtypes <= _HALF
+    if half:
+        results = function(*[None if t is None else t.float() for t in tensors], **keywords)
+    else:
+        results = function(*tensors, **keywords)
+    if not half and not updates:
+        return results
+    several = isinstance(results, tuple)
+    if half:
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        rounded = [None if r is None else r.to(dtype) for r in (results if several else (results,))]
+        results = tuple(rounded) if several else rounded[0]
+    if not updates:
+        return results
+    by_name = dict(zip(names, tensors))
+    for name, result in zip(updates, results if several else (results,)):
+        if result is not None and result is not by_name[name]:
+            by_name[name].copy_(result)
+    return None
+
+
+class Program:
+    """The kernels of one formula for one engine, one dtype and one choice of static and absent arguments."""
+
+    def __init__(
+        self, formula: Formula, engine: str, dtype: torch.dtype, expression: Expression, absent: Sequence[str]
+    ) -> None:
+        self.expression = expression
+        self.defaults = {n: v for n, v in formula._defaults.items() if n in formula.scalars}
+        self.static = frozenset(formula.static)
+        self.takes_scalars = bool(formula.scalars)
+        self.updates = bool(formula.updates)
+        if self.updates:
+            targets = [n for n in formula.updates if n not in absent]
+            if len(targets) != len(expression.outputs):
+                raise TypeError(
+                    f"formula {formula.name}: it must return one result for each of updates={formula.updates}, got "
+                    f"{len(expression.outputs)} for {', '.join(targets)}."
+                )
+        else:
+            targets = [f"out{i}" for i in range(len(expression.outputs))]
+        self.numba = engine == "numba"
+        module: Any = cpu if self.numba else cuda
+        self.single = module.Kernel(module.text_single, expression, targets, dtype)
+        self.list = module.Kernel(module.text_list, expression, targets, dtype)
+        self.written = [i for i, n in enumerate(expression.inputs) if n in targets]
+        self.created = 0 if self.updates else len(expression.outputs)
+
+    def _values(self, keywords: Mapping[str, Any]) -> Sequence[Any]:
+        if self.defaults:
+            keywords = {**self.defaults, **keywords}
+        if self.static:
+            keywords = {n: v for n, v in keywords.items() if n not in self.static}
+        if self.numba and keywords:
+            keywords = {n: v.item() if isinstance(v, torch.Tensor) else v for n, v in keywords.items()}
+        return self.expression.host(**keywords)
+
+    def __call__(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+        present = [t for t in tensors if t is not None]
+        first = present[0]
+        values = self._values(keywords) if self.takes_scalars or keywords else ()
+        results = [torch.empty_like(first) for _ in range(self.created)]
+        if self.numba:
+            count = first.numel()
+            self.single.run(count, count, *[t.data_ptr() for t in present + results], *values)
+        else:
+            self.single.run_single(present + results, values)
+        if self.updates:
+            torch.autograd.graph.increment_version([present[i] for i in self.written])
+            return None
+        return results[0] if self.created == 1 else tuple(results)
+
+    def foreach(self, table: Table, device: torch.device, keywords: Mapping[str, Any]) -> None:
+        values = self._values(keywords)
+        if self.numba:
+            self.list.run(table.elements, table.addresses, table.tensor, table.start, table.length, *values)
+        else:
+            self.list.run_list(table, device, values)
+        torch.autograd.graph.increment_version(table.written)
