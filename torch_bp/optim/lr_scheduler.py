@@ -12,8 +12,8 @@ What differs from torch:
 
 - **Loading.** `load_state_dict` also writes the saved rates, and what else schedules keep in parameter groups,
   into the optimizer, whose own state may be loaded before the schedule is constructed, later, or not at all.
-  They travel under one more key, `"_param_groups"`, which torch's classes ignore. Without it (torch's states)
-  the last rates are written, unless the optimizer has loaded since. Groups match by position.
+  They travel under one more key, `"_param_groups"`, which torch's classes ignore. Without it (torch's states) all
+  but `ReduceLROnPlateau` write their last rates, unless the optimizer has loaded since. Groups match in order.
 - **Groups added later** with `add_param_group` join every schedule. Their base rate is their `"initial_lr"`
   or, without one, the rate they have at the next step. `OneCycleLR` asks for its own keys.
 - **Where torch divides by zero** the schedule is defined: see `curves.move` and `curves.one_cycle`.
@@ -58,7 +58,7 @@ def _load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
     if saved and (saved["last_epoch"], saved["_last_lr"]) == (self.last_epoch, self._last_lr):
         groups = saved["groups"]
     elif vars(self).get(_BUILT_ON) is param_groups and self.last_epoch >= 0:  # torch's, and it has begun
-        groups = [{"lr": lr, "initial_lr": base_lr} for lr, base_lr in zip(self._last_lr, self.base_lrs)]
+        groups = [{"lr": lr} for lr in self._last_lr]
     for group, entries in zip(param_groups, groups):
         for key in entries.keys() & group.keys():
             if isinstance(group[key], torch.Tensor):  # stays the same object

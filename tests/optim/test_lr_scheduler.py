@@ -1,0 +1,300 @@
+"""The schedules against torch's: one row per configuration, and properties that hold for every row."""
+
+import copy
+import io
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+import torch.optim.lr_scheduler as theirs
+
+import torch_bp.optim.lr_scheduler as ours
+
+# A row: the class, its arguments, and the steps to take, past the end where there is one.
+ROWS = [
+    ("StepLR", {"step_size": 3}, 12),
+    ("MultiStepLR", {"milestones": [2, 5, 5, 9], "gamma": 0.5}, 12),
+    ("ConstantLR", {}, 9),
+    ("LinearLR", {}, 9),
+    ("LinearLR", {"start_factor": 1.0, "end_factor": 0.0, "total_iters": 6}, 10),
+    ("ExponentialLR", {"gamma": 0.9}, 30),
+    ("ExponentialLR", {"gamma": 0.1}, 400),
+    ("CosineAnnealingLR", {"T_max": 10}, 45),
+    ("CosineAnnealingLR", {"T_max": 7, "eta_min": 0.002}, 45),
+    ("CosineAnnealingWarmRestarts", {"T_0": 4}, 14),
+    ("CosineAnnealingWarmRestarts", {"T_0": 3, "T_mult": 2, "eta_min": 0.002}, 50),
+    ("OneCycleLR", {"max_lr": 0.5, "total_steps": 20}, 20),
+    ("OneCycleLR", {"max_lr": [0.5, 0.2], "epochs": 4, "steps_per_epoch": 5, "anneal_strategy": "linear"}, 20),
+    ("OneCycleLR", {"max_lr": 0.5, "total_steps": 20, "three_phase": True, "max_momentum": [0.9, 0.8]}, 20),
+    ("OneCycleLR", {"max_lr": 0.5, "total_steps": 9, "cycle_momentum": False, "div_factor": 3.0}, 9),
+    ("ReduceLROnPlateau", {"patience": 0, "factor": 0.5, "cooldown": 2, "min_lr": [0.01, 0.001]}, 30),
+    ("ReduceLROnPlateau", {"mode": "max", "patience": 1, "threshold": 0.1, "threshold_mode": "abs"}, 30),
+]
+METRICS = [1.0, 0.9, 0.95, math.nan, 0.91, 0.5, 0.5, 0.49999, 1.2, 1.3, 1.25, 0.4, math.inf, 0.39, 0.45]
+GROUP_KEYS = ("lr", "momentum", "betas", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+# The first row of each class, and of each that a composer takes.
+FIRST = {name: (name, kwargs) for name, kwargs, _ in reversed(ROWS)}
+PARTS = [row for name, row in FIRST.items() if name != "ReduceLROnPlateau"]
+# The orders of constructing (c), loading the schedule's state (s) and loading the optimizer's (o).
+ORDERS = ["cso", "cos", "ocs", "cs"]
+every_row = pytest.mark.parametrize(("name", "kwargs", "steps"), ROWS, ids=lambda v: str(v).strip("{}"))
+every_class = pytest.mark.parametrize(("name", "kwargs"), FIRST.values(), ids=FIRST)
+
+
+def optimizer(kind=torch.optim.SGD, tensor=False, lrs=(0.1, 0.03)):
+    lrs = [torch.tensor(lr, dtype=torch.float64) if tensor else lr for lr in lrs]
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {"betas": (0.8, 0.99)}
+    return kind([{"params": [torch.zeros(1)], "lr": lr} for lr in lrs], lr=0.1, **options)
+
+
+def build(module, opt, name, kwargs, **more):
+    schedule = getattr(module, name)(opt, **copy.deepcopy(kwargs), **more)
+    opt.step()  # before the first step of a schedule, as torch wants it
+    return schedule
+
+
+def advance(schedule, steps=1):
+    plateau = isinstance(schedule, theirs.ReduceLROnPlateau)
+    for _ in range(steps):
+        schedule.step(*([METRICS[schedule.last_epoch % len(METRICS)]] if plateau else []))
+    return schedule
+
+
+def values(opt):
+    found = [group[key] for group in opt.param_groups for key in GROUP_KEYS if key in group]
+    return [float(x) for value in found for x in (value if isinstance(value, tuple) else [value])]
+
+
+def same(got, expected):
+    return len(got) == len(expected) and all(
+        math.isclose(x, y, rel_tol=1e-12, abs_tol=1e-16) for x, y in zip(got, expected)
+    )
+
+
+def assert_twins(mine, other, steps=0):
+    """Two schedules agree, now and for some steps."""
+    for step in range(steps + 1):
+        if step:
+            advance(mine)
+            advance(other)
+        got, expected = values(mine.optimizer), values(other.optimizer)
+        assert same(got, expected), (step, got, expected)
+        assert same(mine.get_last_lr(), other.get_last_lr())
+
+
+def twins(name, kwargs, **more):
+    return [build(module, optimizer(**more), name, kwargs) for module in (ours, theirs)]
+
+
+def saved(schedule):
+    """The states of the optimizer and of the schedule, through a file."""
+    buffer = io.BytesIO()
+    torch.save((schedule.optimizer.state_dict(), schedule.state_dict()), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def resumed(make, states, order):
+    """`make(optimizer)` gives the schedule; without the optimizer's state the fresh optimizer has other rates."""
+    opt = optimizer(lrs=(0.1, 0.03) if "o" in order else (7.0, 5.0))
+    for letter in order:
+        if letter == "c":
+            schedule = make(opt)
+        elif letter == "s":
+            schedule.load_state_dict(copy.deepcopy(states[1]))
+        else:
+            opt.load_state_dict(copy.deepcopy(states[0]))
+    opt.step()
+    return schedule
+
+
+@every_row
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_equals_torch_over_the_run_and_past_its_end(name, kwargs, steps, kind):
+    mine, other = twins(name, kwargs, kind=kind)
+    assert isinstance(mine, getattr(theirs, name))
+    assert_twins(mine, other, steps)
+
+
+@every_row
+def test_a_rate_changed_from_outside_moves_as_in_torch(name, kwargs, steps):
+    mine, other = twins(name, kwargs)
+    for i in range(min(steps, 20)):
+        for schedule in (mine, other):
+            advance(schedule, max(steps // 20, 1))
+            schedule.optimizer.param_groups[i % 2]["lr"] = 0.2 + 0.01 * i
+        assert_twins(mine, other)
+
+
+@every_row
+def test_a_tensor_rate_is_written_in_place(name, kwargs, steps):
+    mine, other = twins(name, kwargs, tensor=True)
+    group = mine.optimizer.param_groups[0]
+    rate, state = group["lr"], mine.state_dict()
+    assert_twins(mine, other, min(steps, 25))
+    held = [*mine.get_last_lr(), *getattr(mine, "base_lrs", []), group.get("initial_lr")]
+    assert group["lr"] is rate
+    assert all(value is not rate for value in held)
+    mine.load_state_dict(state)
+    assert group["lr"] is rate
+    assert_twins(mine, build(theirs, optimizer(tensor=True), name, kwargs))
+
+
+@every_row
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
+def test_step_to_an_epoch(name, kwargs, steps):
+    mine, other = twins(name, kwargs)
+    for epoch in (2, None, 0, 3, None, steps, 0, None):
+        if epoch is None and mine.last_epoch >= steps:
+            continue
+        for schedule in (mine, other):
+            metric = [0.5] if name == "ReduceLROnPlateau" else []
+            schedule.step(*metric, *([epoch] if epoch is not None else []))
+        assert_twins(mine, other)
+
+
+@every_row
+def test_constructed_with_last_epoch(name, kwargs, steps):
+    if name == "ReduceLROnPlateau":
+        pytest.skip("takes no last_epoch")
+    for k in range(min(steps, 10)):
+        mine, other = twins(name, kwargs)
+        advance(other, k + 1 if "T_mult" in kwargs else k)
+        mine = build(ours, advance(mine, k).optimizer, name, kwargs, last_epoch=k)
+        if "T_mult" not in kwargs:  # there torch begins in a wrong cycle; its uninterrupted run is right
+            other = build(theirs, other.optimizer, name, kwargs, last_epoch=k)
+        assert_twins(mine, other, min(steps - k - 1, 5))
+
+
+@every_row
+def test_states_load_both_ways(name, kwargs, steps):
+    mine, other = twins(name, kwargs)
+    assert set(mine.state_dict()) - set(other.state_dict()) == {"_param_groups"}
+    assert set(other.state_dict()) <= set(mine.state_dict())
+    for (source, target), k in itertools.product([(ours, theirs), (theirs, ours)], [0, 1, min(steps // 2, 25)]):
+        first = advance(build(source, optimizer(), name, kwargs), k)
+        second = resumed(lambda opt, to=target: build(to, opt, name, kwargs), saved(first), "cos")
+        assert_twins(second, first, min(steps - k, 5))
+        # torch has no such entry, or passes on an old one of ours
+        third = resumed(lambda opt: build(ours, opt, name, kwargs), saved((first, second)[source is ours]), "ocs")
+        assert_twins(third, first)
+
+
+@every_row
+@pytest.mark.parametrize("order", ORDERS)
+def test_resumes_in_every_order(name, kwargs, steps, order):
+    for k in (0, 1, min(steps // 2, 25), min(steps, 45)):
+        schedule = advance(build(ours, optimizer(), name, kwargs), k)
+        again = resumed(lambda opt: build(ours, opt, name, kwargs), saved(schedule), order)
+        assert_twins(again, schedule, min(steps - k, 5))
+
+
+@pytest.mark.parametrize("name", ["ConstantLR", "LinearLR", "CosineAnnealingWarmRestarts", "OneCycleLR"])
+def test_torch_resumes_with_a_wrong_rate_where_we_load(name):
+    """If torch mends this, writing the rates in load_state_dict can go."""
+    schedule = advance(build(theirs, optimizer(), *FIRST[name]), 6)
+    again = resumed(lambda opt: build(theirs, opt, *FIRST[name]), saved(schedule), "ocs")
+    assert not same(values(again.optimizer), values(schedule.optimizer))
+
+
+def test_a_state_overrules_the_constructor_and_may_have_more_groups():
+    schedule = advance(build(ours, optimizer(), *FIRST["OneCycleLR"]), 5)
+    again = resumed(lambda opt: ours.OneCycleLR(opt, 0.1, total_steps=7), saved(schedule), "cs")
+    assert_twins(again, schedule, 10)
+    alone = ours.OneCycleLR(optimizer(lrs=(0.1,)), 0.1, total_steps=7)
+    alone.load_state_dict(schedule.state_dict())
+    assert advance(alone).get_last_lr() == advance(schedule).get_last_lr()[:1]
+
+
+def composed(module, kind, *rows, milestones=()):
+    def make(opt):
+        parts = [row(opt) if callable(row) else build(module, opt, *row) for row in rows]
+        return getattr(module, kind)(*((opt, parts, [*milestones]) if milestones else (parts,)))
+
+    return make
+
+
+def composites(module):
+    chained, sequential = (module, "ChainedScheduler"), (module, "SequentialLR")
+    step, constant, linear = FIRST["StepLR"], FIRST["ConstantLR"], FIRST["LinearLR"]
+    warm, one_cycle = FIRST["CosineAnnealingWarmRestarts"], FIRST["OneCycleLR"]
+    torchs = ("PolynomialLR", {"total_iters": 9})
+    nested = composed(*chained, constant, FIRST["ExponentialLR"])
+    return [
+        composed(*chained, linear, step, torchs),
+        composed(*sequential, linear, one_cycle, milestones=[3]),
+        composed(*sequential, one_cycle, step, milestones=[6]),
+        composed(*sequential, constant, warm, torchs, milestones=[3, 7]),
+        composed(*sequential, nested, warm, milestones=[4]),
+        composed(*chained, composed(*sequential, linear, step, milestones=[3]), torchs),
+    ]
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_composers_nest_and_resume(which):
+    assert_twins(*(composites(module)[which](optimizer()) for module in (ours, theirs)), 12)
+    for order, k in itertools.product(ORDERS, range(9)):
+        schedule = advance(composites(ours)[which](optimizer()), k)
+        assert_twins(resumed(composites(ours)[which], saved(schedule), order), schedule, 3)
+        if order == "cos" or (order == "ocs" and which in (1, 2, 4)):  # torch is right, or all parts are ours
+            schedule = advance(composites(theirs)[which](optimizer()), k)
+            assert_twins(resumed(composites(ours)[which], saved(schedule), order), schedule, 3)
+
+
+@pytest.mark.parametrize("first", PARTS, ids=lambda row: row[0])
+def test_pairs_as_in_torch(first):
+    for second in PARTS:
+        for kind, milestones in (("ChainedScheduler", ()), ("SequentialLR", (4,))):
+            pair = (composed(m, kind, first, second, milestones=milestones)(optimizer()) for m in (ours, theirs))
+            assert_twins(*pair, 12)
+
+
+@every_class
+def test_groups_added_later_join(name, kwargs):
+    mine, other = (advance(schedule, 2) for schedule in twins(name, kwargs))
+    for schedule in (mine, other):
+        schedule.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.5})
+        schedule.min_lrs, schedule.default_min_lr = [0.0] * 3, 0.0  # as torch's ReduceLROnPlateau asks
+    if name == "OneCycleLR":
+        with pytest.raises(KeyError, match=r"param_groups\[2\] must have .*'base_momentum'\), got .*'max_lr'.*Pass"):
+            advance(mine)
+        first, *_, added = mine.optimizer.param_groups
+        added.update({key: first[key] for key in GROUP_KEYS if key in first and key != "lr"})
+        rates = advance(mine).get_last_lr()
+        assert rates[0] == rates[2] == added["lr"] != 0.5
+    for _ in range(8 if name not in ("OneCycleLR", "CosineAnnealingWarmRestarts") else 0):  # torch goes on with these
+        assert same(advance(mine).get_last_lr(), advance(other).get_last_lr())
+    assert all(0 < advance(mine).get_last_lr()[2] <= 1.5 for _ in range(10))
+    if name not in ("OneCycleLR", "ReduceLROnPlateau"):
+        assert mine.optimizer.param_groups[2]["initial_lr"] == mine.base_lrs[2] == 0.5
+
+
+@every_class
+def test_pickle_and_deepcopy(name, kwargs):
+    schedule = advance(build(ours, optimizer(), name, kwargs), 3)
+    for again in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
+        assert again.optimizer is not schedule.optimizer
+        assert_twins(advance(again), advance(copy.deepcopy(schedule)), 5)
+
+
+@every_class
+def test_jsonargparse_builds_it_from_text(name, kwargs):
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(getattr(ours, name), "schedule", skip={"optimizer"})
+    chosen = parser.parse_object({"schedule": kwargs}).schedule
+    assert_twins(build(ours, optimizer(), name, vars(chosen)), build(theirs, optimizer(), name, kwargs), 5)
+
+
+@pytest.mark.parametrize("module", [ours, theirs])
+def test_a_step_before_the_optimizers_warns(module):
+    schedule = module.StepLR(optimizer(), 3)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        schedule.step()
+
+
+def test_other_names_are_torchs():
+    for name in set(theirs.__all__) - set(FIRST):
+        assert getattr(ours, name) is getattr(theirs, name)

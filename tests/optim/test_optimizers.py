@@ -1,0 +1,165 @@
+"""Each optimizer takes torch's steps, over torch's own table of inputs, and keeps torch's state."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from tests.optim.table import INFO, INPUTS, PAIRS, assert_same_state, parameters, train
+from torch_bp.kernels import use
+
+EXACT = {"rtol": 1e-12, "atol": 1e-13}
+CLOSE = {"rtol": 2e-5, "atol": 2e-6}  # float32 over 100 steps, rounded in another order
+OPTIONS = {
+    "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "RMSprop": {"momentum": 0.9, "centered": True, "weight_decay": 0.1},
+    "Adagrad": {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.1},
+    "Adam": {"amsgrad": True, "weight_decay": 0.1},
+    "AdamW": {"weight_decay": 0.1},
+}
+EACH = pytest.mark.parametrize("name", PAIRS)
+
+
+def named(value):
+    return value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()) or "default"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128])
+@pytest.mark.parametrize(("name", "options"), INPUTS, ids=named)
+def test_hundred_steps(name, options, dtype):
+    tolerance = CLOSE if dtype is torch.float32 else EXACT
+    trained = []
+    for kind in PAIRS[name]:
+        if options.get("capturable") and kind is PAIRS[name][1]:
+            options = {**options, "capturable": False}  # torch refuses it on the CPU; ours need not
+        params = parameters(dtype)
+        optimizer = kind(params, **options)
+        train(optimizer, params, 100, missing=1)
+        trained.append((params, optimizer))
+    (ours, our_optimizer), (theirs, their_optimizer) = trained
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    if "capturable" not in options:
+        assert_same_state(our_optimizer, their_optimizer, **tolerance)
+
+
+@EACH
+def test_engines_in_lock_step(name):
+    kind, _ = PAIRS[name]
+    runs = []
+    for engine in ("torch", "numba"):
+        params = parameters()
+        optimizer = kind(params, **OPTIONS[name])
+        with use(engine):
+            train(optimizer, params, 30)
+        runs.append((params, optimizer))
+    torch.testing.assert_close(runs[0][0], runs[1][0], **EXACT)
+    assert_same_state(runs[0][1], runs[1][1], **EXACT)
+
+
+@EACH
+def test_the_list_kernel_serves(name):
+    params = [p for p in parameters(torch.float32)]
+    optimizer = PAIRS[name][0](params, **OPTIONS[name])
+    train(optimizer, params, 3)
+    (bucket,) = optimizer._plans[0].buckets
+    assert bucket.table.elements == sum(p.numel() for p in params)
+    train(optimizer, params, 3)
+    assert optimizer._plans[0].buckets == [bucket], "the plan was not kept"
+
+
+@EACH
+@pytest.mark.parametrize("direction", ["torch to ours", "ours to torch", "ours to ours"])
+def test_state_moves_both_ways_and_training_goes_on(name, direction):
+    ours, theirs = PAIRS[name]
+    first, second = {"torch to ours": (theirs, ours), "ours to torch": (ours, theirs), "ours to ours": (ours, ours)}[
+        direction
+    ]
+    reference = parameters()
+    uninterrupted = theirs(reference, **OPTIONS[name])
+    train(uninterrupted, reference, 10)
+    train(uninterrupted, reference, 10, seed=2)
+    params = parameters()
+    before = first(params, **OPTIONS[name])
+    train(before, params, 10)
+    after = second(params)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    train(after, params, 10, seed=2)
+    torch.testing.assert_close(params, reference, **EXACT)
+    assert_same_state(after, uninterrupted, **EXACT)
+
+
+@EACH
+def test_resume_is_bitwise(name, tmp_path):
+    kind = PAIRS[name][0]
+    reference = parameters(torch.float32)
+    uninterrupted = kind(reference, **OPTIONS[name])
+    train(uninterrupted, reference, 7)
+    torch.save({"params": reference, "optimizer": uninterrupted.state_dict()}, tmp_path / "checkpoint")
+    train(uninterrupted, reference, 7, seed=2)
+    saved = torch.load(tmp_path / "checkpoint", weights_only=True)
+    params = saved["params"]
+    resumed = kind(params, **OPTIONS[name])
+    resumed.load_state_dict(saved["optimizer"])
+    train(resumed, params, 7, seed=2)
+    torch.testing.assert_close(params, reference, rtol=0, atol=0)
+
+
+@EACH
+def test_copies_go_on_alone(name):
+    params = parameters()
+    optimizer = PAIRS[name][0](params, **OPTIONS[name])
+    train(optimizer, params, 3)
+    for other_params, other in (copy.deepcopy((params, optimizer)), pickle.loads(pickle.dumps((params, optimizer)))):
+        assert_same_state(other, optimizer, rtol=0, atol=0)
+        before = [p.detach().clone() for p in params]
+        train(other, other_params, 3, seed=2)
+        torch.testing.assert_close([p.detach() for p in params], before, rtol=0, atol=0)
+        assert not torch.equal(other_params[0], params[0])
+
+
+@EACH
+def test_error_inputs(name):
+    for error in INFO[name].optim_error_inputs_func(device="cpu", dtype=torch.float32):
+        data = error.optimizer_error_input
+        messages = []
+        for kind in PAIRS[name]:
+            with pytest.raises(error.error_type) as caught:
+                kind(data.params, **data.kwargs).step()
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+
+
+@EACH
+def test_is_torchs_class_with_torchs_signature(name):
+    import inspect
+
+    ours, theirs = PAIRS[name]
+    assert issubclass(ours, theirs)
+    assert inspect.signature(ours) == inspect.signature(theirs)
+    params = parameters()
+    assert repr(ours(params, **OPTIONS[name])) == repr(theirs(params, **OPTIONS[name]))
+    assert ours(params).defaults == theirs(params).defaults
+
+
+@EACH
+def test_closure_and_hooks(name):
+    params = parameters()
+    optimizer = PAIRS[name][0](params)
+    called = []
+    optimizer.register_step_pre_hook(lambda *a: called.append("before"))
+    optimizer.register_step_post_hook(lambda *a: called.append("after"))
+
+    def closure():
+        called.append(torch.is_grad_enabled())
+        loss = sum(p.square().sum() for p in params)
+        optimizer.zero_grad()
+        loss.backward()
+        return loss
+
+    expected = sum(p.square().sum() for p in params).item()
+    with torch.no_grad():
+        loss = optimizer.step(closure=closure)
+    assert loss.item() == expected
+    assert called == ["before", True, "after"]
+    assert sum(p.square().sum() for p in params).item() < expected

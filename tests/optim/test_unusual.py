@@ -1,0 +1,208 @@
+"""Everything that is not a list of plain dense parameters: sparse, mixed, scaled, compiled, differentiated."""
+
+import warnings
+
+import pytest
+import torch
+
+from tests.optim.table import PAIRS, parameters, train
+from torch_bp import optim
+
+EXACT = {"rtol": 1e-12, "atol": 1e-13}
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+EACH = pytest.mark.parametrize("name", PAIRS)
+
+
+def sparse_gradient(shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(shape[0], (4,), generator=generator)  # with repetitions
+    values = torch.randn(4, *shape[1:], generator=generator, dtype=torch.float64)
+    return torch.sparse_coo_tensor(rows[None], values, shape, check_invariants=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SGD", {}),
+        ("SGD", {"momentum": 0.9}),
+        ("Adagrad", {}),
+        ("Adagrad", {"lr_decay": 0.1}),
+        ("SGD", {"maximize": 1}),
+    ],
+)
+def test_sparse_gradients(name, options):
+    results = []
+    for kind in PAIRS[name]:
+        params = parameters(shapes=[(9, 3), (5,)])
+        optimizer = kind(params, **options)
+        for seed in range(5):
+            params[0].grad = sparse_gradient((9, 3), seed)
+            params[1].grad = torch.ones_like(params[1])
+            optimizer.step()
+        results.append(params)
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("Adam", {}), ("AdamW", {}), ("RMSprop", {}), ("Adagrad", {"weight_decay": 0.1})]
+)
+def test_sparse_gradients_are_refused_before_anything_changes(name, options):
+    messages = []
+    for kind in PAIRS[name]:
+        params = parameters(shapes=[(5,), (9, 3)])
+        before = [p.detach().clone() for p in params]
+        optimizer = kind(params, **options)
+        params[0].grad, params[1].grad = torch.ones_like(params[0]), sparse_gradient((9, 3), 0)
+        with pytest.raises(RuntimeError) as caught:
+            optimizer.step()
+        messages.append(str(caught.value))
+        if kind is PAIRS[name][0]:  # torch's Adagrad has updated the first parameter by then
+            torch.testing.assert_close([p.detach() for p in params], before, rtol=0, atol=0)
+    assert messages[0].split(",")[0] in messages[1]
+
+
+@EACH
+def test_mixed_dtypes_and_groups(name):
+    results = []
+    for kind in PAIRS[name]:
+        first, second = parameters(torch.float64), parameters(torch.float32, seed=3)
+        half = parameters(torch.bfloat16, seed=4)
+        optimizer = kind([{"params": [first[0], second[0], first[3]]}, {"params": [*second[1:], half[3]], "lr": 0.05}])
+        for seed in range(3):
+            train(optimizer, [first[0], second[0], first[3], *second[1:], half[3]], 3, seed=seed)
+        results.append([first[0], second[0], first[3], *second[1:], half[3]])
+    for ours, theirs in zip(*results):
+        tolerance = {torch.float64: EXACT, torch.float32: CLOSE}.get(ours.dtype, {"rtol": 0.05, "atol": 0.02})
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@EACH
+def test_tensor_learning_rate(name):
+    results = []
+    for kind in PAIRS[name]:
+        params = parameters()
+        options = {"foreach": False} if name == "SGD" else {}
+        optimizer = kind(params, lr=torch.tensor(0.01, dtype=torch.float64), **options)
+        train(optimizer, params, 3)
+        optimizer.param_groups[0]["lr"].fill_(0.5)
+        train(optimizer, params, 3, seed=2)
+        results.append(params)
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@EACH
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradient_scaler(name, fused):
+    if fused and name == "RMSprop":
+        pytest.raises(TypeError, PAIRS[name][0], parameters(), fused=True)
+        return
+    results = []
+    for kind in PAIRS[name]:
+        params = parameters(torch.float32)
+        optimizer = kind(params, lr=0.01, **({"fused": True} if fused else {}))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        for seed in range(6):
+            generator = torch.Generator().manual_seed(seed)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator) * scaler.get_scale()
+            if seed == 3:
+                params[0].grad[0, 0] = float("inf")
+            scaler._lazy_init_scale_growth_tracker(torch.device("cpu")) if scaler._scale is None else None
+            scaler.step(optimizer)
+            scaler.update()
+        results.append((params, scaler.get_scale()))
+    torch.testing.assert_close(results[0][0], results[1][0], **CLOSE)
+    assert results[0][1] == results[1][1]
+    assert all(p.isfinite().all() for p in results[0][0])
+
+
+@EACH
+def test_differentiable(name):
+    gradients = []
+    for kind in PAIRS[name]:
+        start = torch.ones(4, dtype=torch.float64, requires_grad=True)
+        p = start.clone()
+        optimizer = kind([p], lr=0.1, differentiable=True)
+        for _ in range(3):
+            p.grad = p.detach().clone() * start
+            optimizer.step()
+        (gradient,) = torch.autograd.grad(p.sum(), start)
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_compiled_step(name):
+    results = []
+    for kind in PAIRS[name]:
+        params = parameters(torch.float32)
+        optimizer = kind(params, lr=torch.tensor(0.01), **({"momentum": 0.9} if name == "SGD" else {}))
+        ours = kind is PAIRS[name][0]
+        step = torch.compile(optimizer.step, backend="eager") if ours else optimizer.step
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                step()
+        results.append(params)
+    torch.testing.assert_close(*results, **CLOSE)
+
+
+@EACH
+def test_named_parameters_and_warnings(name):
+    model = torch.nn.Linear(3, 2)
+    optimizer = PAIRS[name][0](model.named_parameters())
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
+        PAIRS[name][0]([])
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        PAIRS[name][0]([model.weight, model.weight])
+
+
+@EACH
+def test_a_real_network_learns(name):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+    x = torch.randn(200, 4)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    optimizer = PAIRS[name][0](model.parameters(), lr={"SGD": 0.5, "Adagrad": 0.1}.get(name, 0.02))
+    for _ in range(200):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert (model(x).argmax(1) == y).float().mean() > 0.95
+
+
+def test_rules_of_ones_own():
+    from torch_bp.kernels import formula, sign, use
+
+    @formula(updates=("param", "momentum_buffer"))
+    def sign_momentum(param, grad, momentum_buffer, *, lr, beta):
+        momentum_buffer = beta * momentum_buffer + (1 - beta) * grad
+        return param - lr * sign(momentum_buffer), momentum_buffer
+
+    class SignMomentum(optim.RuleOptimizer):
+        rule, state_names, counts_steps = staticmethod(sign_momentum), ("momentum_buffer",), True
+
+        def __init__(self, params, lr=1e-3, beta=0.9):
+            super().__init__(params, {"lr": lr, "beta": beta})
+
+    runs = []
+    for engine in ("torch", "numba"):
+        params = parameters()
+        optimizer = SignMomentum(params, lr=0.1)
+        with use(engine):
+            train(optimizer, params, 5)
+            resumed = SignMomentum(params)
+            resumed.load_state_dict(optimizer.state_dict())
+            train(resumed, params, 5, seed=2)
+        runs.append(params)
+        assert resumed.state[params[0]]["step"] == 10
+        assert resumed.param_groups[0]["lr"] == 0.1
+    torch.testing.assert_close(*runs, rtol=0, atol=1e-15)
+    scheduler = torch.optim.lr_scheduler.StepLR(resumed, 1)
+    train(resumed, params, 1)
+    scheduler.step()
+    assert resumed.param_groups[0]["lr"] == pytest.approx(0.01)
