@@ -28,7 +28,7 @@ def test_thread_count_is_torchs(threads, restored_threads, monkeypatch):
     torch.set_num_threads(threads)
     x, y = torch.randn(LARGE), torch.rand(LARGE)
     with use("numba"):
-        kernel = product_rule.formula._program((x, y), {}).single
+        kernel = product_rule.formula._program((x, y), {})[0].single
         kernel._parallel = kernel._parallel or kernel._compiled(parallel=True)
         seen, parallel = [], kernel._parallel
         monkeypatch.setattr(kernel, "_parallel", lambda *a: (seen.append(numba.get_num_threads()), parallel(*a)))
@@ -41,7 +41,7 @@ def test_thread_count_is_torchs(threads, restored_threads, monkeypatch):
 def test_small_tensors_wake_no_threads(monkeypatch):
     x = torch.rand(cpu.PARALLEL_FROM - 1)
     with use("numba"):
-        kernel = product_rule.formula._program((x, x), {}).single
+        kernel = product_rule.formula._program((x, x), {})[0].single
         monkeypatch.setattr(kernel, "_run_parallel", None)
         product_rule(x, x)
 

@@ -17,9 +17,11 @@ import torch
 from torch._C._functorch import TransformType
 from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 
 _transforms_active = torch._C._are_functorch_transforms_active
-_unwrap_dead = torch._functorch.utils.unwrap_dead_wrappers
+_unwrap = torch._C._functorch.unwrap_if_dead  # a tensor that escaped from a transform that has ended
+_Tensor = torch.Tensor
 
 
 class Function(torch.autograd.Function):
@@ -63,8 +65,8 @@ class Function(torch.autograd.Function):
         cls._eager = cls
         if cls._jvp is not None:
             body = {"jvp": cls._jvp, "_eager": None, "__module__": cls.__module__, "__doc__": cls.__doc__}
-            cls._eager = type(cls)(cls.__name__, (cls,), body)
-        cls._apply = super(torch.autograd.Function, cls._eager).apply
+            cls._eager = type(cls)(cls.__name__, (cls,), body)  # type: ignore[misc]
+        cls._apply = super(torch.autograd.Function, cls._eager).apply  # type: ignore[misc]
 
     @classmethod
     def rename(cls, name: str) -> None:
@@ -81,7 +83,19 @@ class Function(torch.autograd.Function):
             if _forward_over_forward():
                 return cls.forward(*args)
             return custom_function_call(cls._eager, *args)
-        return cls._apply(*_unwrap_dead(args))
+        return cls._apply(*[_unwrap(a) if isinstance(a, _Tensor) else a for a in args])
+
+
+def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
+    """Save inputs and outputs for backward and, where somebody may ask for it, for jvp. Call it in `setup_context`."""
+    ctx.save_for_backward(*tensors)
+    if tangents_possible():
+        ctx.save_for_forward(*tensors)
+
+
+def tangents_possible() -> bool:
+    """True where jvp may be called: inside a level of forward mode or a transform."""
+    return _transforms_active() or forward_ad._current_level >= 0
 
 
 def _forward_over_forward() -> bool:

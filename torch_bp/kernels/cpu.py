@@ -206,7 +206,7 @@ class Kernel:
         if not _state["parallel_ran"] and not _start_threads(threads):
             return self.run(0, *arguments)
         before = numba.get_num_threads()
-        wanted = min(threads, numba.config.NUMBA_NUM_THREADS)
+        wanted = min(threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         if wanted != before:
             numba.set_num_threads(wanted)
         try:

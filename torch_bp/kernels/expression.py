@@ -65,7 +65,7 @@ class Expression:
         def operand(node: Symbol) -> str:
             return spelling["constant"].format(_number(node)) if node.operation == "constant" else names[id(node)]
 
-        lines = []
+        lines: list[str] = []
         for node in self._order():
             if node.operation == "input":
                 names[id(node)] = f"in_{node.arguments[0]}"

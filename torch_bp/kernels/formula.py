@@ -38,11 +38,11 @@ def _numbers(values: Iterable[Any]) -> bool:
     return True
 
 
-def _may_write(tensors: Sequence[torch.Tensor | None]) -> bool:
+def _may_write(tensors: Sequence[torch.Tensor | None], addresses: Sequence[int]) -> bool:
     """True if writing to some of these is safe and allowed (torch refuses, with its own words, what is not)."""
     present = [t for t in tensors if t is not None]
     size = present[0].numel() * present[0].element_size()
-    return plain.disjoint([(t.data_ptr(), size, 0, True) for t in present]) and (
+    return plain.disjoint([(start, size, 0, True) for start in addresses]) and (
         torch.is_inference_mode_enabled() or not any(t.is_inference() for t in present)
     )
 
@@ -94,10 +94,28 @@ class Formula:
         """Compute the formula on tensors; return its results, or write them where `updates` says and return None."""
         if len(tensors) < len(self.tensors):
             tensors = self._padded(tensors)
-        program = self._program(tensors, keywords)
-        if program is not None:
-            return program(tensors, keywords)
+        served = self._program(tensors, keywords)
+        if served is not None:
+            program, addresses = served
+            return program(tensors, addresses, keywords)
         return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
+
+    def _program(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[Program, list[int]] | None:
+        """The one place that decides whether a kernel serves a call: it and the addresses, or None for torch."""
+        if len(tensors) != len(self.tensors) or not plain.unwatched():
+            return None
+        addresses = plain.addresses(tensors)
+        if addresses is None or plain.recording(tensors) or (keywords and not _numbers(keywords.values())):
+            return None
+        if self.updates and not _may_write(tensors, addresses):
+            return None
+        absent: tuple[str, ...] = ()
+        first = tensors[0]
+        if len(addresses) != len(tensors):
+            absent = tuple(n for n, t in zip(self.tensors, tensors) if t is None)
+            first = next(t for t in tensors if t is not None)
+        engine = serving(first)
+        return None if engine is None else (self._prepare(engine, first.dtype, absent, keywords), addresses)
 
     def _padded(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """Add the optional arguments that were left out, which are None."""
@@ -105,27 +123,10 @@ class Formula:
             return tuple(tensors)
         return (*tensors, *[None] * (len(self.tensors) - len(tensors)))
 
-    def _program(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> Program | None:
-        """The one place that decides whether a kernel serves a call: return it, or None for torch."""
-        if len(tensors) != len(self.tensors) or not plain.unwatched():
-            return None
-        first = plain.alike(tensors)
-        if first is None or not first.numel():
-            return None
-        if plain.recording(tensors) or not _numbers(keywords.values()):
-            return None
-        engine = serving(first)
-        if engine is None or not plain.have_memory(tensors) or (self.updates and not _may_write(tensors)):
-            return None
-        return self._prepare(engine, first.dtype, tensors, keywords)
-
-    def _prepare(self, engine: str, dtype: torch.dtype, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> Program:
-        """Return the kernels for these arguments, traced and compiled if they are new."""
-        absent = ()
-        for tensor in tensors:
-            if tensor is None:
-                absent = tuple(n for n, t in zip(self.tensors, tensors) if t is None)
-                break
+    def _prepare(
+        self, engine: str, dtype: torch.dtype, absent: tuple[str, ...], keywords: Mapping[str, Any]
+    ) -> Program:
+        """Return the kernels of one engine, for a dtype and a choice of absent tensors and static keywords."""
         key: Any = (engine, dtype, absent)
         if self.static:
             static = tuple(self._static_value(n, keywords) for n in self.static)
@@ -191,7 +192,8 @@ class Formula:
         if not table.refresh(tuple(present), writes, cpu.CHUNK if engine == "numba" else cuda.CHUNK):
             return False
         if table.elements:
-            self._prepare(engine, first.dtype, lists, keywords).foreach(table, first.device, keywords)
+            absent = tuple(n for n, row in zip(self.tensors, lists) if row is None)
+            self._prepare(engine, first.dtype, absent, keywords).foreach(table, first.device, keywords)
         return True
 
 

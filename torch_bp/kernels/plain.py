@@ -45,32 +45,38 @@ def dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def alike(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Return the first tensor if all are plain strided memory of its device, dtype, shape and strides; else None."""
+def addresses(tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
+    """Return where the tensors begin in memory, or None if they are not all plain and alike.
+
+    Plain and alike: strided memory of one device, dtype, shape and strides, no two elements of a tensor in one place.
+    None in the place of a tensor is passed over. Empty tensors, zero tensors and freed storages have no address.
+    """
+    found: list[int] = []
     first = None
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN_TYPES or tensor.layout is not _strided or tensor.is_neg():
-            return None
-        if first is None:
-            if not dense(tensor):
+    try:
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if type(tensor) not in PLAIN_TYPES or tensor.layout is not _strided or tensor.is_neg():
                 return None
-            first, on_cpu, dtype, shape, stride = (
-                tensor,
-                tensor.is_cpu,
-                tensor.dtype,
-                tensor.shape,
-                tensor.stride(),
-            )
-        elif tensor is not first and (
-            tensor.dtype is not dtype
-            or tensor.shape != shape
-            or tensor.stride() != stride
-            or not (tensor.is_cpu if on_cpu else tensor.device == first.device)
-        ):
-            return None
-    return first
+            if first is None:
+                if not dense(tensor):
+                    return None
+                first, on_cpu, dtype, shape, stride = tensor, tensor.is_cpu, tensor.dtype, tensor.shape, tensor.stride()
+            elif (
+                tensor.dtype is not dtype
+                or tensor.shape != shape
+                or tensor.stride() != stride
+                or not (tensor.is_cpu if on_cpu else tensor.device == first.device)
+            ):
+                return None
+            address = tensor.data_ptr()
+            if not address:
+                return None
+            found.append(address)
+    except RuntimeError:  # a tensor inside `is_grads_batched` has no address to ask for
+        return None
+    return found or None
 
 
 def have_memory(tensors: Iterable[torch.Tensor | None]) -> bool:

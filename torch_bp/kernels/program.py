@@ -87,18 +87,19 @@ class Program:
             keywords = {n: v.item() if isinstance(v, torch.Tensor) else v for n, v in keywords.items()}
         return self.expression.host(**keywords)
 
-    def __call__(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
-        present = [t for t in tensors if t is not None]
-        first = present[0]
+    def __call__(self, tensors: Sequence[Any], addresses: list[int], keywords: Mapping[str, Any]) -> Any:
+        """Run over tensors that a kernel may serve; `addresses` are theirs."""
+        present = tensors if len(addresses) == len(tensors) else [t for t in tensors if t is not None]
         values = self._values(keywords) if self.takes_scalars or keywords else ()
+        first = present[0]
         results = [torch.empty_like(first) for _ in range(self.created)]
         if self.numba:
             count = first.numel()
-            self.single.run(count, count, *[t.data_ptr() for t in present + results], *values)
+            self.single.run(count, count, *addresses, *[r.data_ptr() for r in results], *values)
         else:
-            self.single.run_single(present + results, values)
+            self.single.run_single([*present, *results], values)
         if self.updates:
-            torch.autograd.graph.increment_version([present[i] for i in self.written])
+            torch._C._increment_version([present[i] for i in self.written])
             return None
         return results[0] if self.created == 1 else tuple(results)
 
@@ -108,4 +109,4 @@ class Program:
             self.list.run(table.elements, table.addresses, table.tensor, table.start, table.length, *values)
         else:
             self.list.run_list(table, device, values)
-        torch.autograd.graph.increment_version(table.written)
+        torch._C._increment_version(table.written)

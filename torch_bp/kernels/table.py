@@ -10,7 +10,8 @@ import torch
 from torch_bp.kernels import plain
 
 _Tensor = torch.Tensor
-_type_of, _dtype_of = type, _Tensor.dtype.__get__
+_type_of = type
+_dtype_of = _Tensor.dtype.__get__  # type: ignore[attr-defined]
 _layout_of, _device_of = _Tensor.layout.__get__, _Tensor.device.__get__  # type: ignore[attr-defined]
 _shape_of = _Tensor.shape.__get__  # type: ignore[attr-defined]
 

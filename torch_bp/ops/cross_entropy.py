@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, cast_apply, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
 from torch_bp.ops.losses import no_gradient, reduction_name
 
 _Optional = torch.Tensor | None
@@ -33,7 +33,7 @@ def _along_classes(weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int) -> tuple[Any, ...]:
-    """Return per row: the class (0 where ignored), dy times the target's class weight, and dy, over the divisor."""
+    """Return per row: the class (0 where ignored), dy times the target's class weight, and dy or 0 where ignored."""
     counted = target != ignored
     classes = torch.where(counted, target, 0)
     mask = counted.to(z.dtype)
@@ -134,8 +134,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.save_for_forward(*inputs[:3])
+        save(ctx, *inputs[:3])
         ctx.options = inputs[3:]
 
     @staticmethod
@@ -160,13 +159,15 @@ class SoftCrossEntropy(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.save_for_forward(*inputs[:3])
+        save(ctx, *inputs[:3])
         ctx.options = inputs[3:]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
-        slopes = soft_cross_entropy_backward(dy, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:3])
+        z, target, weight = ctx.saved_tensors
+        reduction, smoothing = ctx.options
+        wanted = ctx.needs_input_grad[:3]
+        slopes = soft_cross_entropy_backward(dy, z, target, weight, reduction, smoothing, wanted)
         return *slopes, None, None
 
     @staticmethod
@@ -175,7 +176,8 @@ class SoftCrossEntropy(Function):
         if dw is not None:  # the loss is linear in the weights, and so in their tangent
             by_weight = SoftCrossEntropy.forward(z, target, dw, *ctx.options)
         wanted = (dz is not None, dt is not None, False)
-        slopes = soft_cross_entropy_backward(_ones(ctx, z), z, target, weight, *ctx.options, wanted)
+        reduction, smoothing = ctx.options
+        slopes = soft_cross_entropy_backward(_ones(ctx, z), z, target, weight, reduction, smoothing, wanted)
         terms = [_tangent(s, t, z, ctx.options[0]) for s, t in zip(slopes, (dz, dt)) if s is not None and t is not None]
         terms += [by_weight] if dw is not None else []
         return sum(terms[1:], terms[0])
@@ -192,8 +194,7 @@ class NegativeLogLikelihood(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.save_for_forward(*inputs[:3])
+        save(ctx, *inputs[:3])
         ctx.options = inputs[3:]
 
     @staticmethod
@@ -240,8 +241,11 @@ def cross_entropy(
             label_smoothing,
         )
     reduction = reduction_name(size_average, reduce, reduction)
+    label_smoothing = max(label_smoothing, 0.0)  # torch takes what is negative for none
     args: tuple[Any, ...]
     if target.is_floating_point() and input.shape == target.shape:
+        if ignore_index >= 0:
+            raise RuntimeError("ignore_index is not supported for floating point target")
         function: type[Function] = SoftCrossEntropy
         args = (input, target, weight, reduction, label_smoothing)
     else:

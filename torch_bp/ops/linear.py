@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, cast_apply, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, tangents_possible, under_autocast
 
 
 class Linear(Function):
@@ -29,7 +29,8 @@ class Linear(Function):
         a, weight, _ = inputs
         needs_da, needs_dw, _ = ctx.needs_input_grad
         ctx.save_for_backward(a if needs_dw else None, weight if needs_da else None)
-        ctx.save_for_forward(a, weight)
+        if tangents_possible():
+            ctx.save_for_forward(a, weight)
 
     @staticmethod
     def backward(ctx: Any, dz: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

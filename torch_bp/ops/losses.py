@@ -21,7 +21,7 @@ import torch
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, cast_apply, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
 from torch_bp.kernels import formula, log, maximum
 
 _Optional = torch.Tensor | None
@@ -72,8 +72,9 @@ def _bce_logits_slopes(dy: _Optional, z: Any, t: Any, p: _Optional, scale: Any, 
     if wanted[0]:
         weight = None if p is None else p.expand_as(z)
         dz = bce_logits_backward(dy, torch.sigmoid(z), t, weight, scale=scale)
-    if wanted[1]:  # dl/dt = -z, and with a class weight (p - 1) softplus(-z) - z
-        dt = -scale * z if p is None else scale * ((p - 1) * torch.nn.functional.softplus(-z) - z)
+    if wanted[1]:  # dl/dt = -z, and with a class weight log s(-z) - p log s(z)
+        log_s = torch.nn.functional.logsigmoid
+        dt = -scale * z if p is None else scale * (log_s(-z) - p * log_s(z))
         dt = dt if dy is None else dt * dy
     return dz, dt
 
@@ -112,8 +113,7 @@ def _elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Cal
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            ctx.save_for_backward(*inputs[:4])
-            ctx.save_for_forward(*inputs[:4])
+            save(ctx, *inputs[:4])
             ctx.options = inputs[4:]
 
         @staticmethod
@@ -129,8 +129,8 @@ def _elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Cal
             one = torch.ones_like(x) if ctx.options[0] == "none" else x.new_ones(())
             dy, scale = upstream(one, x, weight, ctx.options)
             by_x, by_t = slopes(dy, x, t, pos_weight, scale, (dx is not None, dt is not None))
-            change = 0 if dx is None else by_x * dx
-            change = change if dt is None else change + by_t * dt
+            changes = [slope * d for slope, d in ((by_x, dx), (by_t, dt)) if d is not None]
+            change = sum(changes[1:], changes[0])
             return change if ctx.options[0] == "none" else change.sum()
 
     Loss.rename(name)
@@ -219,8 +219,8 @@ def mse_loss(
         return _apply(SquaredError, x, t, None, None, reduction, 1.0)
     if weight.size() != input.size():
         raise ValueError("Weights and input must have the same size.")
-    # torch composes this case, so that its weight has a derivative, tangents included: the same here
-    losses = weight * mse_loss(x, t, reduction="none")
+    # torch composes this case of operations that are differentiable in all arguments: the same ones here
+    losses = torch.pow(x - t, 2) * weight
     return losses if reduction == "none" else losses.sum() / (weight.sum() if reduction == "mean" else 1)
 
 

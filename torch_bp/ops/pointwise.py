@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torch_bp.autograd.function import Function
+from torch_bp.autograd.function import Function, save
 from torch_bp.kernels import formula, where
 
 Saves = Callable[..., torch.Tensor]
@@ -78,8 +78,7 @@ def activation(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
             saved = saves(output, *inputs)
-            ctx.save_for_backward(saved)
-            ctx.save_for_forward(saved)
+            save(ctx, saved)
             ctx.values = inputs[1:]
 
         @staticmethod

@@ -10,10 +10,10 @@ per row; softmax's is symmetric, so forward mode is the same line with a tangent
 from typing import Any
 
 import torch
-from torch.nn.functional import _get_softmax_dim
+from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torch_bp.autograd.function import Function, cast_apply, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -45,8 +45,7 @@ class Softmax(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
+        save(ctx, output)
         ctx.dim = inputs[1]
 
     @staticmethod
@@ -69,8 +68,7 @@ class LogSoftmax(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
+        save(ctx, output)
         ctx.dim = inputs[1]
 
     @staticmethod
@@ -85,9 +83,11 @@ class LogSoftmax(Function):
         return (wide_dz - (wide_y.exp() * wide_dz).sum(ctx.dim, keepdim=True)).to(y.dtype)
 
 
-def _along(function: type[Function], name: str, input: torch.Tensor, dim: int | None, dtype: Any) -> torch.Tensor:
+def _along(
+    function: type[Function], name: str, input: torch.Tensor, dim: int | None, stacklevel: int, dtype: Any
+) -> torch.Tensor:
     if dim is None:
-        dim = _get_softmax_dim(name, input.dim(), 5)
+        dim = _get_softmax_dim(name, input.dim(), stacklevel + 1)
     if dtype is not None:
         input = input.to(dtype)
     elif input.is_cuda and under_autocast(input):  # on the CPU torch leaves the dtype as it is
@@ -106,7 +106,7 @@ def softmax(
     """
     if has_torch_function_unary(input):
         return handle_torch_function(softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
-    return _along(Softmax, "softmax", input, dim, dtype)
+    return _along(Softmax, "softmax", input, dim, _stacklevel, dtype)
 
 
 def log_softmax(
@@ -120,4 +120,4 @@ def log_softmax(
     """
     if has_torch_function_unary(input):
         return handle_torch_function(log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
-    return _along(LogSoftmax, "log_softmax", input, dim, dtype)
+    return _along(LogSoftmax, "log_softmax", input, dim, _stacklevel, dtype)

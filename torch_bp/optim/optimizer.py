@@ -106,9 +106,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 # torch's check that a captured graph holds a capturable optimizer; renamed after torch 2.11
-_check_capture = getattr(
-    torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
-) or torch.optim.Optimizer._cuda_graph_capture_health_check
+_check_capture = (
+    getattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None)
+    or torch.optim.Optimizer._cuda_graph_capture_health_check
+)
 
 
 def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
@@ -305,7 +306,7 @@ def _update(
         rule(rows[0], grad._values(), *rows[1:], **scalars)
         for tensor, row in zip(tensors, rows):
             if tensor is not None:
-                tensor[where] = row
+                tensor[where] = row  # type: ignore[assignment]
         return
     if how == "dense":
         grad = grad.to_dense()
