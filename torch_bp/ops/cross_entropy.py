@@ -35,7 +35,7 @@ def _along_classes(weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 def _rows(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int) -> tuple[Any, ...]:
     """Return per row: the class (0 where ignored), dy times the target's class weight, and dy or 0 where ignored."""
     counted = target != ignored
-    classes = torch.where(counted, target, 0)
+    classes = torch.where(counted, target, 0).long()  # torch takes uint8 targets, too
     mask = counted.to(z.dtype)
     weights = mask if weight is None else weight.to(z.dtype)[classes] * mask
     if reduction == "mean":

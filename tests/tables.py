@@ -1,0 +1,211 @@
+"""One row per operation and kind of input; a new operation joins every property by a row.
+
+A row names the function of `torch_bp.nn.functional`, which is also its twin's in `torch.nn.functional`, and says by
+makers what its arguments are. Makers of real tensors are differentiated, unless they are `fixed`.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf, nan
+from typing import Any
+
+import torch
+
+import torch_bp.nn.functional as ours
+
+LOGITS = (0.0, -0.0, 1.0, -1.0, 1e4, -1e4, 1e-30, 40.0, inf, -inf, nan)
+UNIT = (0.0, 1.0, 0.5, 1e-30, 1 - 2.0**-24, 0.25)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """How to draw a tensor: `draw(shape, generator)` in float64, and values worth a look of their own."""
+
+    draw: Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
+    shape: tuple[int, ...]
+    special: tuple[float, ...] = LOGITS
+    fixed: bool = False
+
+
+def _normal(shape, generator):
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _unit(shape, generator):
+    return 0.05 + 0.9 * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _shares(shape, generator):
+    return torch.softmax(_normal(shape, generator), 0 if len(shape) == 1 else 1)
+
+
+def _classes(shape, generator, count, ignored=None):
+    found = torch.randint(count, shape, generator=generator)
+    return found if ignored is None else torch.where(_unit(shape, generator) < 0.4, ignored, found)
+
+
+def normal(*shape):
+    """Any real numbers."""
+    return Maker(_normal, shape)
+
+
+def unit(*shape):
+    """Numbers in [0, 1]: probabilities and their targets, weights."""
+    return Maker(_unit, shape, UNIT)
+
+
+def shares(*shape):
+    """Probabilities over classes."""
+    return Maker(_shares, shape, UNIT)
+
+
+def classes(*shape):
+    """Class indices, of three classes."""
+    return Maker(partial(_classes, count=3), shape, (), fixed=True)
+
+
+def fixed(maker):
+    """Like `maker`, but not differentiated."""
+    return replace(maker, fixed=True)
+
+
+def _half_mse_loss(input, target):
+    n = len(input) if input.dim() else 1
+    return torch.nn.functional.mse_loss(input, target, reduction="sum") / (2 * n)
+
+
+TWINS = {"half_mse_loss": _half_mse_loss}
+
+
+class Row:
+    """A function by name, a word on the case, and its arguments: makers, or values passed as they are."""
+
+    def __init__(self, name: str, case: str = "", **arguments: Any) -> None:
+        self.name, self.id = name, f"{name}-{case}" if case else name
+        self.ours = getattr(ours, name)
+        self.theirs = TWINS.get(name) or getattr(torch.nn.functional, name)
+        self.arguments = arguments
+        makers = {k: v for k, v in arguments.items() if isinstance(v, Maker)}
+        self.differentiable = [k for k, v in makers.items() if not v.fixed]
+        self.empty = any(0 in v.shape for v in makers.values())
+
+    def draw(self, dtype=torch.float64, requires_grad=False) -> dict[str, Any]:
+        """All arguments by name; the same numbers for every dtype."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
+        values = dict(self.arguments)
+        for name, maker in values.items():
+            if isinstance(maker, Maker):
+                tensor = maker.draw(maker.shape, generator)
+                values[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                values[name].requires_grad_(requires_grad and not maker.fixed)
+        return values
+
+    def function(self, which: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
+        """`which` (`row.ours` or `row.theirs`) as a function of the differentiable tensors alone."""
+        return lambda *tensors: which(**{**arguments, **dict(zip(self.differentiable, tensors))})
+
+    def pair(self, dtype=torch.float64, requires_grad=False):
+        """Both functions of the differentiable tensors, and these tensors."""
+        drawn = self.draw(dtype, requires_grad)
+        tensors = tuple(drawn[k] for k in self.differentiable)
+        return self.function(self.ours, drawn), self.function(self.theirs, drawn), tensors
+
+
+def _reduced(name, case, **arguments):
+    """A row for each reduction, or the one in `arguments`."""
+    reductions = [arguments.pop("reduction")] if "reduction" in arguments else ["none", "mean", "sum"]
+    return [Row(name, f"{case} {r}", reduction=r, **arguments) for r in reductions]
+
+
+def _pointwise(name, **parameters):
+    shapes = {"matrix": (4, 3), "number": (), "four dimensions": (2, 1, 3, 2), "empty": (0, 3)}
+    case = "".join(f" {k} {v}" for k, v in parameters.items())
+    return [Row(name, key + case, input=normal(*shape), **parameters) for key, shape in shapes.items()]
+
+
+def _linear(case, *lead, inputs=3, outputs=2, bias=True):
+    bias = {"bias": normal(outputs)} if bias else {}
+    return Row("linear", case, input=normal(*lead, inputs), weight=normal(outputs, inputs), **bias)
+
+
+def _softmax(name):
+    cases = [((4, 3), 1), ((4, 3), 0), ((3,), 0), ((2, 3, 2), 1), ((2, 3, 2), -1), ((), 0), ((0, 3), 1)]
+    return [Row(name, f"{shape} along {dim}", input=normal(*shape), dim=dim) for shape, dim in cases]
+
+
+def _elementwise_loss(name, input, target):
+    rows = _reduced(name, "matrix", input=input(4, 3), target=target(4, 3))
+    rows += _reduced(name, "fixed target", input=input(4), target=fixed(target(4)), reduction="mean")
+    for case, shape in {"three dimensions": (2, 2, 3), "number": (), "empty": (0, 3)}.items():
+        rows.append(Row(name, case, input=input(*shape), target=target(*shape)))
+    return rows
+
+
+def _logits_loss(case, *shape, **weights):
+    name = "binary_cross_entropy_with_logits"
+    return _reduced(name, case, input=normal(*shape), target=unit(*shape), **weights)
+
+
+def _indices(name, case, *shape, **options):
+    target = classes(*shape[:1], *shape[2:]) if len(shape) > 1 else classes()
+    target = replace(target, draw=partial(_classes, count=3, ignored=options.get("ignore_index")))
+    return _reduced(name, case, input=normal(*shape), target=target, **options)
+
+
+def _class_loss(name):
+    return [
+        *_indices(name, "indices", 4, 3),
+        *_indices(name, "unbatched", 3, weight=fixed(unit(3)), reduction="mean"),
+        *_indices(name, "ignored", 4, 3, ignore_index=1, reduction="none"),
+        *_indices(name, "images", 2, 3, 2, 2, weight=fixed(unit(3)), reduction="sum"),
+        *_indices(name, "weight ignored", 2, 3, 4, ignore_index=-1, weight=fixed(unit(3))),
+        *_indices(name, "empty", 0, 3, reduction="mean"),
+    ]
+
+
+def _shares_loss(case, *shape, **options):
+    return _reduced("cross_entropy", case, input=normal(*shape), target=shares(*shape), **options)
+
+
+ROWS = [
+    *_pointwise("sigmoid"),
+    *_pointwise("tanh"),
+    *_pointwise("relu"),
+    *_pointwise("leaky_relu"),
+    *_pointwise("leaky_relu", negative_slope=0.0),
+    *_pointwise("leaky_relu", negative_slope=-0.5),
+    _linear("batch", 4),
+    _linear("without bias", 4, bias=False),
+    _linear("one example"),
+    _linear("leading dimensions", 2, 1, 3),
+    _linear("empty", 0),
+    _linear("no inputs", 4, inputs=0),
+    Row("linear", "weight vector", input=normal(4, 3), weight=normal(3)),
+    *_softmax("softmax"),
+    *_softmax("log_softmax"),
+    *_elementwise_loss("mse_loss", normal, normal),
+    *_reduced("mse_loss", "weight", input=normal(4, 3), target=normal(4, 3), weight=unit(4, 3)),
+    *_reduced("mse_loss", "fixed weight", input=normal(4), target=normal(4), weight=fixed(unit(4)), reduction="mean"),
+    *[
+        Row("half_mse_loss", f"{shape}", input=normal(*shape), target=normal(*shape))
+        for shape in ((4, 3), (), (2, 2, 3), (0, 3))
+    ],
+    *_elementwise_loss("binary_cross_entropy", unit, unit),
+    *_reduced("binary_cross_entropy", "weight", input=unit(4, 3), target=unit(4, 3), weight=fixed(unit(3))),
+    *_elementwise_loss("binary_cross_entropy_with_logits", normal, unit),
+    *_logits_loss("weight", 4, 3, weight=fixed(unit(4, 1)), reduction="mean"),
+    *_logits_loss("pos_weight", 2, 2, 3, pos_weight=fixed(unit(3)), reduction="none"),
+    *_logits_loss("both weights", 4, 3, weight=fixed(unit(3)), pos_weight=fixed(unit(3))),
+    *_logits_loss("number weights", weight=fixed(unit()), pos_weight=fixed(unit()), reduction="mean"),
+    *_class_loss("nll_loss"),
+    *_class_loss("cross_entropy"),
+    *_indices("cross_entropy", "smoothing", 4, 3, label_smoothing=0.2, reduction="sum"),
+    *_indices("cross_entropy", "all smoothing", 4, 3, 2, ignore_index=2, weight=fixed(unit(3)), label_smoothing=1.0),
+    *_shares_loss("probabilities", 4, 3),
+    *_shares_loss("probabilities unbatched", 3, weight=unit(3), reduction="sum"),
+    *_shares_loss("probabilities images", 2, 3, 1, 2, weight=fixed(unit(3)), label_smoothing=0.1, reduction="none"),
+    *_shares_loss("probabilities weight", 2, 3, 2, weight=unit(3), label_smoothing=0.1),
+    *_shares_loss("probabilities empty", 0, 3, reduction="mean"),
+]
