@@ -32,6 +32,6 @@ def mirror(
             raise AttributeError(f"module {ours!r} has no attribute {name!r}") from None
 
     def __dir__() -> list[str]:  # noqa: N807
-        return sorted(names | set(namespace))
+        return sorted(set(namespace) | {name for name in dir(theirs) if not name.startswith("_")})
 
     return __getattr__, __dir__, sorted(names)

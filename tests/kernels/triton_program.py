@@ -80,7 +80,8 @@ def compile_ahead():
     compiled = 0
     for number, (formula, tensors, keywords) in enumerate(kernels()):
         for dtype in pointers if number == 0 else (torch.float32, torch.float64 if number % 2 else torch.bfloat16):
-            program = formula._prepare("triton", dtype, tensors, keywords)
+            absent = tuple(name for name, tensor in zip(formula.tensors, tensors) if tensor is None)
+            program = formula._prepare("triton", dtype, absent, keywords)
             for kernel in (program.single, program.list):
                 run = kernel._run(dtype is torch.float64)
                 types = dict.fromkeys(run.arg_names, "fp32")

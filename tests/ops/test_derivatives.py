@@ -1,0 +1,88 @@
+"""Derivatives of every kind and order, against float64 finite differences and against torch."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+from tests.tables import ROWS
+
+FILLED = [row for row in ROWS if not row.empty]
+ONE_OF_EACH = list({row.name: row for row in reversed(FILLED)}.values())
+# torch has no forward mode over forward mode for its `softplus` and logits loss ("ZeroTensors are immutable")
+NO_FORWARD_TWICE = {"binary_cross_entropy_with_logits"}
+filled_rows = pytest.mark.parametrize("row", FILLED, ids=lambda row: row.id)
+
+
+def assert_same(got, expected):
+    # torch's second derivative of `binary_cross_entropy` is itself off by 1e-11
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@filled_rows
+def test_finite_differences(row):
+    mine, _, tensors = row.pair(requires_grad=True)
+    assert gradcheck(mine, tensors, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(mine, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("row", ONE_OF_EACH, ids=lambda row: row.id)
+def test_finite_differences_in_batches_and_forward_over_reverse(row):
+    mine, _, tensors = row.pair(requires_grad=True)
+    batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
+    assert gradcheck(mine, tensors, check_forward_ad=True, **batched)
+    over = {"check_fwd_over_rev": True, "check_batched_grad": True}
+    assert gradgradcheck(mine, tensors, fast_mode=True, **over)
+
+
+@filled_rows
+def test_forward_over_reverse_equals_reverse_over_reverse(row):
+    mine, other, tensors = row.pair(requires_grad=True)
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+    with forward_ad.dual_level():
+        duals = tuple(map(forward_ad.make_dual, tensors, tangents))
+        slopes = torch.autograd.grad(mine(*duals).square().sum(), duals)
+        got = [forward_ad.unpack_dual(slope).tangent for slope in slopes]
+    slopes = torch.autograd.grad(other(*tensors).square().sum(), tensors, create_graph=True)
+    along = sum((slope * tangent).sum() for slope, tangent in zip(slopes, tangents))
+    assert_same(got, list(torch.autograd.grad(along, tensors)))
+
+
+@filled_rows
+def test_functional_transforms_equal_torch(row):
+    mine, other, tensors = row.pair()
+    numbers = tuple(range(len(tensors)))
+
+    def total(*tensors, function=mine):
+        return function(*tensors).square().sum()
+
+    expected = jacrev(other, numbers)(*tensors)
+    assert_same(jacrev(mine, numbers)(*tensors), expected)
+    assert_same(jacfwd(mine, numbers)(*tensors), expected)
+    expected = hessian(partial(total, function=other), numbers)(*tensors)
+    twice = [jacfwd(jacrev(total, numbers), numbers), jacrev(jacrev(total, numbers), numbers)]
+    twice += [jacrev(jacfwd(total, numbers), numbers)]
+    twice += [jacfwd(jacfwd(total, numbers), numbers)] if row.name not in NO_FORWARD_TWICE else []
+    for derivatives in twice:
+        assert_same(derivatives(*tensors), expected)
+
+
+@filled_rows
+def test_vmap_of_gradients_equals_torch(row):
+    mine, other, tensors = row.pair()
+    numbers = tuple(range(len(tensors)))
+    batches = tuple(torch.stack([t, t * 0.5, t.flip(0) if t.dim() else t]) for t in tensors)
+    results = []
+    for function in (mine, other):
+        sums = grad(lambda *x, f=function: f(*x).square().sum(), numbers)
+        results.append((vmap(function)(*batches), vmap(sums)(*batches)))
+    assert_same(*results)
+
+
+@filled_rows
+def test_jvp_equals_torch(row):
+    mine, other, tensors = row.pair()
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+    assert_same(jvp(mine, tensors, tangents), jvp(other, tensors, tangents))

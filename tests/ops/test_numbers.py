@@ -1,0 +1,114 @@
+"""Numbers that are hard: kinks, infinities, NaN, large logits, half precision, autocast."""
+
+import math
+
+import pytest
+import torch
+
+from tests.ops.test_values import gradients
+from tests.tables import LOGITS, ROWS, Maker
+
+FILLED = [row for row in ROWS if not row.empty]
+filled_rows = pytest.mark.parametrize("row", FILLED, ids=lambda row: row.id)
+
+
+def both(row, drawn, theirs=None):
+    """Output and gradients of ours, and of torch's on the same or on other arguments."""
+    results = []
+    for function, arguments in ((row.ours, drawn), (row.theirs, theirs or drawn)):
+        tensors = tuple(arguments[k].requires_grad_() for k in row.differentiable)
+        output, slopes = gradients(row.function(function, arguments), tensors)
+        results.append((output.detach(), *slopes))
+    return results
+
+
+def sprinkled(row, dtype, generator):
+    """Arguments of which every other number is a special one that its maker allows."""
+    drawn = row.draw(dtype)
+    for name, maker in row.arguments.items():
+        if isinstance(maker, Maker) and maker.special:
+            shape = drawn[name].shape
+            chosen = torch.randint(len(maker.special), shape, generator=generator)
+            special = torch.tensor(maker.special, dtype=dtype)[chosen]
+            drawn[name] = torch.where(torch.rand(shape, generator=generator) < 0.5, special, drawn[name])
+    return drawn
+
+
+@filled_rows
+def test_kinks_infinities_and_nan_as_torch(row):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        got, expected = both(row, sprinkled(row, torch.float32, generator))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh", "relu", "leaky_relu"])
+def test_derivatives_at_zeros_of_both_signs_are_torchs(name):
+    row = next(row for row in ROWS if row.name == name)
+    got, expected = both(row, {"input": torch.tensor([0.0, -0.0, 5e-324, -5e-324], dtype=torch.float64)})
+    assert torch.equal(got[1], expected[1])
+    assert torch.equal(got[1].signbit(), expected[1].signbit())
+
+
+@pytest.mark.parametrize("name", ["nll_loss", "cross_entropy"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_all_rows_ignored(name, smoothing):
+    """The mean of nothing is NaN, and its gradient 0."""
+    row = next(row for row in ROWS if row.name == name)
+    more = {"label_smoothing": smoothing} if name == "cross_entropy" else {}
+    drawn = {"input": torch.randn(2, 3), "target": torch.full((2,), -100), **more}
+    got, expected = both(row, drawn)
+    assert math.isnan(got[0])
+    assert math.isnan(expected[0])
+    assert torch.equal(expected[1], torch.zeros(2, 3))
+    assert torch.equal(got[1], expected[1])
+
+
+def assert_no_less_exact_than_torch(row, dtype, offset=0, least=0):
+    drawn = row.draw(dtype)
+    if row.arguments["input"].special is LOGITS:
+        drawn["input"] += offset * torch.randn_like(drawn["input"]).sign()
+    real = [k for k, v in drawn.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    got, expected = both(row, drawn)
+    _, exact = both(row, drawn | {k: drawn[k].detach().double() for k in real})
+    for mine, other, reference in zip(got, expected, exact):
+        assert mine.dtype == other.dtype == dtype
+        error, allowed = (mine - reference).abs(), 1.5 * (other - reference).abs().max()
+        ulp = torch.finfo(dtype).eps * reference.abs().max().clamp(min=least)
+        assert bool((error <= allowed + ulp / 2).all()), (error, allowed)
+
+
+@filled_rows
+def test_no_less_exact_than_torch(row):
+    """Against float64: at most 1.5 times torch's largest error, and half a unit in the last place of the largest."""
+    assert_no_less_exact_than_torch(row, torch.float16)
+    assert_no_less_exact_than_torch(row, torch.bfloat16)
+    assert_no_less_exact_than_torch(row, torch.float32)
+    assert_no_less_exact_than_torch(row, torch.float32, offset=1e4, least=1)
+
+
+@filled_rows
+def test_large_logits_in_float64(row):
+    drawn = row.draw(torch.float64)
+    drawn["input"] = drawn["input"] * (1e4 if row.arguments["input"].special is LOGITS else 1)
+    torch.testing.assert_close(*both(row, drawn), rtol=1e-12, atol=1e-12)
+
+
+def under_autocast(function):
+    def cast(*tensors):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return function(*tensors)
+
+    return cast
+
+
+@filled_rows
+def test_autocast_as_torch(row):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        mine, other, tensors = row.pair(dtype, requires_grad=True)
+        output, slopes = gradients(under_autocast(mine), tensors)
+        expected, expected_slopes = gradients(under_autocast(other), tensors)
+        assert output.dtype == expected.dtype
+        assert all(slope.dtype == dtype for slope in slopes)
+        close = {"rtol": 1e-5 if output.dtype == torch.float32 else 1e-2, "atol": 1e-6}
+        torch.testing.assert_close((output, *slopes), (expected, *expected_slopes), **close)
