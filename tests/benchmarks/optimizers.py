@@ -55,7 +55,7 @@ def measure(group: str) -> Iterator[Result]:
     """Yield, for each optimizer and workload, the ratio to torch's default and to the fastest of torch's settings."""
     for what, (name, options) in (C1 if group == "C1" else C2).items():
         for workload, shapes in WORKLOADS.items():
-            ours, params = _optimizer(getattr(torch_bp.optim, name), shapes, options)
+            ours, _params = _optimizer(getattr(torch_bp.optim, name), shapes, options)
             results = {}
             for peer, setting in _peers(group, workload).items():
                 setting = dict(setting)

@@ -1,4 +1,4 @@
-"""Triton's text: interpreted on the CPU, compiled ahead of time for a GPU that need not be there, and run where it is."""
+"""Triton's text: interpreted on the CPU, compiled ahead of time for an absent GPU, and run on a present one."""
 
 import os
 import subprocess

@@ -221,7 +221,7 @@ def test_use_restores_the_engine_and_checks_its_name():
         assert not served(dy, y)
     assert served(dy, y)
     with (
-        pytest.raises(ValueError, match="engine must be one of 'auto', 'torch', 'numba', 'triton', got 'cuda'"),
+        pytest.raises(ValueError, match=r"engine must be one of 'auto', 'torch', 'numba', 'triton', got 'cuda'"),
         use("cuda"),
     ):
         pass

@@ -59,7 +59,7 @@ def test_engines_in_lock_step(name):
 
 @EACH
 def test_the_list_kernel_serves(name):
-    params = [p for p in parameters(torch.float32)]
+    params = list(parameters(torch.float32))
     optimizer = PAIRS[name][0](params, **OPTIONS[name])
     train(optimizer, params, 3)
     (bucket,) = optimizer._plans[0].buckets

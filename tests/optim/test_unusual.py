@@ -94,7 +94,8 @@ def test_tensor_learning_rate(name):
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradient_scaler(name, fused):
     if fused and name == "RMSprop":
-        pytest.raises(TypeError, PAIRS[name][0], parameters(), fused=True)
+        with pytest.raises(TypeError):
+            PAIRS[name][0](parameters(), fused=True)
         return
     results = []
     for kind in PAIRS[name]:
