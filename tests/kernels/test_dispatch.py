@@ -200,7 +200,7 @@ def test_inference_tensors_are_not_written_outside_inference_mode():
     with torch.inference_mode():
         param = torch.ones(3)
     for engine in ("torch", "numba"):
-        with use(engine), pytest.raises(RuntimeError, match="[Ii]nference"):
+        with use(engine), pytest.raises(RuntimeError, match=r"[Ii]nference"):
             averaged(param, torch.ones(3), torch.zeros(3), rate=0.1, beta=0.5)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.formulas import PURE, SIZES, averaged, hostile, lists, scaled
-from torch_bp.kernels import use
+from torch_bp.kernels import formula, use
 
 DTYPES = [torch.float32, torch.float64]
 # A few units in the last place of terms of size 1, which may cancel in a sum.
@@ -16,15 +16,15 @@ def same(actual, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("formula", PURE, ids=lambda f: f.__name__)
-def test_numba_agrees_with_torch(formula, dtype):
+@pytest.mark.parametrize("tried", PURE, ids=lambda f: f.__name__)
+def test_numba_agrees_with_torch(tried, dtype):
     for shape in SIZES:
         x, y = hostile(shape, dtype)
         with use("torch"):
-            expected = formula(x, y)
+            expected = tried(x, y)
         with use("numba"):
-            assert (formula.formula._program((x, y), {}) is not None) == (x.numel() > 0)
-            same(formula(x, y), expected, dtype)
+            assert (tried.formula._program((x, y), {}) is not None) == (x.numel() > 0)
+            same(tried(x, y), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,16 +88,50 @@ def test_backward_notices_that_a_kernel_wrote_a_saved_tensor():
 
 def test_strides_are_kept():
     x, y = torch.randn(6, 5).t(), torch.rand(6, 5).t()
-    for formula in PURE[:1]:
-        with use("numba"):
-            assert formula.formula._program((x, y), {}) is not None
-            result = formula(x, y)
-        assert result.stride() == x.stride()
-        torch.testing.assert_close(result, x * y * (1 - y))
+    with use("numba"):
+        assert PURE[0].formula._program((x, y), {}) is not None
+        result = PURE[0](x, y)
+    assert result.stride() == x.stride()
+    torch.testing.assert_close(result, x * y * (1 - y))
 
 
 def test_half_precision_is_rounded_once():
     x, y = torch.randn(1000).bfloat16(), torch.rand(1000).bfloat16()
-    (formula,) = PURE[:1]
     expected = (x.float() * y.float() * (1 - y.float())).bfloat16()
-    torch.testing.assert_close(formula(x, y), expected, rtol=0, atol=0)
+    torch.testing.assert_close(PURE[0](x, y), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("engine", ["torch", "numba"])
+def test_a_result_may_be_the_old_value_of_another_target(engine):
+    @formula(updates=("current", "previous"))
+    def keep(current, previous, *, lr):
+        return current - lr, current
+
+    current, previous = torch.ones(2), torch.zeros(2)
+    with use(engine):
+        keep(current, previous, lr=0.25)
+    assert (current[0].item(), previous[0].item()) == (0.75, 1.0)
+
+
+def test_numbers_from_outside_are_not_frozen():
+    factor = 0.5
+
+    @formula
+    def scale(x):
+        return factor * x
+
+    with use("numba"):
+        assert scale(torch.ones(1)).item() == 0.5
+        factor = 7.0
+        assert scale(torch.ones(1)).item() == 7.0
+
+
+def test_static_values_that_are_equal_are_not_the_same():
+    @formula(static=("mode",))
+    def choose(x, *, mode):
+        return x if isinstance(mode, bool) else 4 * x
+
+    with use("numba"):
+        assert [choose(torch.ones(1), mode=mode).item() for mode in (True, 1, 1.0)] == [1, 4, 4]
+        with pytest.raises(TypeError, match=r"static keywords must be hashable, got mode=\[1\]"):
+            choose(torch.ones(1), mode=[1])

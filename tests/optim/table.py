@@ -20,6 +20,7 @@ INPUTS = [
     for name, info in INFO.items()
     for options in (dict(i.kwargs) for i in info.optim_inputs_func(device="cpu"))
 ]
+INPUTS += [("SGD", {"momentum": 0.9, "dampening": 0.5})]
 SHAPES = [(3, 4), (5,), (), (40, 50), (0, 3)]
 
 

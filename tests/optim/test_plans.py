@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.optim.table import PAIRS, parameters, train
+from torch_bp.kernels import use
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
@@ -16,6 +17,12 @@ def swap_data(params, optimizer):
 def transpose_data(params, optimizer):
     """Same address, other strides."""
     params[3].data = params[3].data.t().contiguous().t()
+
+
+def transpose_in_place(params, optimizer):
+    """The very same tensor at the same address, with other strides."""
+    params[3].data.t_()
+    params[3].data = params[3].data.t().clone().t()
 
 
 def replace_state(params, optimizer):
@@ -73,6 +80,7 @@ def other_order(params, optimizer):
 CHANGES = [
     swap_data,
     transpose_data,
+    transpose_in_place,
     replace_state,
     replace_state_tensor,
     write_step,
@@ -139,3 +147,63 @@ def test_gradients_are_not_kept_alive():
     old = [weakref.ref(p.grad) for p in params]
     optimizer.zero_grad()
     assert all(reference() is None for reference in old)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_parameter_that_changes_shape_or_strides_at_its_address(name):
+    """With gradients of the old layout kept, as zero_grad(set_to_none=False) keeps them."""
+    results = []
+    for kind in PAIRS[name]:
+        p = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+        optimizer = kind([p], **OPTIONS[name])
+        for step in range(4):
+            p.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+            if step == 2:
+                p.data = p.data.t()
+            optimizer.step()
+        results.append(p)
+    torch.testing.assert_close(*results, **EXACT)
+    memory = torch.ones(4)
+    p = torch.nn.Parameter(memory)
+    optimizer = PAIRS[name][0]([p])
+    p.grad = torch.ones(4)
+    optimizer.step(), optimizer.step()
+    before, p.data = memory.clone(), memory[:2]
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
+    torch.testing.assert_close(memory, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_momentum_is_not_dampened_on_any_way(dtype):
+    results = []
+    for kind in PAIRS["SGD"]:
+        p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        optimizer = kind([p], lr=0.1, momentum=0.9, dampening=0.5)
+        with use("torch"):
+            for _ in range(3):
+                p.grad = torch.ones(3, dtype=dtype)
+                optimizer.step()
+        results.append(p)
+    torch.testing.assert_close(*results)
+
+
+def test_a_step_that_fails_has_not_happened():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = PAIRS["Adam"][0]([p])
+    p.grad = torch.ones(3)
+    optimizer.param_groups[0]["betas"] = ("a", "b")
+    with pytest.raises(TypeError):
+        optimizer.step()
+    assert p.eq(1).all()
+    assert not optimizer.state[p]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_in_inference_mode(name):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = PAIRS[name][0]([p], **OPTIONS[name])
+    p.grad = torch.ones(3)
+    with torch.inference_mode():
+        optimizer.step(), optimizer.step()
+    assert p.lt(1).all()

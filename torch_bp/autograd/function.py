@@ -20,6 +20,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 _transforms_active = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 _unwrap = torch._C._functorch.unwrap_if_dead  # a tensor that escaped from a transform that has ended
 _Tensor = torch.Tensor
 
@@ -83,6 +84,8 @@ class Function(torch.autograd.Function):
             if _forward_over_forward():
                 return cls.forward(*args)
             return custom_function_call(cls._eager, *args)
+        if _tracing() is not None:  # torch.jit cannot save a call to Python: it records the forward's operations
+            return cls.forward(*args)
         return cls._apply(*[_unwrap(a) if isinstance(a, _Tensor) else a for a in args])
 
 

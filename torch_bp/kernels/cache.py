@@ -1,8 +1,8 @@
 """Kernel modules on disk, so that the second process compiles nothing.
 
 A kernel is a small Python module, named by a hash of its text: a changed formula gets another file and never meets a
-stale kernel, and several processes may write at once. Numba and Triton put the machine code beside it in ways of their
-own, keyed by processor, version and this file.
+stale kernel, and several processes may write at once. Numba keeps the machine code beside it, Triton in a folder of its
+own; both key it by processor, version and this file.
 
 The folder is `$TORCH_BP_CACHE`, else `torch_bp` in the user's cache folder. Where it cannot be written, kernels live in
 memory for the length of the process.

@@ -86,6 +86,8 @@ def usable() -> bool:
     global _usable
     if _usable is None:
         with _lock:
+            if _usable is not None:
+                return _usable
             try:
                 import numba  # noqa: F401
             except Exception as error:
@@ -121,10 +123,6 @@ def _start_threads(threads: int) -> bool:
     return not _state["serial_only"]
 
 
-def _names(expression: Expression, targets: Sequence[str]) -> list[str]:
-    return [*expression.inputs, *(t for t in targets if t not in expression.inputs)]
-
-
 def _loop(expression: Expression, targets: Sequence[str], count: str, indent: str) -> str:
     """The loop over one stretch of memory: load what is read, compute, store to `targets`."""
     lines, results = expression.statements(_SPELLING)
@@ -141,7 +139,7 @@ def _pointers(names: Sequence[str], address: str, indent: str) -> str:
 
 def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
     """The module of a kernel `run(count, address..., scalar...)` over one tensor."""
-    names = _names(expression, targets)
+    names = expression.operands(targets)
     scalars = [f"s{i}" for i in range(len(expression.scalars))]
     signature = ", ".join(["int64"] * (1 + len(names)) + [DTYPES[dtype]] * len(scalars))
     arguments = ", ".join(["count", *(f"a_{n}" for n in names), *scalars])
@@ -161,7 +159,7 @@ def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype
     `addresses[r, k]` is where argument r of tensor k begins; chunk c is `length[c]` elements of tensor `tensor[c]`
     from element `start[c]` on.
     """
-    names = _names(expression, targets)
+    names = expression.operands(targets)
     scalars = [f"s{i}" for i in range(len(expression.scalars))]
     signature = ", ".join(["int64[:, ::1]", *["int64[::1]"] * 3, *[DTYPES[dtype]] * len(scalars)])
     text = _HEAD.format(name=expression.name, dtype=DTYPES[dtype], signature=signature, parallel=parallel)

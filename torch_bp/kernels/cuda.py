@@ -146,8 +146,13 @@ def usable() -> bool:
     global _usable
     if _usable is None:
         with _lock:
+            if _usable is not None:
+                return _usable
             try:
-                import triton  # noqa: F401
+                import triton
+
+                if not interpreted():
+                    triton.runtime.driver.active.get_current_target()  # needs a driver and a C compiler
             except Exception as error:
                 _log.warning(
                     "Triton cannot be used (%s: %s); formulas on CUDA run as torch operations, slower and with the "
@@ -168,10 +173,6 @@ def interpreted() -> bool:
 
 def _library(real: str) -> str:
     return (_ROUNDED if real == "float32" else _DOUBLE) + (_INTERPRETED_LIBRARY if interpreted() else _LIBRARY)
-
-
-def _names(expression: Expression, targets: Sequence[str]) -> list[str]:
-    return [*expression.inputs, *(t for t in targets if t not in expression.inputs)]
 
 
 def _body(expression: Expression, targets: Sequence[str], place: str, mask: str, indent: str) -> str:
@@ -199,7 +200,7 @@ def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dty
     """The module of a kernel `run(count, tensor..., scalar...)` over one tensor."""
     stored, real = DTYPES[dtype]
     arguments, reading = _scalars(expression, from_table)
-    names = [f"p_{n}" for n in _names(expression, targets)]
+    names = [f"p_{n}" for n in expression.operands(targets)]
     text = _HEAD.format(
         name=expression.name,
         real=real,
@@ -226,7 +227,7 @@ def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype
     text += reading
     text += "    chunk = tl.program_id(0)\n    k = tl.load(tensor + chunk)\n"
     text += "    first = tl.load(start + chunk)\n    count = tl.load(length + chunk)\n"
-    for row, name in enumerate(_names(expression, targets)):
+    for row, name in enumerate(expression.operands(targets)):
         text += f"    p_{name} = tl.load(addresses + {row} * columns + k).to(tl.pointer_type(STORED)) + first\n"
     text += "    for step in range(0, CHUNK, BLOCK):\n"
     text += "        place = step + tl.arange(0, BLOCK)\n        inside = place < count\n"
@@ -261,8 +262,9 @@ class Kernel:
         if not values:
             return False, []
         if any(isinstance(v, torch.Tensor) for v in values):
-            columns = [torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()) for v in values]
-            return True, [torch.stack(columns)]
+            return True, [torch.stack([_column(v, device) for v in values])]
+        if dtype is torch.float64 and _capturing(device):
+            return True, [torch.stack([_column(v, device) for v in values])]
         if dtype is torch.float64:
             return True, [torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)]
         return False, [float(v) for v in values]
@@ -282,6 +284,17 @@ class Kernel:
             self._run(from_table)[(len(table.tensor),)](
                 addresses, addresses.shape[1], *chunks, *scalars, CHUNK=CHUNK, BLOCK=BLOCK, **LAUNCH
             )
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _column(value: Any, device: torch.device) -> torch.Tensor:
+    """One number of the table, filled in on the device: a copy from the host could not be captured."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, torch.float64).reshape(())
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _device(device: torch.device) -> Any:

@@ -28,10 +28,15 @@ class Expression:
     """
 
     name: str
+    given: tuple[bool, ...]  # which of the function's results are not None
     inputs: tuple[str, ...]
     outputs: tuple[Symbol, ...]
     scalars: tuple[Symbol, ...]
     host: Callable[..., tuple[Any, ...]]
+
+    def operands(self, targets: Sequence[str]) -> list[str]:
+        """Return the names of all memory a kernel touches: the inputs, then targets that are not inputs."""
+        return [*self.inputs, *(t for t in targets if t not in self.inputs)]
 
     def used_inputs(self) -> set[str]:
         """Return the tensor inputs that some output reads."""
@@ -121,7 +126,8 @@ def trace(
             )
     used = _scalars_of(outputs)
     present = tuple(n for n in tensors if n not in absent)
-    return Expression(name, present, outputs, used, _host_function(name, used, tuple(keywords)))
+    given = tuple(r is not None for r in results)
+    return Expression(name, given, present, outputs, used, _host_function(name, used, tuple(keywords)))
 
 
 def _scalars_of(outputs: Iterable[Symbol]) -> tuple[Symbol, ...]:

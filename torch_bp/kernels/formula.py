@@ -38,6 +38,22 @@ def _numbers(values: Iterable[Any]) -> bool:
     return True
 
 
+def _outer_numbers(function: Callable[..., Any]) -> list[Callable[[], Any]]:
+    """Return readers of the numbers in a function's closure and module, which a trace would freeze."""
+    readers: list[Callable[[], Any]] = []
+    for cell in function.__closure__ or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+        if isinstance(value, int | float):
+            readers.append(lambda cell=cell: repr(cell.cell_contents))
+    for name in function.__code__.co_names:
+        if isinstance(function.__globals__.get(name), int | float):
+            readers.append(lambda name=name: repr(function.__globals__.get(name)))
+    return readers
+
+
 def _may_write(tensors: Sequence[torch.Tensor | None], addresses: Sequence[int]) -> bool:
     """True if writing to some of these is safe and allowed (torch refuses, with its own words, what is not)."""
     present = [t for t in tensors if t is not None]
@@ -74,6 +90,7 @@ class Formula:
         self.updates = tuple(updates)
         self._defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
         self._programs: dict[Any, Program] = {}
+        self._outer = _outer_numbers(function)
         for kind, names, allowed in (
             ("updates", self.updates, self.tensors),
             ("static", self.static, [p.name for p in keywords]),
@@ -130,8 +147,16 @@ class Formula:
         key: Any = (engine, dtype, absent)
         if self.static:
             static = tuple(self._static_value(n, keywords) for n in self.static)
-            key = (*key, *static)
-        program = self._programs.get(key)
+            key = (*key, *((type(v), repr(v) if isinstance(v, float) else v) for v in static))
+        if self._outer:
+            key = (*key, *(number() for number in self._outer))
+        try:
+            program = self._programs.get(key)
+        except TypeError:
+            raise TypeError(
+                f"formula {self.name}: static keywords must be hashable, got "
+                f"{', '.join(f'{n}={v!r}' for n, v in zip(self.static, static))}."
+            ) from None
         if program is None:
             fixed = dict(zip(self.static, static)) if self.static else {}
             expression = trace(self.function, self.name, self.tensors, absent, self.scalars, fixed)
@@ -144,17 +169,14 @@ class Formula:
             raise TypeError(f"{self.name}() missing required keyword-only argument: {name!r}")
         return value
 
-    def table(self) -> Table:
-        """Return an empty table of addresses, to be passed to every `foreach_` on the same lists."""
-        return Table()
-
     def foreach_(self, *lists: Sequence[torch.Tensor] | None, table: Table | None = None, **keywords: Any) -> None:
         """Run an updating formula over lists of tensors, in one kernel launch where a kernel may serve.
 
         Args:
             *lists: one list of tensors for each positional argument, all of one length; None for an argument that
                 is None.
-            table: from `table()`, kept between calls on the same lists: addresses are then compared, not collected.
+            table: a `torch_bp.kernels.Table()`, kept between calls on the same lists, whose addresses are then
+                compared and not collected.
             **keywords: the scalars, the same for every tensor, and the static keywords.
 
         Raises:
@@ -186,6 +208,8 @@ class Formula:
         if len(lists) != len(self.tensors) or not plain.unwatched() or not isinstance(first, torch.Tensor):
             return False
         engine = serving(first)
+        if engine == "triton" and first.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # a replay would read the addresses from memory that has been given back
         if engine is None or any(map(plain.recording, present)) or not _numbers(keywords.values()):
             return False
         writes = [n in self.updates for n, row in zip(self.tensors, lists) if row is not None]
@@ -271,6 +295,6 @@ def formula_function(formula: Formula) -> Any:
         return _FORMULAS[number](*tensors, **keywords)
 
     _FORMULAS[number] = formula
-    weakref.finalize(call, _FORMULAS.pop, number)
+    weakref.finalize(call, _FORMULAS.pop, number).atexit = False  # still there for what runs at exit
     call.foreach_, call.formula = formula.foreach_, formula  # type: ignore[attr-defined]
     return call

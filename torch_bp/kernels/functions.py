@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torch_bp.kernels.symbol import WHERE_OF_NUMBERS, FormulaError, Symbol
+from torch_bp.kernels.symbol import FUNCTION_NAMES, WHERE_OF_NUMBERS, FormulaError, Symbol
 
 
 def _dispatch(operation: str, of_tensor: Callable[..., Any], of_number: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,15 +69,6 @@ where = _dispatch("where", _where, lambda condition, a, b: a if condition else b
 maximum = _dispatch("maximum", _as_tensors(torch.maximum), _nan_aware(max))
 minimum = _dispatch("minimum", _as_tensors(torch.minimum), _nan_aware(min))
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "sqrt": sqrt,
-    "exp": exp,
-    "log": log,
-    "tanh": tanh,
-    "erf": erf,
-    "where": where,
-    "maximum": maximum,
-    "minimum": minimum,
-    "abs": abs,
-    "sign": sign,
-}
+FUNCTIONS: dict[str, Callable[..., Any]] = dict(
+    zip(FUNCTION_NAMES, (sqrt, exp, log, tanh, erf, where, maximum, minimum, abs, sign), strict=True)
+)

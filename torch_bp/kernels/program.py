@@ -15,7 +15,7 @@ from torch_bp.kernels.table import Table
 if TYPE_CHECKING:
     from torch_bp.kernels.formula import Formula
 
-_HALF = {torch.float16, torch.bfloat16}
+HALF = {torch.float16, torch.bfloat16}
 
 
 def as_torch(
@@ -30,7 +30,7 @@ def as_torch(
     Half precision is computed in float32 and rounded once, as torch's own kernels do.
     """
     dtypes = {t.dtype for t in tensors if t is not None}
-    half = dtypes and dtypes <= _HALF
+    half = dtypes and dtypes <= HALF
     if half:
         results = function(*[None if t is None else t.float() for t in tensors], **keywords)
     else:
@@ -45,9 +45,12 @@ def as_torch(
     if not updates:
         return results
     by_name = dict(zip(names, tensors))
-    for name, result in zip(updates, results if several else (results,)):
-        if result is not None and result is not by_name[name]:
-            by_name[name].copy_(result)
+    targets = [by_name[name] for name in updates]
+    writes = [(t, r) for t, r in zip(targets, results if several else (results,)) if r is not None and r is not t]
+    # A result that is itself a target (the previous value, kept) would be overwritten before it is read.
+    writes = [(t, r.clone() if any(r is other for other in targets) else r) for t, r in writes]
+    for target, result in writes:
+        target.copy_(result)
     return None
 
 
@@ -64,10 +67,10 @@ class Program:
         self.updates = bool(formula.updates)
         if self.updates:
             targets = [n for n in formula.updates if n not in absent]
-            if len(targets) != len(expression.outputs):
+            if expression.given != tuple(n not in absent for n in formula.updates):
                 raise TypeError(
-                    f"formula {formula.name}: it must return one result for each of updates={formula.updates}, got "
-                    f"{len(expression.outputs)} for {', '.join(targets)}."
+                    f"formula {formula.name}: it must return one result for each of updates={formula.updates}, "
+                    f"None for one that is None, got {sum(expression.given)} for {', '.join(targets)}."
                 )
         else:
             targets = [f"out{i}" for i in range(len(expression.outputs))]
@@ -104,6 +107,7 @@ class Program:
         return results[0] if self.created == 1 else tuple(results)
 
     def foreach(self, table: Table, device: torch.device, keywords: Mapping[str, Any]) -> None:
+        """Run over the lists of tensors that a table holds."""
         values = self._values(keywords)
         if self.numba:
             self.list.run(table.elements, table.addresses, table.tensor, table.start, table.length, *values)

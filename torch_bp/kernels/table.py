@@ -10,7 +10,6 @@ import torch
 from torch_bp.kernels import plain
 
 _Tensor = torch.Tensor
-_type_of = type
 _dtype_of = _Tensor.dtype.__get__  # type: ignore[attr-defined]
 _layout_of, _device_of = _Tensor.layout.__get__, _Tensor.device.__get__  # type: ignore[attr-defined]
 _shape_of = _Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -33,11 +32,14 @@ class Table:
         self.written: list[torch.Tensor] = []
         self.version = 0  # grows whenever an address changes: a device copy of the table knows when it is stale
         self._chunk = 0
+        self._inference = False
         self._copied: tuple[int, torch.device] | None = None
 
     def refresh(self, lists: tuple[Sequence[torch.Tensor], ...], writes: Sequence[bool], chunk: int) -> bool:
         """Bring the table up to date; False if these tensors are not for a kernel."""
         try:
+            if self._inference and not torch.is_inference_mode_enabled():
+                self.lists = []
             if chunk == self._chunk and any(row is not None for row in self.lists) and self._same(lists):
                 return True
             self.lists, self._chunk = [], chunk
@@ -52,7 +54,10 @@ class Table:
             return False
         count = len(self._shapes)
         for row, (now, before) in enumerate(zip(lists, self.lists)):
-            if now is not before and (before is not None or not self._matches(now)):
+            if before is None:
+                if not self._matches(now):
+                    return False
+            elif now is not before or not self._shaped(now):  # the same address may have got another shape
                 return False
             addresses = np.fromiter(map(_Tensor.data_ptr, now), np.int64, count)
             if not np.array_equal(addresses, self.addresses[row]):
@@ -66,14 +71,16 @@ class Table:
         """True if `tensors` are plain and of the dtype, device, shapes and strides of the first list."""
         return (
             len(tensors) == len(self._shapes)
-            and plain.PLAIN_TYPES.issuperset(map(_type_of, tensors))
+            and plain.PLAIN_TYPES.issuperset(map(type, tensors))
             and set(map(_dtype_of, tensors)) == {self.dtype}
             and set(map(_layout_of, tensors)) == {torch.strided}
             and set(map(_device_of, tensors)) == {self._device}
-            and list(map(_shape_of, tensors)) == self._shapes
-            and list(map(_Tensor.stride, tensors)) == self._strides
+            and self._shaped(tensors)
             and not any(map(_Tensor.is_neg, tensors))
         )
+
+    def _shaped(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return list(map(_shape_of, tensors)) == self._shapes and list(map(_Tensor.stride, tensors)) == self._strides
 
     def _filled(self, addresses: np.ndarray) -> bool:
         """True if every tensor with elements has memory (zero tensors and freed storages have none)."""
@@ -100,8 +107,11 @@ class Table:
             for k, (start, size) in enumerate(zip(row, sizes))
         ):
             return False
-        self.addresses, self.version = addresses, self.version + 1
         self.written = [t for row, w in zip(lists, writes) if w for t in row]
+        self._inference = any(map(_Tensor.is_inference, self.written))
+        if self._inference and not torch.is_inference_mode_enabled():
+            return False  # torch refuses this, in its own words
+        self.addresses, self.version = addresses, self.version + 1
         self.elements = int(self._sizes.sum())
         self._cut(chunk)
         self.lists = [row if w else None for row, w in zip(lists, writes)]

@@ -17,6 +17,7 @@ from torch_bp.ops import (
     softmax,
     tanh,
 )
+from torch_bp.ops.pointwise import leaky_relu_from_output
 
 
 def relu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
@@ -37,6 +38,8 @@ def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool 
         >>> leaky_relu(torch.tensor([-1.0, 2.0]), negative_slope=0.5)
         tensor([-0.5000,  2.0000])
     """
+    if inplace and negative_slope >= 0:
+        return input.copy_(leaky_relu_from_output(input, negative_slope))
     result = ops.leaky_relu(input, negative_slope)
     return input.copy_(result) if inplace else result
 

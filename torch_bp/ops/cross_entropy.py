@@ -17,10 +17,10 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
-from torch_bp.ops.losses import no_gradient, reduction_name
+from torch_bp.kernels.program import HALF
+from torch_bp.ops.losses import MEAN, NONE, no_gradient, reduction_code
 
 _Optional = torch.Tensor | None
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def _class_dim(z: torch.Tensor) -> int:
@@ -32,31 +32,33 @@ def _along_classes(weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return weight.view([-1 if d == _class_dim(z) else 1 for d in range(z.dim())])
 
 
-def _rows(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int) -> tuple[Any, ...]:
+def _rows(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: int, ignored: int) -> tuple[Any, ...]:
     """Return per row: the class (0 where ignored), dy times the target's class weight, and dy or 0 where ignored."""
+    target = target.long()  # torch takes uint8 targets, in which -100 would be class 156
     counted = target != ignored
-    classes = torch.where(counted, target, 0).long()  # torch takes uint8 targets, too
+    classes = torch.where(counted, target, 0)
     mask = counted.to(z.dtype)
     weights = mask if weight is None else weight.to(z.dtype)[classes] * mask
-    if reduction == "mean":
+    if reduction == MEAN:
         dy = dy / weights.sum()
     rows = torch.where(counted, dy * weights, 0)  # 0 also where all is ignored and dy is therefore Inf
     dim = _class_dim(z)
-    return classes.unsqueeze(dim), rows.unsqueeze(dim), torch.where(counted, dy, 0).unsqueeze(dim)
+    even_rows = rows if weight is None else torch.where(counted, dy, 0)
+    return classes.unsqueeze(dim), rows.unsqueeze(dim), even_rows.unsqueeze(dim)
 
 
-def nll_backward(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int) -> Any:
+def nll_backward(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: int, ignored: int) -> Any:
     """The gradient at log-probabilities: minus the row weight at the target class, 0 elsewhere."""
     classes, rows, _ = _rows(dy, z, target, weight, reduction, ignored)
     return torch.zeros_like(z).scatter(_class_dim(z), classes, -rows.expand_as(classes))
 
 
 def cross_entropy_backward(
-    dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: str, ignored: int, smoothing: float
+    dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: int, ignored: int, smoothing: float
 ) -> torch.Tensor:
     """eq. 4: the gradient at the logits for class indices, softmax minus one-hot."""
     dim, dtype = _class_dim(z), z.dtype
-    if dtype in _HALF:
+    if dtype in HALF:
         z, dy = z.float(), dy.float()
     classes, rows, even_rows = _rows(dy, z, target, weight, reduction, ignored)
     rows = rows if smoothing == 0 else rows * (1 - smoothing)
@@ -82,14 +84,14 @@ def soft_cross_entropy_backward(
 ) -> tuple[_Optional, ...]:
     """eq. 4: the gradients at the logits, at the target and at the class weights for target probabilities."""
     dim, dtypes = _class_dim(z), (z.dtype, target.dtype)
-    if z.dtype in _HALF:
+    if z.dtype in HALF:
         z, target, dy = z.float(), target.float(), dy.float()
     classes = z.shape[dim]
-    if reduction == "mean":
-        dy = dy / (z.numel() // classes)
-    rows = dy.unsqueeze(dim) if reduction == "none" else dy
+    if reduction == MEAN:
+        dy = dy / (z.numel() // max(classes, 1))
+    rows = dy.unsqueeze(dim) if reduction == NONE else dy
     dz = dt = dw = None
-    smoothed = target if smoothing == 0 else target * (1 - smoothing) + smoothing / classes
+    smoothed = target if smoothing == 0 else target * (1 - smoothing) + smoothing / max(classes, 1)
     if wanted[0]:
         true = smoothed if weight is None else smoothed * _along_classes(weight, z)
         dz = (rows * (torch.softmax(z, dim) * true.sum(dim, keepdim=True) - true)).to(dtypes[0])
@@ -103,20 +105,29 @@ def soft_cross_entropy_backward(
     return dz, dt, dw
 
 
-def _tangent(slope: torch.Tensor, tangent: torch.Tensor, z: torch.Tensor, reduction: str) -> torch.Tensor:
+def _tangent(slope: torch.Tensor, tangent: torch.Tensor, z: torch.Tensor, reduction: int) -> torch.Tensor:
     """The change of the loss: row-wise or total product of the gradient for dy = 1 with a tangent."""
     product = slope * tangent
-    return product.sum(_class_dim(z)) if reduction == "none" else product.sum()
+    return product.sum(_class_dim(z)) if reduction == NONE else product.sum()
 
 
 def _ones(ctx: Any, z: torch.Tensor) -> torch.Tensor:
     """A dy of ones for the loss of logits z."""
-    if ctx.options[0] != "none":
+    if ctx.options[0] != NONE:
         return z.new_ones(())
     return torch.ones_like(z.select(_class_dim(z), 0))
 
 
-class CrossEntropy(Function):
+class _ClassLoss(Function):
+    """What the losses here keep: input, target, class weights and the options."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        save(ctx, *inputs[:3])
+        ctx.options = inputs[3:]
+
+
+class CrossEntropy(_ClassLoss):
     """eq. 4 with class indices."""
 
     @staticmethod
@@ -128,14 +139,7 @@ class CrossEntropy(Function):
         ignored: int,
         smoothing: float,
     ) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(
-            z, target, weight, ignore_index=ignored, reduction=reduction, label_smoothing=smoothing
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        save(ctx, *inputs[:3])
-        ctx.options = inputs[3:]
+        return torch._C._nn.cross_entropy_loss(z, target, weight, reduction, ignored, smoothing)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
@@ -148,19 +152,14 @@ class CrossEntropy(Function):
         return _tangent(slope, dz, z, ctx.options[0])
 
 
-class SoftCrossEntropy(Function):
+class SoftCrossEntropy(_ClassLoss):
     """eq. 4 with target probabilities."""
 
     @staticmethod
     def forward(
-        z: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: str, smoothing: float
+        z: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: int, smoothing: float
     ) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(z, target, weight, reduction=reduction, label_smoothing=smoothing)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        save(ctx, *inputs[:3])
-        ctx.options = inputs[3:]
+        return torch._C._nn.cross_entropy_loss(z, target, weight, reduction, -100, smoothing)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
@@ -183,19 +182,14 @@ class SoftCrossEntropy(Function):
         return sum(terms[1:], terms[0])
 
 
-class NegativeLogLikelihood(Function):
+class NegativeLogLikelihood(_ClassLoss):
     """The loss on log-probabilities that eq. 4 ends with."""
 
     @staticmethod
     def forward(
-        logp: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: str, ignored: int
+        logp: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: int, ignored: int
     ) -> torch.Tensor:
-        return torch.nn.functional.nll_loss(logp, target, weight, ignore_index=ignored, reduction=reduction)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        save(ctx, *inputs[:3])
-        ctx.options = inputs[3:]
+        return torch._C._nn.nll_loss_nd(logp, target, weight, reduction, ignored)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
@@ -240,16 +234,16 @@ def cross_entropy(
             reduction,
             label_smoothing,
         )
-    reduction = reduction_name(size_average, reduce, reduction)
+    code = reduction_code(size_average, reduce, reduction)
     label_smoothing = max(label_smoothing, 0.0)  # torch takes what is negative for none
     args: tuple[Any, ...]
     if target.is_floating_point() and input.shape == target.shape:
         if ignore_index >= 0:
             raise RuntimeError("ignore_index is not supported for floating point target")
         function: type[Function] = SoftCrossEntropy
-        args = (input, target, weight, reduction, label_smoothing)
+        args = (input, target, weight, code, label_smoothing)
     else:
-        function, args = CrossEntropy, (input, target, weight, reduction, ignore_index, label_smoothing)
+        function, args = CrossEntropy, (input, target, weight, code, ignore_index, label_smoothing)
         no_gradient("cross_entropy", weight=weight)
     if under_autocast(input):
         return cast_apply(function, torch.float32, *args)
@@ -283,9 +277,9 @@ def nll_loss(
             reduce,
             reduction,
         )
-    reduction = reduction_name(size_average, reduce, reduction)
+    code = reduction_code(size_average, reduce, reduction)
     no_gradient("nll_loss", weight=weight)
-    args = (input, target, weight, reduction, ignore_index)
+    args = (input, target, weight, code, ignore_index)
     if under_autocast(input):
         return cast_apply(NegativeLogLikelihood, torch.float32, *args)
     return NegativeLogLikelihood.apply(*args)

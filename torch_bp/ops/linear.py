@@ -9,6 +9,7 @@ Backward, Algorithm 1, lines 8 and 9, with dz the error signal at z:
 Saved: a and W. The output is not.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -36,12 +37,12 @@ class Linear(Function):
     def backward(ctx: Any, dz: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         a, weight = ctx.saved_tensors
         needs_da, needs_dw, needs_db = ctx.needs_input_grad
-        rows = dz if dz.dim() == 2 else dz.reshape(-1, dz.shape[-1])
+        rows = _rows(dz)
         da = dw = db = None
         if needs_da:
             da = dz @ _conjugate(weight)
         if needs_dw:
-            dw = rows.t() @ _conjugate(a if a.dim() == 2 else a.reshape(-1, a.shape[-1]))
+            dw = rows.t() @ _conjugate(_rows(a))
         if needs_db:
             db = rows.sum(0)
         return da, dw, db
@@ -57,6 +58,13 @@ class Linear(Function):
         if db is not None:
             terms.append(db.expand(*a.shape[:-1], -1))
         return sum(terms[1:], terms[0])
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """See any leading dimensions as one."""
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # -1 cannot be told from no features
 
 
 def _conjugate(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,7 +84,9 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
-    if weight.dim() != 2:  # torch's forward alone knows (I) weights; they have no place in eq. 1
+    if (
+        weight.dim() != 2 or input.is_nested
+    ):  # torch's alone: weights (I), which eq. 1 has no place for, and ragged rows
         return torch.nn.functional.linear(input, weight, bias)
     if under_autocast(input):
         return cast_apply(Linear, None, input, weight, bias)

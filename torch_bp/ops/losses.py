@@ -23,8 +23,11 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
 from torch_bp.kernels import formula, log, maximum
+from torch_bp.kernels.program import HALF
 
 _Optional = torch.Tensor | None
+
+NONE, MEAN, SUM = (_reduction.get_enum(name) for name in ("none", "mean", "sum"))
 
 
 @formula
@@ -55,6 +58,13 @@ def bce_logits_backward(dy, s, t, p, *, scale):
     return slope if dy is None else slope * dy
 
 
+@formula
+def bce_logits_target_backward(dy, z, positive, negative, p, *, scale):
+    """eq. 5 after eq. 12: dl/dt = log s(-z) - p log s(z), from log s(z) and log s(-z); -z without class weight p."""
+    slope = -scale * z if p is None else scale * (negative - p * positive)
+    return slope if dy is None else slope * dy
+
+
 def _squared_error_slopes(dy: _Optional, x: Any, t: Any, p: None, scale: Any, wanted: tuple[bool, bool]) -> Any:
     slope = squared_error_backward(dy, x, t, scale=scale)
     return slope if wanted[0] else None, -slope if wanted[1] else None
@@ -72,30 +82,31 @@ def _bce_logits_slopes(dy: _Optional, z: Any, t: Any, p: _Optional, scale: Any, 
     if wanted[0]:
         weight = None if p is None else p.expand_as(z)
         dz = bce_logits_backward(dy, torch.sigmoid(z), t, weight, scale=scale)
-    if wanted[1]:  # dl/dt = -z, and with a class weight log s(-z) - p log s(z)
+    if wanted[1]:
         log_s = torch.nn.functional.logsigmoid
-        dt = -scale * z if p is None else scale * (log_s(-z) - p * log_s(z))
-        dt = dt if dy is None else dt * dy
+        positive, negative = (None, None) if p is None else (log_s(z), log_s(-z))
+        weight = None if p is None else p.expand_as(z)
+        dt = bce_logits_target_backward(dy, z, positive, negative, weight, scale=scale)
     return dz, dt
 
 
 def _elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Callable[..., Any]) -> type[Function]:
     """Make the Function of a loss of `(input, target, weight, pos_weight, reduction, factor)`.
 
-    `value(input, target, weight, pos_weight, reduction)` is reduced by torch to "none", "mean" or "sum" and multiplied
+    `value(input, target, weight, pos_weight, reduction)` is reduced by torch, by NONE, MEAN or SUM, and multiplied
     with `factor`; `slopes(dy, input, target, pos_weight, scale, wanted)` returns scale times dl/dx and dl/dt, times dy
     where that is not None.
     """
 
-    def upstream(dy: torch.Tensor, x: torch.Tensor, weight: _Optional, options: tuple[str, float]) -> tuple[Any, Any]:
+    def upstream(dy: torch.Tensor, x: torch.Tensor, weight: _Optional, options: tuple[int, float]) -> tuple[Any, Any]:
         """Split what comes from above into one value per element, or None, and a number."""
         reduction, factor = options
-        if reduction == "none":
+        if reduction == NONE:
             return dy if weight is None else dy * weight, factor
-        if reduction == "mean":
+        if reduction == MEAN:
             factor = factor / max(x.numel(), 1)
-        if weight is None:
-            return None, dy * factor
+        if weight is None:  # 1/n is subnormal in half precision for a large n
+            return None, (dy.float() if dy.dtype in HALF else dy) * factor
         return (weight * dy).expand_as(x), factor
 
     class Loss(Function):
@@ -105,7 +116,7 @@ def _elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Cal
             t: torch.Tensor,
             weight: _Optional,
             pos_weight: _Optional,
-            reduction: str,
+            reduction: int,
             factor: float,
         ) -> torch.Tensor:
             loss = value(x, t, weight, pos_weight, reduction)
@@ -126,12 +137,12 @@ def _elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Cal
         @staticmethod
         def jvp(ctx: Any, dx: _Optional, dt: _Optional, *_: Any) -> torch.Tensor:
             x, t, weight, pos_weight = ctx.saved_tensors
-            one = torch.ones_like(x) if ctx.options[0] == "none" else x.new_ones(())
+            one = torch.ones_like(x) if ctx.options[0] == NONE else x.new_ones(())
             dy, scale = upstream(one, x, weight, ctx.options)
             by_x, by_t = slopes(dy, x, t, pos_weight, scale, (dx is not None, dt is not None))
             changes = [slope * d for slope, d in ((by_x, dx), (by_t, dt)) if d is not None]
             change = sum(changes[1:], changes[0])
-            return change if ctx.options[0] == "none" else change.sum()
+            return change if ctx.options[0] == NONE else change.sum()
 
     Loss.rename(name)
     return Loss
@@ -139,29 +150,26 @@ def _elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Cal
 
 SquaredError = _elementwise_loss(
     "squared_error",
-    lambda x, t, _, __, reduction: torch.nn.functional.mse_loss(x, t, reduction=reduction),
+    lambda x, t, _, __, reduction: torch._C._nn.mse_loss(x, t, reduction),
     _squared_error_slopes,
 )
 BinaryCrossEntropy = _elementwise_loss(
     "binary_cross_entropy",
-    lambda x, t, w, _, reduction: torch.nn.functional.binary_cross_entropy(x, t, w, reduction=reduction),
+    lambda x, t, weight, _, reduction: torch._C._nn.binary_cross_entropy(x, t, weight, reduction),
     _bce_slopes,
 )
 BinaryCrossEntropyWithLogits = _elementwise_loss(
     "binary_cross_entropy_with_logits",
-    lambda x, t, w, p, reduction: torch.nn.functional.binary_cross_entropy_with_logits(
-        x, t, w, reduction=reduction, pos_weight=p
-    ),
+    torch.binary_cross_entropy_with_logits,
     _bce_logits_slopes,
 )
 
 
-def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """Return the reduction that the legacy arguments or `reduction` mean, checked as torch checks it."""
+def reduction_code(size_average: bool | None, reduce: bool | None, reduction: str) -> int:
+    """Return NONE, MEAN or SUM, as the legacy arguments or `reduction` say, checked as torch checks it."""
     if size_average is not None or reduce is not None:
-        return _reduction.legacy_get_string(size_average, reduce)
-    _reduction.get_enum(reduction)
-    return "mean" if reduction == "elementwise_mean" else reduction
+        return _reduction.legacy_get_enum(size_average, reduce)
+    return _reduction.get_enum(reduction)
 
 
 def no_gradient(name: str, **tensors: _Optional) -> None:
@@ -174,13 +182,13 @@ def no_gradient(name: str, **tensors: _Optional) -> None:
             )
 
 
-def _apply(function: type[Function], *args: Any) -> torch.Tensor:
+def _apply(function: type[Function], *args: Any, casts: bool = True) -> torch.Tensor:
     x, t = args[0], args[1]
     if x.dtype is not t.dtype:  # torch promotes here; the formulas expect one dtype
         dtype = torch.promote_types(x.dtype, t.dtype)
         x, t = x.to(dtype), t.to(dtype)
     if under_autocast(x):
-        return cast_apply(function, torch.float32, x, t, *args[2:])
+        return cast_apply(function, torch.float32 if casts else x.dtype, x, t, *args[2:])
     return function.apply(x, t, *args[2:])
 
 
@@ -213,15 +221,15 @@ def mse_loss(
             mse_loss, (input, target, weight), input, target, size_average, reduce, reduction, weight
         )
     _same_size_expected(input, target)
-    reduction = reduction_name(size_average, reduce, reduction)
-    x, t = torch.broadcast_tensors(input, target)
+    code = reduction_code(size_average, reduce, reduction)
+    x, t = (input, target) if input.shape == target.shape else torch.broadcast_tensors(input, target)
     if weight is None:
-        return _apply(SquaredError, x, t, None, None, reduction, 1.0)
+        return _apply(SquaredError, x, t, None, None, code, 1.0)
     if weight.size() != input.size():
         raise ValueError("Weights and input must have the same size.")
-    # torch composes this case of operations that are differentiable in all arguments: the same ones here
-    losses = torch.pow(x - t, 2) * weight
-    return losses if reduction == "none" else losses.sum() / (weight.sum() if reduction == "mean" else 1)
+    # torch composes this case; on the CPU autocast leaves what it is composed of alone
+    losses = _apply(SquaredError, x, t, None, None, NONE, 1.0, casts=input.is_cuda) * weight
+    return losses if code == NONE else losses.sum() / (weight.sum() if code == MEAN else 1)
 
 
 def half_mse_loss(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -249,7 +257,7 @@ def half_mse_loss(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             f"{tuple(input.size())}; use target.view_as(input) if they hold the same elements."
         )
     n = input.size(0) if input.dim() else 1
-    return _apply(SquaredError, input, target, None, None, "sum", 0.5 / n if n else float("nan"))
+    return _apply(SquaredError, input, target, None, None, SUM, 0.5 / n if n else float("nan"))
 
 
 def binary_cross_entropy(
@@ -277,7 +285,7 @@ def binary_cross_entropy(
             reduce,
             reduction,
         )
-    reduction = reduction_name(size_average, reduce, reduction)
+    code = reduction_code(size_average, reduce, reduction)
     if target.size() != input.size():
         raise ValueError(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}) is "
@@ -293,7 +301,7 @@ def binary_cross_entropy(
         weight = weight.expand(torch.broadcast_shapes(target.size(), weight.size()))
     if input.dtype is not target.dtype:  # torch refuses here, with its own words
         return torch.nn.functional.binary_cross_entropy(input, target, weight, reduction=reduction)
-    return _apply(BinaryCrossEntropy, input, target, weight, None, reduction, 1.0)
+    return _apply(BinaryCrossEntropy, input, target, weight, None, code, 1.0)
 
 
 def binary_cross_entropy_with_logits(
@@ -323,8 +331,8 @@ def binary_cross_entropy_with_logits(
             reduction,
             pos_weight,
         )
-    reduction = reduction_name(size_average, reduce, reduction)
+    code = reduction_code(size_average, reduce, reduction)
     if target.size() != input.size():
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
     no_gradient("binary_cross_entropy_with_logits", weight=weight, pos_weight=pos_weight)
-    return _apply(BinaryCrossEntropyWithLogits, input, target, weight, pos_weight, reduction, 1.0)
+    return _apply(BinaryCrossEntropyWithLogits, input, target, weight, pos_weight, code, 1.0)

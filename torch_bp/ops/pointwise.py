@@ -8,6 +8,7 @@ Each activation is one formula and one line. `activation` makes a function of tw
 torch operation, or a formula) and the derivative.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,8 @@ def activation(
     """Make a differentiable pointwise function of its value and its derivative.
 
     Args:
-        name: what the function and its node in the graph are called.
+        name: what the function and its node in the graph are called. A model that holds the function can be pickled if
+            this is also the name of the variable, in a module, that holds it.
         value: `value(z, *parameters)`, a torch operation or a `@formula`.
         derivative: a `@formula` of `(dy, saved, *, parameters...)`: the error signal before the activation from the
             one after it.
@@ -57,14 +59,14 @@ def activation(
         >>> from torch_bp.kernels import formula
         >>> from torch_bp.ops.pointwise import activation
         >>> @formula
-        ... def softsign(z):
+        ... def softsign_value(z):
         ...     return z / (1 + abs(z))
         >>> @formula
         ... def softsign_backward(dy, y):
         ...     return dy * (1 - abs(y)) ** 2
-        >>> f = activation("softsign", softsign, softsign_backward)
+        >>> softsign = activation("softsign", softsign_value, softsign_backward)
         >>> z = torch.tensor([-1.0, 0.0], requires_grad=True)
-        >>> f(z).sum().backward()
+        >>> softsign(z).sum().backward()
         >>> z.grad
         tensor([0.2500, 1.0000])
     """
@@ -102,6 +104,7 @@ def activation(
         return apply(input, *values)
 
     function.__name__ = function.__qualname__ = name
+    function.__module__ = sys._getframe(1).f_globals.get("__name__", __name__)  # so that models with it can be pickled
     return function
 
 
@@ -124,18 +127,18 @@ def relu_backward(dy, y):
 
 
 @formula
-def leaky_relu_backward(dy, y, *, negative_slope):
-    """eq. 15: 1 for z > 0, else the slope, also at 0; y is z, or the output where that has the sign of z."""
-    return where(y > 0, dy, negative_slope * dy)
-
-
-def _saves_sign(output: torch.Tensor, input: torch.Tensor, negative_slope: float) -> torch.Tensor:
-    return output if negative_slope >= 0 else input
+def leaky_relu_backward(dy, z, *, negative_slope):
+    """eq. 15: 1 for z > 0, else the slope, also at 0. From the input, as torch, so that the output may be altered."""
+    return where(z > 0, dy, negative_slope * dy)
 
 
 sigmoid = activation("sigmoid", torch.sigmoid, sigmoid_backward)
 tanh = activation("tanh", torch.tanh, tanh_backward)
 relu = activation("relu", torch.relu, relu_backward)
 leaky_relu = activation(
-    "leaky_relu", torch.nn.functional.leaky_relu, leaky_relu_backward, _saves_sign, ("negative_slope",)
+    "leaky_relu", torch.nn.functional.leaky_relu, leaky_relu_backward, saves_input, ("negative_slope",)
+)
+# For a slope of 0 or more the output has the sign of the input: what writes over its input saves the output.
+leaky_relu_from_output = activation(
+    "leaky_relu", torch.nn.functional.leaky_relu, leaky_relu_backward, saves_output, ("negative_slope",)
 )

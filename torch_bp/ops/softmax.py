@@ -14,39 +14,39 @@ from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def _accurate(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Half precision is summed in float32, as torch does."""
-    return tuple(t.float() if t.dtype in _HALF else t for t in tensors)
+from torch_bp.kernels.program import HALF
 
 
 def softmax_backward(dy: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
-    """eq. 16: the error signal at z from the one at softmax(z)."""
-    wide_dy, wide_y = _accurate(dy, y)
-    product = wide_dy * wide_y
-    return torch.addcmul(product, wide_y, product.sum(dim, keepdim=True), value=-1).to(y.dtype)
+    """eq. 16: the error signal at z from the one at softmax(z). Half precision is summed in float32, as in torch."""
+    if y.dtype in HALF:
+        return softmax_backward(dy.float(), y.float(), dim).to(y.dtype)
+    product = dy * y
+    return torch.addcmul(product, y, product.sum(dim, keepdim=True), value=-1)
 
 
 def log_softmax_backward(dy: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
     """The error signal at z from the one at log_softmax(z)."""
-    wide_dy, wide_y = _accurate(dy, y)
-    return torch.addcmul(wide_dy, wide_y.exp(), wide_dy.sum(dim, keepdim=True), value=-1).to(y.dtype)
+    if y.dtype in HALF:
+        return log_softmax_backward(dy.float(), y.float(), dim).to(y.dtype)
+    return torch.addcmul(dy, y.exp(), dy.sum(dim, keepdim=True), value=-1)
 
 
-class Softmax(Function):
-    """eq. 16."""
-
-    @staticmethod
-    def forward(z: torch.Tensor, dim: int) -> torch.Tensor:
-        return torch.softmax(z, dim)
+class _AlongDimension(Function):
+    """What both keep: the output and the dimension."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         save(ctx, output)
         ctx.dim = inputs[1]
+
+
+class Softmax(_AlongDimension):
+    """eq. 16."""
+
+    @staticmethod
+    def forward(z: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.softmax(z, dim)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -59,17 +59,12 @@ class Softmax(Function):
         return softmax_backward(dz, y, ctx.dim)
 
 
-class LogSoftmax(Function):
+class LogSoftmax(_AlongDimension):
     """log(softmax(z)), computed without the intermediate that underflows."""
 
     @staticmethod
     def forward(z: torch.Tensor, dim: int) -> torch.Tensor:
         return torch.log_softmax(z, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        save(ctx, output)
-        ctx.dim = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -79,8 +74,8 @@ class LogSoftmax(Function):
     @staticmethod
     def jvp(ctx: Any, dz: torch.Tensor, _: None) -> torch.Tensor:
         (y,) = ctx.saved_tensors
-        wide_dz, wide_y = _accurate(dz, y)
-        return (wide_dz - (wide_y.exp() * wide_dz).sum(ctx.dim, keepdim=True)).to(y.dtype)
+        wide = y.float() if y.dtype in HALF else y
+        return (dz - (wide.exp() * dz).sum(ctx.dim, keepdim=True)).to(y.dtype)
 
 
 def _along(

@@ -48,7 +48,7 @@ class Adagrad(torch.optim.Adagrad):
         names = ("lr", "lr_decay", "eps", "weight_decay", "maximize")
         return {name: group[name] for name in names} | {
             "previous_steps": step - 1,
-            "decay": group["weight_decay"] != 0,
+            "decay": bool(group["weight_decay"] != 0),
         }
 
     def sparse(self, group: Mapping[str, Any]) -> str:

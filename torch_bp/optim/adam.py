@@ -56,7 +56,8 @@ def adam(
 class Adam(torch.optim.Adam):
     """As `torch.optim.Adam`; eq. 10 and 11.
 
-    `foreach` and `fused` are accepted; the update is one kernel over all parameters in any case.
+    `foreach` and `fused` are accepted; the update is one kernel over all parameters with or without them. Only
+    `differentiable`, `capturable` and, on CUDA, `fused=True` are updated one by one, with the step count on the device.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -84,7 +85,7 @@ class Adam(torch.optim.Adam):
             "bias_correction2": 1 - beta2**step,
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
-            "decay": group["weight_decay"] != 0,
+            "decay": bool(group["weight_decay"] != 0),
             "decoupled_weight_decay": group["decoupled_weight_decay"],
         }
 

@@ -5,7 +5,7 @@ and the numbers the rule takes from a group and the step count. `step` does the 
 for a user's own, who subclasses `RuleOptimizer`:
 
 - *The list kernel.* Parameters of one device, dtype and step count are one call over a table of addresses. What was
-  collected (`_Plan`) is kept while parameters, state and the set of gradients stay the same objects, which a few
+  collected (`Plan`) is kept while parameters, state and the set of gradients stay the same objects, which a few
   comparisons tell; step counts are read once and then known.
 - *One by one*, through the same formula: sparse and complex gradients, tensor subclasses, `differentiable`,
   `capturable`, `torch.compile`, and whatever else a kernel may not serve.
@@ -13,24 +13,16 @@ for a user's own, who subclasses `RuleOptimizer`:
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_bp.kernels import Table, formula
+from torch_bp.kernels.plain import unwatched
+from torch_bp.optim.plan import Plan, forget, initial_state
 
-_Layout = Sequence[str | None]
-_version_of = Tensor._version.__get__  # type: ignore[attr-defined]
 _layout_of = Tensor.layout.__get__  # type: ignore[attr-defined]
-
-
-@formula(updates=("step",))
-def count(step):
-    """One more update of a parameter."""
-    return step + 1
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -38,7 +30,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     Class attributes of a subclass:
         rule: a `@formula(updates=("param", ...))` whose positional arguments are `param`, `grad` and the state, in the
-            order of `state_names`; written as `rule = staticmethod(my_rule)`.
+            order of `state_names`.
         state_names: names under which the state is kept in `optimizer.state[p]`. State starts at zero.
         counts_steps: keep a `step` count per parameter, as Adam does. Default False.
 
@@ -58,7 +50,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         ...     momentum_buffer = beta * momentum_buffer + (1 - beta) * grad
         ...     return param - lr * sign(momentum_buffer), momentum_buffer
         >>> class SignMomentum(RuleOptimizer):
-        ...     rule, state_names = staticmethod(sign_momentum), ("momentum_buffer",)
+        ...     rule, state_names = sign_momentum, ("momentum_buffer",)
         ...     def __init__(self, params, lr=1e-3, beta=0.9):
         ...         super().__init__(params, {"lr": lr, "beta": beta})
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -72,6 +64,17 @@ class RuleOptimizer(torch.optim.Optimizer):
     rule: Callable[..., Any]
     state_names: Sequence[str] = ()
     counts_steps = False
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "rule" in cls.__dict__:
+            rule = getattr(cls.__dict__["rule"], "__func__", cls.__dict__["rule"])
+            if not hasattr(rule, "formula"):
+                raise TypeError(
+                    f"{cls.__name__}: rule must be a @formula(updates=(...)), got {type(rule).__name__}; "
+                    "decorate it with torch_bp.kernels.formula."
+                )
+            cls.rule = staticmethod(rule)
 
     def state_layout(self, group: Mapping[str, Any]) -> Sequence[str | None]:
         """Return the state's names in the order of the rule's arguments, None for one that this group does without."""
@@ -87,7 +90,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             fresh: True at the first update of these parameters.
         """
         rule = self.rule.formula  # type: ignore[attr-defined]
-        return {name: group[name] for name in (*rule.scalars, *rule.static)}
+        names = (*rule.scalars, *rule.static)
+        missing = [name for name in names if name not in group]
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__}: the rule's keywords must be in the parameter group, got no "
+                f"{', '.join(map(repr, missing))}; add them to `defaults` or override `scalars`."
+            )
+        return {name: group[name] for name in names}
 
     def sparse(self, group: Mapping[str, Any]) -> str:
         """Say how a sparse gradient is applied: "rows" where zero gradients change nothing, "dense", or raise."""
@@ -114,7 +124,8 @@ _check_capture = (
 
 def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
     """The `step` of every optimizer here; `self` has what `RuleOptimizer` describes."""
-    _check_capture(self)
+    if "capturable" in self.defaults:
+        _check_capture(self)
     loss = None
     if closure is not None:
         with torch.enable_grad():
@@ -138,12 +149,12 @@ def _overflowed(optimizer: Any) -> bool:
 
 def _step_group(self: Any, index: int, group: dict[str, Any], scale: Tensor | None) -> None:
     gradients: list[Tensor | None] = [p.grad for p in group["params"]]
-    listed = scale is None and not torch.compiler.is_compiling() and not _on_device(group)
+    listed = scale is None and not torch.is_inference_mode_enabled() and not _on_device(group)
     if listed and _listable(group["params"], gradients):
         plans = self.__dict__.setdefault("_plans", {})
         plan = plans.get(index)
         if plan is None or not plan.fits(self, group, gradients):
-            plan = plans[index] = _Plan(self, group, gradients)
+            plan = plans[index] = Plan(self, group, gradients)
         gradients = plan.run(self, group, gradients)
     if gradients:
         _one_by_one(self, group, gradients, scale)
@@ -151,102 +162,11 @@ def _step_group(self: Any, index: int, group: dict[str, Any], scale: Tensor | No
 
 def _on_device(group: Mapping[str, Any]) -> bool:
     """True where the step count is a tensor that the host must not read, or the update itself is differentiated."""
+    if torch.compiler.is_compiling() or not unwatched():
+        return True
     if group.get("differentiable") or group.get("capturable"):
         return True
     return bool(group.get("fused")) and any(p.device.type != "cpu" for p in group["params"])
-
-
-class _Bucket:
-    """Parameters of a group that one call updates: one device, one dtype, one step count."""
-
-    def __init__(self, fresh: bool) -> None:
-        self.fresh = fresh
-        self.positions: list[int] = []
-        self.params: list[Tensor] = []
-        self.states: list[dict[str, Any]] = []
-        self.table, self.step_table = Table(), Table()
-        self.lists: dict[str, list[Tensor]] = {}
-        self.step, self.versions = 0.0, 0
-
-    def add(self, position: int, param: Tensor, state: dict[str, Any]) -> None:
-        self.positions.append(position)
-        self.params.append(param)
-        self.states.append(state)
-
-    def collect(self, names: Iterable[str]) -> None:
-        """Gather the state by name, and read the step count that all parameters here share."""
-        self.lists = {name: [state[name] for state in self.states] for name in names}
-        if "step" in self.lists:
-            self.step = float(self.lists["step"][0].item())
-            self.versions = sum(map(_version_of, self.lists["step"]))
-
-    def same_state(self) -> bool:
-        """True if the state tensors are those collected, and nobody else has written the step counts."""
-        for name, tensors in self.lists.items():
-            if not all(map(operator.is_, map(operator.itemgetter(name), self.states), tensors)):
-                return False
-        return sum(map(_version_of, self.lists.get("step", ()))) == self.versions
-
-    def update(self, optimizer: Any, group: Mapping[str, Any], layout: _Layout, gradients: Sequence[Any]) -> bool:
-        """Run the list kernel; False if it may not serve, and then nothing is changed."""
-        whole = len(gradients) == len(self.positions)
-        grads = gradients if whole else [gradients[i] for i in self.positions]
-        steps = self.lists.get("step")
-        scalars = optimizer.scalars(group, self.step + 1 if steps else 0, self.fresh)
-        states = [None if name is None else self.lists[name] for name in layout]
-        if not optimizer.rule.formula.launch((self.params, grads, *states), self.table, scalars):
-            return False
-        if steps:
-            count.foreach_(steps, table=self.step_table)
-            self.step += 1
-            self.versions = sum(map(_version_of, steps))
-        return True
-
-
-class _Plan:
-    """What the list kernel needs of a group, kept from step to step."""
-
-    def __init__(self, optimizer: Any, group: dict[str, Any], gradients: Sequence[Tensor | None]) -> None:
-        self.params = list(group["params"])
-        self.present = [i for i, g in enumerate(gradients) if g is not None]
-        self.layout = list(optimizer.state_layout(group))
-        names = [*(["step"] if optimizer.counts_steps else []), *(n for n in self.layout if n is not None)]
-        buckets: dict[Any, _Bucket] = {}
-        for i in self.present:
-            p = self.params[i]
-            state, fresh = _state(optimizer, p, group, self.layout)
-            step = state["step"].item() if optimizer.counts_steps else 0
-            key = (p.device, p.dtype, step, fresh)
-            buckets.setdefault(key, _Bucket(fresh)).add(i, p, state)
-        self.buckets = list(buckets.values())
-        for bucket in self.buckets:
-            bucket.collect(names)
-        self.container, self.states = optimizer.state, list(optimizer.state.values())
-
-    def fits(self, optimizer: Any, group: dict[str, Any], gradients: Sequence[Tensor | None]) -> bool:
-        """True if this plan, made at an earlier step, still tells the truth."""
-        params, states = group["params"], optimizer.state
-        return (
-            len(params) == len(self.params)
-            and all(map(operator.is_, params, self.params))
-            and states is self.container
-            and len(states) == len(self.states)
-            and all(map(operator.is_, states.values(), self.states))
-            and not any(bucket.fresh for bucket in self.buckets)
-            and self.present == [i for i, g in enumerate(gradients) if g is not None]
-            and list(optimizer.state_layout(group)) == self.layout
-            and all(bucket.same_state() for bucket in self.buckets)
-        )
-
-    def run(self, optimizer: Any, group: dict[str, Any], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Update every bucket that a kernel may serve; return the gradients that are still to be applied."""
-        left: list[Tensor | None] = []
-        for bucket in self.buckets:
-            if not bucket.update(optimizer, group, self.layout, gradients):
-                left = left or [None] * len(gradients)
-                for i in bucket.positions:
-                    left[i] = gradients[i]
-        return left
 
 
 def _listable(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
@@ -254,23 +174,6 @@ def _listable(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> b
     return {_layout_of(g) for g in gradients if g is not None} == {torch.strided} and not any(
         map(Tensor.is_complex, params)
     )
-
-
-def _state(self: Any, p: Tensor, group: Mapping[str, Any], layout: _Layout) -> tuple[dict[str, Any], bool]:
-    """Return the state of a parameter, completed where something is missing, and whether it is a first update."""
-    if not self.counts_steps and not any(layout):
-        return {}, False
-    state = self.state[p]
-    missing = [n for n in layout if n is not None and state.get(n) is None]
-    fresh = bool(missing)
-    if self.counts_steps and "step" not in state:
-        dtype = torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
-        on_device = group.get("capturable") or group.get("fused")
-        state["step"] = torch.zeros((), dtype=dtype, device=p.device if on_device else "cpu")
-        fresh = True
-    for name in missing:
-        state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    return state, fresh
 
 
 def _one_by_one(self: Any, group: dict[str, Any], gradients: Sequence[Tensor | None], scale: Tensor | None) -> None:
@@ -281,19 +184,23 @@ def _one_by_one(self: Any, group: dict[str, Any], gradients: Sequence[Tensor | N
         if grad is not None:
             how = self.sparse(group) if grad.layout is not torch.strided else "as it is"
             work.append((p, grad, how))
+    on_device = _on_device(group)
     for p, grad, how in work:
-        state, fresh = _state(self, p, group, layout)
+        state, created = initial_state(self, p, group, layout)
         step: Any = 0
         if self.counts_steps:
+            step = state["step"] + 1 if on_device else state["step"].item() + 1
+        try:
+            scalars = self.scalars(group, step, bool(created))
+            states = [None if name is None else state[name] for name in layout]
+            if scale is not None:
+                grad = grad / scale.to(grad.device)
+            _update(self.rule, p, grad, states, scalars, how)
+        except BaseException:
+            forget([(state, created)])
+            raise
+        if self.counts_steps:
             state["step"] += 1
-            step = state["step"]
-            if not (_on_device(group) or torch.compiler.is_compiling()):
-                step = step.item()
-        scalars = self.scalars(group, step, fresh)
-        states = [None if name is None else state[name] for name in layout]
-        if scale is not None:
-            grad = grad / scale
-        _update(self.rule, p, grad, states, scalars, how)
 
 
 def _update(

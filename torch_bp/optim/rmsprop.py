@@ -72,7 +72,7 @@ class RMSprop(torch.optim.RMSprop):
 
     def scalars(self, group: Mapping[str, Any], step: Any, fresh: bool) -> dict[str, Any]:
         names = ("lr", "alpha", "eps", "momentum", "weight_decay", "maximize")
-        return {name: group[name] for name in names} | {"decay": group["weight_decay"] != 0}
+        return {name: group[name] for name in names} | {"decay": bool(group["weight_decay"] != 0)}
 
     def sparse(self, group: Mapping[str, Any]) -> str:
         raise RuntimeError("RMSprop does not support sparse gradients")

@@ -33,7 +33,8 @@ def sgd(param, grad, momentum_buffer, *, lr, momentum, gain, weight_decay, neste
 class SGD(torch.optim.SGD):
     """As `torch.optim.SGD`; eq. 6 to 9 and sec. 5.4.
 
-    `foreach` and `fused` are accepted; the update is one kernel over all parameters in any case.
+    `foreach` and `fused` are accepted; the update is one kernel over all parameters with or without them. Only
+    `differentiable` and, on CUDA, `fused=True` are updated one by one.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -58,7 +59,7 @@ class SGD(torch.optim.SGD):
             "weight_decay": group["weight_decay"],
             "nesterov": group["nesterov"],
             "maximize": group["maximize"],
-            "decay": group["weight_decay"] != 0,
+            "decay": bool(group["weight_decay"] != 0),
         }
 
     def sparse(self, group: Mapping[str, Any]) -> str:
