@@ -38,6 +38,14 @@ def _numbers(values: Iterable[Any]) -> bool:
     return True
 
 
+def _cell_text(cell: Any) -> str:
+    return repr(cell.cell_contents)
+
+
+def _global_text(namespace: Mapping[str, Any], name: str) -> str:
+    return repr(namespace.get(name))
+
+
 def _outer_numbers(function: Callable[..., Any]) -> list[Callable[[], Any]]:
     """Return readers of the numbers in a function's closure and module, which a trace would freeze."""
     readers: list[Callable[[], Any]] = []
@@ -47,10 +55,10 @@ def _outer_numbers(function: Callable[..., Any]) -> list[Callable[[], Any]]:
         except ValueError:  # not bound yet
             continue
         if isinstance(value, int | float):
-            readers.append(lambda cell=cell: repr(cell.cell_contents))
+            readers.append(functools.partial(_cell_text, cell))
     for name in function.__code__.co_names:
         if isinstance(function.__globals__.get(name), int | float):
-            readers.append(lambda name=name: repr(function.__globals__.get(name)))
+            readers.append(functools.partial(_global_text, function.__globals__, name))
     return readers
 
 

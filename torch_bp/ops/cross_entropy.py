@@ -139,7 +139,7 @@ class CrossEntropy(_ClassLoss):
         ignored: int,
         smoothing: float,
     ) -> torch.Tensor:
-        return torch._C._nn.cross_entropy_loss(z, target, weight, reduction, ignored, smoothing)
+        return torch._C._nn.cross_entropy_loss(z, target, weight, reduction, ignored, smoothing)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
@@ -159,7 +159,7 @@ class SoftCrossEntropy(_ClassLoss):
     def forward(
         z: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: int, smoothing: float
     ) -> torch.Tensor:
-        return torch._C._nn.cross_entropy_loss(z, target, weight, reduction, -100, smoothing)
+        return torch._C._nn.cross_entropy_loss(z, target, weight, reduction, -100, smoothing)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
@@ -189,7 +189,7 @@ class NegativeLogLikelihood(_ClassLoss):
     def forward(
         logp: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: int, ignored: int
     ) -> torch.Tensor:
-        return torch._C._nn.nll_loss_nd(logp, target, weight, reduction, ignored)
+        return torch._C._nn.nll_loss_nd(logp, target, weight, reduction, ignored)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
