@@ -39,13 +39,14 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown benchmark {unknown[0]!r}, expected one of {', '.join(BENCHMARKS)}")
     console = Console()
+    wide = console if console.is_terminal else Console(width=160)
     console.print(machine())
     results = []
     for name in arguments.names or BENCHMARKS:
         for result in BENCHMARKS[name](name):
             results.append(result)
             console.print(f"{result.group} {result.what}, {result.workload}, {result.peer}: {result.ratio:.2f}")
-    console.print(table(results))
+    wide.print(table(results))
     text = json.dumps({"machine": machine(), "results": [r.as_dict() for r in results]}, indent=1)
     folder = Path("logs/benchmarks")
     folder.mkdir(parents=True, exist_ok=True)

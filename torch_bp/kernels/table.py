@@ -57,8 +57,8 @@ class Table:
             if before is None:
                 if not self._matches(now):
                     return False
-            elif now is not before or not self._shaped(now):  # the same address may have got another shape
-                return False
+            elif now is not before or (row == 0 and not self._shaped(now)):
+                return False  # the first list, of parameters, may have got other shapes at the same addresses
             addresses = np.fromiter(map(_Tensor.data_ptr, now), np.int64, count)
             if not np.array_equal(addresses, self.addresses[row]):
                 if before is not None or not self._filled(addresses):
