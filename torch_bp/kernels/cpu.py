@@ -61,20 +61,29 @@ _SPELLING = {
     "not": "not {0}",
 }
 
+POINTER = '''
+def pointer_to(kind):
+    """Make the intrinsic that turns an address into a pointer to `kind`."""
+
+    @intrinsic
+    def pointer(typing_context, address):
+        def code(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), code
+
+    return pointer
+'''
+
 _HEAD = '''"""{name}: made by torch_bp from a formula."""
 import math
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
+{pointer}
+
 real = types.{dtype}
-
-
-@intrinsic
-def pointer(typing_context, address):
-    def code(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(real)(types.int64), code
+pointer = pointer_to(real)
 
 
 @njit("void({signature})", cache=ON_DISK, nogil=True, parallel={parallel}, fastmath={{"contract"}}, error_model="numpy")
@@ -143,7 +152,7 @@ def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dty
     scalars = [f"s{i}" for i in range(len(expression.scalars))]
     signature = ", ".join(["int64"] * (1 + len(names)) + [DTYPES[dtype]] * len(scalars))
     arguments = ", ".join(["count", *(f"a_{n}" for n in names), *scalars])
-    text = _HEAD.format(name=expression.name, dtype=DTYPES[dtype], signature=signature, parallel=parallel)
+    text = _HEAD.format(name=expression.name, pointer=POINTER, dtype=DTYPES[dtype], signature=signature, parallel=parallel)
     text += f"def run({arguments}):\n"
     if not parallel:
         return text + _pointers(names, "a_{n}", "    ") + _loop(expression, targets, "count", "    ")
@@ -162,7 +171,7 @@ def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype
     names = expression.operands(targets)
     scalars = [f"s{i}" for i in range(len(expression.scalars))]
     signature = ", ".join(["int64[:, ::1]", *["int64[::1]"] * 3, *[DTYPES[dtype]] * len(scalars)])
-    text = _HEAD.format(name=expression.name, dtype=DTYPES[dtype], signature=signature, parallel=parallel)
+    text = _HEAD.format(name=expression.name, pointer=POINTER, dtype=DTYPES[dtype], signature=signature, parallel=parallel)
     text += f"def run({', '.join(['addresses', 'tensor', 'start', 'length', *scalars])}):\n"
     text += f"    for chunk in {'prange' if parallel else 'range'}(tensor.shape[0]):\n"
     text += f"        k = tensor[chunk]\n        first = start[chunk] * {dtype.itemsize}\n"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
 
-from torch_bp.kernels import plain
+from torch_bp.kernels import native, plain
 
 _Tensor = torch.Tensor
 _dtype_of = _Tensor.dtype.__get__  # type: ignore[attr-defined]
@@ -18,54 +19,79 @@ _shape_of = _Tensor.shape.__get__  # type: ignore[attr-defined]
 class Table:
     """Addresses, sizes and chunks of `rows` lists of equally many tensors: `addresses[r, k]` is tensor k of list r.
 
-    `refresh` is called before each use. Lists that are written are expected to be the same Python lists as last time:
-    then their addresses alone are compared. Lists that are only read (gradients, new at each step) are checked whole
-    against the dtype, shapes and strides of the others, and are not kept alive.
+    `refresh` is called before each use. Tensors that are written are expected to be the same ones as last time, at the
+    same addresses; those that are only read (gradients, new at each step) may be others, of the same dtype, shapes and
+    strides, and are not kept alive. One compiled look at all of them tells; after any other change, and where no
+    compiled code can be had, the table is built anew.
     """
 
     def __init__(self) -> None:
-        self.lists: list[Sequence[torch.Tensor] | None] = []  # those that are written
         self.addresses = np.empty((0, 0), np.int64)
         self.tensor = self.start = self.length = np.empty(0, np.int64)
         self.elements = 0
         self.dtype = torch.float32
         self.written: list[torch.Tensor] = []
         self.version = 0  # grows whenever an address changes: a device copy of the table knows when it is stale
+        self._writes: Sequence[bool] = ()
         self._chunk = 0
         self._inference = False
         self._copied: tuple[int, torch.device] | None = None
 
-    def refresh(self, lists: tuple[Sequence[torch.Tensor], ...], writes: Sequence[bool], chunk: int) -> bool:
-        """Bring the table up to date; False if these tensors are not for a kernel."""
-        try:
-            if self._inference and not torch.is_inference_mode_enabled():
-                self.lists = []
-            if chunk == self._chunk and any(row is not None for row in self.lists) and self._same(lists):
-                return True
-            self.lists, self._chunk = [], chunk
-            return self._build(lists, writes, chunk)
-        except RuntimeError:  # a tensor that has no address
-            self.lists = []
-            return False
+    def refresh(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[bool], chunk: int) -> bool:
+        """Bring the table up to date; False if these tensors are not for a kernel.
 
-    def _same(self, lists: tuple[Sequence[torch.Tensor], ...]) -> bool:
-        """True if nothing but the addresses of lists that are only read has changed; those are updated."""
-        if len(lists) != len(self.lists):
+        Args:
+            lists: the tensors of each row.
+            writes: which rows the kernel writes to.
+            chunk: how many elements a thread takes at a time.
+        """
+        if writes == self._writes and chunk == self._chunk and self._same(lists):
+            return True
+        self._writes, self._chunk = (), chunk
+        try:
+            if not self._build(lists, writes, chunk):
+                return False
+        except RuntimeError:  # a tensor that has no address
             return False
-        count = len(self._shapes)
-        for row, (now, before) in enumerate(zip(lists, self.lists)):
-            if before is None:
-                if not self._matches(now):
-                    return False
-            elif now is not before or (row == 0 and not self._shaped(now)):
-                return False  # the first list, of parameters, may have got other shapes at the same addresses
-            addresses = np.fromiter(map(_Tensor.data_ptr, now), np.int64, count)
-            if not np.array_equal(addresses, self.addresses[row]):
-                if before is not None or not self._filled(addresses):
-                    return False
-                self.addresses[row] = addresses
-                self.version += 1
+        self._writes = list(writes)
+        self._remember(lists)
         return True
+
+    def _same(self, lists: Sequence[Sequence[torch.Tensor]]) -> bool:
+        """True if nothing but the addresses of lists that are only read has changed; those are updated."""
+        compiled = native.functions()
+        rows, columns = self.addresses.shape
+        if compiled is None or len(lists) != rows or (self._inference and not torch.is_inference_mode_enabled()):
+            return False
+        for row, written in zip(lists, self._writes):
+            if len(row) != columns:
+                return False
+            if not written and not (plain.PLAIN_TYPES.issuperset(map(type, row)) and not any(map(_Tensor.is_neg, row))):
+                return False
+        try:
+            handles = native.handles(chain.from_iterable(lists), rows * columns).reshape(rows, columns)
+        except TypeError:  # not a tensor
+            return False
+        verdict = compiled.check(handles, *self._known, self.addresses, self._answer)
+        self.version += verdict == native.MOVED
+        return verdict != native.CHANGED
+
+    def _remember(self, lists: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Note what `_same` compares."""
+        compiled = native.functions()
+        if compiled is None:
+            return
+        handles = native.handles(chain.from_iterable(lists), self.addresses.size).reshape(self.addresses.shape)
+        self._answer = np.zeros(8, np.int64)
+        if not compiled.kind(handles, self._answer):
+            self._writes = ()
+        forms = [n for shape, stride in zip(self._shapes, self._strides) for n in (len(shape), *shape, *stride)]
+        kept = np.array([*self._writes, self.dtype.itemsize], np.int64)
+        starts = self.addresses[np.array(self._writes, bool)]
+        stretches = np.stack([starts.ravel(), (starts + self._sizes * self.dtype.itemsize).ravel()])
+        stretches = stretches[:, stretches[1] > stretches[0]]
+        stretches = np.ascontiguousarray(stretches[:, np.argsort(stretches[0])])
+        self._known = handles, kept, self._answer[:4].copy(), np.array(forms, np.int64), stretches
 
     def _matches(self, tensors: Sequence[torch.Tensor]) -> bool:
         """True if `tensors` are plain and of the dtype, device, shapes and strides of the first list."""
@@ -75,18 +101,16 @@ class Table:
             and set(map(_dtype_of, tensors)) == {self.dtype}
             and set(map(_layout_of, tensors)) == {torch.strided}
             and set(map(_device_of, tensors)) == {self._device}
-            and self._shaped(tensors)
+            and list(map(_shape_of, tensors)) == self._shapes
+            and list(map(_Tensor.stride, tensors)) == self._strides
             and not any(map(_Tensor.is_neg, tensors))
         )
-
-    def _shaped(self, tensors: Sequence[torch.Tensor]) -> bool:
-        return list(map(_shape_of, tensors)) == self._shapes and list(map(_Tensor.stride, tensors)) == self._strides
 
     def _filled(self, addresses: np.ndarray) -> bool:
         """True if every tensor with elements has memory (zero tensors and freed storages have none)."""
         return bool(np.all((addresses != 0) | (self._sizes == 0)))
 
-    def _build(self, lists: tuple[Sequence[torch.Tensor], ...], writes: Sequence[bool], chunk: int) -> bool:
+    def _build(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[bool], chunk: int) -> bool:
         first = lists[0]
         if not first or not plain.PLAIN_TYPES.issuperset(map(type, first)):
             return False
@@ -114,7 +138,6 @@ class Table:
         self.addresses, self.version = addresses, self.version + 1
         self.elements = int(self._sizes.sum())
         self._cut(chunk)
-        self.lists = [row if w else None for row, w in zip(lists, writes)]
         return True
 
     def on_device(self, device: torch.device) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import formula, sqrt
-from torch_bp.optim.optimizer import step
+from torch_bp.optim.step import step
 
 
 @formula(updates=("param", "sum"), static=("maximize", "decay"))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import formula, maximum, sqrt
-from torch_bp.optim.optimizer import step
+from torch_bp.optim.step import step
 
 
 @formula(

@@ -6,7 +6,7 @@ W <- (1 - lr weight_decay) W, then Adam's update. Source: Loshchilov and Hutter 
 import torch
 
 from torch_bp.optim.adam import Adam, adam
-from torch_bp.optim.optimizer import step
+from torch_bp.optim.step import step
 
 
 class AdamW(torch.optim.AdamW):

@@ -1,32 +1,21 @@
-"""What the list kernel needs of a parameter group, collected once and kept from step to step."""
+"""What the list kernels need of an optimizer's groups, collected once and kept from step to step."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_bp.kernels import Table, formula
+from torch_bp.kernels import Table, native
 
 Layout = Sequence[str | None]
-_version_of = Tensor._version.__get__  # type: ignore[attr-defined]
-
-
-def _versions(tensors: Iterable[Tensor]) -> int:
-    """How often these were written in all; inference tensors do not tell."""
-    try:
-        return sum(map(_version_of, tensors))
-    except RuntimeError:
-        return -1
-
-
-@formula(updates=("step",))
-def count(step):
-    """One more update of a parameter."""
-    return step + 1
+Gradients = Sequence[Tensor | None]
+_NOTHING = type(None)
+_FLAGS = ("capturable", "differentiable", "fused")
 
 
 def initial_state(optimizer: Any, p: Tensor, group: Mapping[str, Any], layout: Layout) -> tuple[dict, list[str]]:
@@ -54,102 +43,152 @@ def forget(created: Iterable[tuple[dict[str, Any], list[str]]]) -> None:
             state.pop(name, None)
 
 
+def on_device(group: Mapping[str, Any]) -> bool:
+    """True where the step count is a tensor that the host must not read, or the update itself is differentiated."""
+    if group.get("differentiable") or group.get("capturable"):
+        return True
+    return bool(group.get("fused")) and any(p.device.type != "cpu" for p in group["params"])
+
+
+class Counter:
+    """The step counts of parameters that are updated together: all the same number."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self._table = Table()
+        self._in_memory = False
+
+    def holds(self, steps: Sequence[Tensor]) -> bool:
+        """True if every count is `value` still."""
+        compiled = native.functions()
+        self._in_memory = compiled is not None and self._table.refresh([steps], [True], 1) and steps[0].is_cpu
+        if not (self._in_memory and steps[0].dtype in (torch.float32, torch.float64)):
+            self._in_memory = False
+            return all(step.item() == self.value for step in steps)
+        return compiled.holds(self._table.addresses[0], self.value, self._table.dtype is torch.float64)
+
+    def advance(self, steps: Sequence[Tensor]) -> None:
+        """Count one more update; `holds` has looked at the same counts before."""
+        self.value += 1
+        if self._in_memory:
+            native.functions().write(self._table.addresses[0], self.value, self._table.dtype is torch.float64)
+            torch._C._increment_version(steps)
+        else:
+            torch._foreach_add_(steps, 1)
+
+
 class Bucket:
     """Parameters of a group that one call updates: one device, one dtype, one step count."""
 
-    def __init__(self, fresh: bool) -> None:
-        self.fresh = fresh
+    def __init__(self, layout: Layout, step: float | None, fresh: bool) -> None:
+        self.layout, self.fresh = layout, fresh
         self.created: list[tuple[dict[str, Any], list[str]]] = []
         self.positions: list[int] = []
         self.params: list[Tensor] = []
         self.states: list[dict[str, Any]] = []
-        self.table, self.step_table = Table(), Table()
-        self.lists: dict[str, list[Tensor]] = {}
-        self.step, self.versions = 0.0, 0
+        self.table = Table()
+        self.counter = None if step is None else Counter(step)
 
     def add(self, position: int, param: Tensor, state: dict[str, Any]) -> None:
         self.positions.append(position)
         self.params.append(param)
         self.states.append(state)
 
-    def collect(self, names: Iterable[str]) -> None:
-        """Gather the state by name, and read the step count that all parameters here share."""
-        self.lists = {name: [state[name] for state in self.states] for name in names}
-        if "step" in self.lists:
-            self.step = float(self.lists["step"][0].item())
-            self.versions = _versions(self.lists["step"])
-
-    def sameinitial_state(self) -> bool:
-        """True if the state tensors are those collected, and nobody else has written the step counts."""
-        for name, tensors in self.lists.items():
-            if not all(map(operator.is_, map(operator.itemgetter(name), self.states), tensors)):
-                return False
-        return _versions(self.lists.get("step", ())) == self.versions
-
-    def update(self, optimizer: Any, group: Mapping[str, Any], layout: Layout, gradients: Sequence[Any]) -> bool:
-        """Run the list kernel; False if it may not serve, and then nothing is changed."""
-        whole = len(gradients) == len(self.positions)
-        grads = gradients if whole else [gradients[i] for i in self.positions]
-        steps = self.lists.get("step")
-        states = [None if name is None else self.lists[name] for name in layout]
+    def collect(self) -> bool:
+        """Look up the state as it is now; False if something is missing or the step counts are others."""
         try:
-            scalars = optimizer.scalars(group, self.step + 1 if steps else 0, self.fresh)
-            if not optimizer.rule.formula.launch((self.params, grads, *states), self.table, scalars):
+            self.rows = [None if n is None else [state[n] for state in self.states] for n in self.layout]
+            self.steps = [] if self.counter is None else [state["step"] for state in self.states]
+        except KeyError:
+            return False
+        return self.counter is None or self.counter.holds(self.steps)
+
+    def update(self, optimizer: Any, group: Mapping[str, Any], gradients: Gradients) -> bool:
+        """Run the list kernel; False if it may not serve, and then nothing is changed."""
+        grads = gradients if len(gradients) == len(self.positions) else [gradients[i] for i in self.positions]
+        step = 0 if self.counter is None else self.counter.value + 1
+        try:
+            scalars = optimizer.scalars(group, step, self.fresh)
+            if not optimizer.rule.formula.launch((self.params, grads, *self.rows), self.table, scalars):
+                forget(self.created)
                 return False
         except BaseException:
             forget(self.created)
             raise
-        if steps:
-            count.foreach_(steps, table=self.step_table)
-            self.step += 1
-            self.versions += len(steps)  # each was written once; were it not so, the next step would collect anew
+        if self.counter is not None:
+            self.counter.advance(self.steps)
         return True
 
 
-class Plan:
-    """What the list kernel needs of a group, kept from step to step."""
+class Share:
+    """What a plan knows of one group."""
 
-    def __init__(self, optimizer: Any, group: dict[str, Any], gradients: Sequence[Tensor | None]) -> None:
+    def __init__(self, optimizer: Any, group: dict[str, Any], gradients: Gradients) -> None:
         self.params = list(group["params"])
         self.present = [i for i, g in enumerate(gradients) if g is not None]
+        self.whole = len(self.present) == len(self.params)
         self.layout = list(optimizer.state_layout(group))
-        names = [*(["step"] if optimizer.counts_steps else []), *(n for n in self.layout if n is not None)]
+        self.flags = [group.get(flag) for flag in _FLAGS]
+        self.listed = not on_device(group)
         buckets: dict[Any, Bucket] = {}
-        for i in self.present:
+        for i in self.present if self.listed else ():
             p = self.params[i]
             state, created = initial_state(optimizer, p, group, self.layout)
-            step = state["step"].item() if optimizer.counts_steps else 0
+            step = state["step"].item() if optimizer.counts_steps else None
             key = (p.device, p.dtype, step, bool(created))
-            bucket = buckets.setdefault(key, Bucket(bool(created)))
+            bucket = buckets.setdefault(key, Bucket(self.layout, step, bool(created)))
             bucket.add(i, p, state)
             bucket.created.append((state, created))
         self.buckets = list(buckets.values())
         for bucket in self.buckets:
-            bucket.collect(names)
-        self.container, self.states = optimizer.state, list(optimizer.state.values())
+            bucket.collect()
 
-    def fits(self, optimizer: Any, group: dict[str, Any], gradients: Sequence[Tensor | None]) -> bool:
-        """True if this plan, made at an earlier step, still tells the truth."""
-        params, states = group["params"], optimizer.state
+    def fits(self, optimizer: Any, group: dict[str, Any], gradients: Gradients) -> bool:
+        params = group["params"]
         return (
             len(params) == len(self.params)
             and all(map(operator.is_, params, self.params))
-            and states is self.container
-            and len(states) == len(self.states)
-            and all(map(operator.is_, states.values(), self.states))
-            and not any(bucket.fresh for bucket in self.buckets)
-            and self.present == [i for i, g in enumerate(gradients) if g is not None]
+            and (
+                _NOTHING not in map(type, gradients)
+                if self.whole
+                else self.present == [i for i, g in enumerate(gradients) if g is not None]
+            )
             and list(optimizer.state_layout(group)) == self.layout
-            and all(bucket.sameinitial_state() for bucket in self.buckets)
+            and [group.get(flag) for flag in _FLAGS] == self.flags
+            and not any(bucket.fresh or not bucket.collect() for bucket in self.buckets)
         )
 
-    def run(self, optimizer: Any, group: dict[str, Any], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+
+class Plan:
+    """What the list kernels need of an optimizer, kept from step to step."""
+
+    def __init__(self, optimizer: Any, gradients: Sequence[Gradients]) -> None:
+        self.shares = [Share(optimizer, *pair) for pair in zip(optimizer.param_groups, gradients)]
+        self.container, self.states = optimizer.state, list(optimizer.state.values())
+
+    def fits(self, optimizer: Any, gradients: Sequence[Gradients]) -> bool:
+        """True if this plan, made at an earlier step, still tells the truth."""
+        groups, states = optimizer.param_groups, optimizer.state
+        return (
+            states is self.container
+            and len(states) == len(self.states)
+            and all(map(operator.is_, states.values(), self.states))
+            and len(groups) == len(self.shares)
+            and all(share.fits(optimizer, *pair) for share, *pair in zip(self.shares, groups, gradients))
+        )
+
+    def run(self, optimizer: Any, gradients: Sequence[Gradients]) -> list[Gradients]:
         """Update every bucket that a kernel may serve; return the gradients that are still to be applied."""
-        left: list[Tensor | None] = []
-        for bucket in self.buckets:
-            if not bucket.update(optimizer, group, self.layout, gradients):
-                forget(bucket.created)
-                left = left or [None] * len(gradients)
-                for i in bucket.positions:
-                    left[i] = gradients[i]
+        left: list[Gradients] = []
+        for share, group, grads in zip(self.shares, optimizer.param_groups, gradients):
+            if not share.listed:
+                left.append(grads)
+                continue
+            others: list[Tensor | None] = []
+            for bucket in share.buckets:
+                if not bucket.update(optimizer, group, grads):
+                    others = others or [None] * len(grads)
+                    for i in bucket.positions:
+                        others[i] = grads[i]
+            left.append(others)
         return left

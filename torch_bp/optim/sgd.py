@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import formula
-from torch_bp.optim.optimizer import step
+from torch_bp.optim.step import step
 
 
 @formula(updates=("param", "momentum_buffer"), static=("nesterov", "maximize", "decay"))

@@ -1,0 +1,165 @@
+"""Look at many tensors in one call, through the C functions that torch exports for compiled models.
+
+Asking a thousand tensors from Python where their memory is and what it holds takes longer than an optimizer's
+arithmetic on them: each answer is a Python object, made while the caches hold the weights. A compiled loop over
+`aoti_torch_get_*` asks the same in a few microseconds. A tensor goes in by its handle, the address of torch's own
+object behind it (`Tensor._cdata`); an array of handles is an array of what those functions take.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from torch_bp.kernels import cache, cpu
+
+CHANGED, SAME, MOVED = range(3)  # what `check` answers
+
+_ANSWERS = ("layout", "dtype", "device_type", "device_index", "data_ptr", "dim", "sizes", "strides")
+_LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
+_handle_of = torch.Tensor._cdata.__get__  # type: ignore[attr-defined]
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_module: ModuleType | None | bool = None
+
+_TEXT = '''"""Made by torch_bp: what torch says of many tensors."""
+from numba import njit, types
+from numba.extending import intrinsic
+
+ask = types.int32(types.intp, types.intp)
+{functions}
+CHANGED, SAME, MOVED = range(3)
+
+
+{pointer}
+integers, singles, doubles = map(pointer_to, (types.int64, types.float32, types.float64))
+
+
+@njit("boolean(int64[:, ::1], int64[::1])", cache=ON_DISK)
+def kind(handles, answer):
+    """Write layout, dtype and device of the first tensor to answer[:4], as `check` compares them."""
+    handle, place = handles.ctypes.data, answer.ctypes.data
+    answer[:4] = 0
+    refused = get_layout(handle, place) | get_dtype(handle, place + 8)
+    refused |= get_device_type(handle, place + 16) | get_device_index(handle, place + 24)
+    return refused == 0
+
+
+@njit("boolean(int64[:, ::1], int64, int64)", cache=ON_DISK)
+def touches(written, start, end):
+    """True if a stretch of memory overlaps one of `written`: starts in ascending order, and their ends."""
+    low, high = 0, written.shape[1]
+    while low < high:
+        middle = (low + high) // 2
+        if written[1, middle] <= start:
+            low = middle + 1
+        else:
+            high = middle
+    return low < written.shape[1] and written[0, low] < end
+
+
+@njit("int64(int64[:, ::1], int64[:, ::1], int64[::1], int64[::1], int64[::1], int64[:, ::1], int64[:, ::1],"
+      "int64[::1])", cache=ON_DISK)
+def check(handles, known, kept, kinds, forms, written, addresses, answer):
+    """Compare tensors with what a table knows; write new addresses of lists that are not kept.
+
+    kept: 1 for each row whose tensors and addresses must be the known ones; the last is the size of an element.
+    forms: for each column, one after the other: number of dimensions, sizes, strides.
+    written: see `touches`; a new address must not reach there.
+    """
+    first = handles.ctypes.data
+    place = answer.ctypes.data
+    verdict = SAME
+    for row in range(handles.shape[0]):
+        at = 0
+        for column in range(handles.shape[1]):
+            if kept[row] and handles[row, column] != known[row, column]:
+                return CHANGED
+            handle = first + 8 * (row * handles.shape[1] + column)
+            answer[:5] = 0
+            if get_layout(handle, place) or get_dtype(handle, place + 8):
+                return CHANGED
+            if get_device_type(handle, place + 16) or get_device_index(handle, place + 24):
+                return CHANGED
+            if answer[0] != kinds[0] or answer[1] != kinds[1] or answer[2] != kinds[2] or answer[3] != kinds[3]:
+                return CHANGED
+            if get_dim(handle, place + 32) or answer[4] != forms[at]:
+                return CHANGED
+            dimensions = forms[at]
+            if get_sizes(handle, place) or get_strides(handle, place + 8) or get_data_ptr(handle, place + 16):
+                return CHANGED
+            sizes, strides = integers(answer[0]), integers(answer[1])
+            elements = 1
+            for d in range(dimensions):
+                if sizes[d] != forms[at + 1 + d] or strides[d] != forms[at + 1 + dimensions + d]:
+                    return CHANGED
+                elements *= sizes[d]
+            if answer[2] != addresses[row, column]:
+                if kept[row] or (answer[2] == 0 and elements):
+                    return CHANGED
+                if touches(written, answer[2], answer[2] + elements * kept[handles.shape[0]]):
+                    return CHANGED
+                addresses[row, column] = answer[2]
+                verdict = MOVED
+            at += 1 + 2 * dimensions
+    return verdict
+
+
+@njit("boolean(int64[::1], float64, boolean)", cache=ON_DISK)
+def holds(addresses, value, double):
+    """True if the number at each address is `value`."""
+    for address in addresses:
+        if (doubles(address)[0] if double else singles(address)[0]) != value:
+            return False
+    return True
+
+
+@njit("void(int64[::1], float64, boolean)", cache=ON_DISK)
+def write(addresses, value, double):
+    """Write a number to each address."""
+    for address in addresses:
+        if double:
+            doubles(address)[0] = value
+        else:
+            singles(address)[0] = value
+'''
+
+
+def functions() -> ModuleType | None:
+    """Return the compiled functions `kind`, `check`, `holds` and `write`, or None where they cannot be had."""
+    global _module
+    if _module is None:
+        with _lock:
+            if _module is None:
+                _module = _load() or False
+    return _module or None  # type: ignore[return-value]
+
+
+def _load() -> ModuleType | None:
+    if not cpu.usable():
+        return None
+    try:
+        import llvmlite.binding
+
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / _LIBRARY.get(sys.platform, "libtorch_cpu.so")))
+        for answer in _ANSWERS:
+            address = ctypes.cast(getattr(library, f"aoti_torch_get_{answer}"), ctypes.c_void_p).value
+            llvmlite.binding.add_symbol(f"aoti_torch_get_{answer}", address)
+        declared = [f'get_{a} = types.ExternalFunction("aoti_torch_get_{a}", ask)' for a in _ANSWERS]
+        return cache.load("native", _TEXT.format(functions="\n".join(declared), pointer=cpu.POINTER))
+    except Exception as error:
+        _log.info("tensors are checked one by one (%s: %s)", type(error).__name__, error)
+        return None
+
+
+def handles(tensors: Iterable[torch.Tensor], count: int) -> np.ndarray:
+    """Return the handles of `count` tensors; TypeError if something else is among them."""
+    return np.fromiter(map(_handle_of, tensors), np.int64, count)

@@ -1,0 +1,153 @@
+"""The `step` of every optimizer: which way an update runs.
+
+- *The list kernels.* Parameters of one group, device, dtype and step count are one call over a table of addresses.
+  What was collected (`Plan`) is kept while it still holds, which one compiled look at all tensors tells; step counts
+  are read once and then known.
+- *One by one*, through the same formula: sparse and complex gradients, tensor subclasses, `differentiable`,
+  `capturable`, `torch.compile`, and whatever else a kernel may not serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from torch_bp.kernels.plain import unwatched
+from torch_bp.optim.plan import Gradients, Plan, forget, initial_state, on_device
+
+_profiling = torch.autograd._profiler_enabled
+_range = torch._C._profiler._RecordFunctionFast
+# torch's check that a captured graph holds a capturable optimizer; renamed after torch 2.11
+_check_capture = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or Optimizer._cuda_graph_capture_health_check
+)
+
+
+def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+    """Update the parameters from their gradients.
+
+    Args:
+        closure: evaluates the model anew, computes gradients and returns the loss.
+
+    Returns:
+        What the closure returned, or None.
+    """
+    if type(self).step is not step:  # of a subclass that wraps this one: torch has given that one the hooks
+        return _step(self, closure)
+    if _observed(self):
+        return _observed_step(self, closure)
+    # What torch puts around a step for the profiler costs more than half of a small step, with nobody profiling.
+    with _range(f"Optimizer.step#{type(self).__name__}.step"):
+        return _step(self, closure)
+
+
+step.hooked = True  # type: ignore[attr-defined]  # torch wraps a `step` in its hooks that does not say so
+
+
+def _observed(self: Any) -> bool:
+    """True where torch's own wrapper of `step` has something to do: hooks, a profiler, a compiler that reads along."""
+    return bool(
+        self._optimizer_step_pre_hooks
+        or self._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or _profiling()
+        or torch.compiler.is_compiling()
+    )
+
+
+def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+    if "capturable" in self.defaults:
+        _check_capture(self)
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    recording = torch.is_grad_enabled()
+    torch.set_grad_enabled(self.defaults.get("differentiable", False))
+    try:
+        if not _overflowed(self):
+            _update(self, getattr(self, "grad_scale", None))
+    finally:
+        torch.set_grad_enabled(recording)
+    return loss
+
+
+_observed_step = Optimizer.profile_hook_step(_step)
+
+
+def _overflowed(optimizer: Any) -> bool:
+    """True if a GradScaler that leaves unscaling to us found Inf or NaN: the step is skipped."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.item())
+
+
+def _update(self: Any, scale: Tensor | None) -> None:
+    """Update all groups: by list kernels where they may serve, and what is left one by one."""
+    groups = self.param_groups
+    gradients: Sequence[Gradients] = [[p.grad for p in group["params"]] for group in groups]
+    if scale is None and not _watched() and not torch.is_inference_mode_enabled():
+        plan = self.__dict__.get("_plan")
+        if plan is None or not plan.fits(self, gradients):
+            plan = self._plan = Plan(self, gradients)
+        gradients = plan.run(self, gradients)
+    for group, left in zip(groups, gradients):
+        if left:
+            _one_by_one(self, group, left, scale)
+
+
+def _watched() -> bool:
+    """True if every operation must go through torch, and no step count be read on the host."""
+    return torch.compiler.is_compiling() or not unwatched()
+
+
+def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: Tensor | None) -> None:
+    """Update parameter by parameter: the way for everything that is not plain memory."""
+    layout = self.state_layout(group)
+    work = []
+    for p, grad in zip(group["params"], gradients):
+        if grad is not None:
+            how = self.sparse(group) if grad.layout is not torch.strided else "as it is"
+            work.append((p, grad, how))
+    device_counts = _watched() or on_device(group)
+    for p, grad, how in work:
+        state, created = initial_state(self, p, group, layout)
+        step: Any = 0
+        if self.counts_steps:
+            step = state["step"] + 1 if device_counts else state["step"].item() + 1
+        try:
+            scalars = self.scalars(group, step, bool(created))
+            states = [None if name is None else state[name] for name in layout]
+            if scale is not None:
+                grad = grad / scale.to(grad.device)
+            _apply(self.rule, p, grad, states, scalars, how)
+        except BaseException:
+            forget([(state, created)])
+            raise
+        if self.counts_steps:
+            state["step"] += 1
+
+
+def _apply(
+    rule: Any, p: Tensor, grad: Tensor, states: list[Tensor | None], scalars: Mapping[str, Any], how: str
+) -> None:
+    if how == "rows":
+        grad = grad.coalesce()
+        where, tensors = tuple(grad._indices()), [p, *states]
+        rows = [None if t is None else t[where] for t in tensors]
+        rule(rows[0], grad._values(), *rows[1:], **scalars)
+        for tensor, row in zip(tensors, rows):
+            if tensor is not None:
+                tensor[where] = row  # type: ignore[assignment]
+        return
+    if how == "dense":
+        grad = grad.to_dense()
+    tensors = [p, grad, *states]
+    if p.is_complex():
+        tensors = [None if t is None else torch.view_as_real(t) for t in tensors]
+    scalars = {n: v.reshape(()) if isinstance(v, Tensor) else v for n, v in scalars.items()}
+    rule(*tensors, **scalars)
