@@ -100,8 +100,16 @@ def trace(
     absent: Iterable[str],
     scalars: Iterable[str],
     static: Mapping[str, Any],
+    defaults: Mapping[str, Any],
 ) -> Expression:
-    """Call `function` once with symbols. `absent` names tensor arguments that are None, `static` the fixed keywords."""
+    """Call `function` once with symbols.
+
+    Args:
+        absent: tensor arguments that are None.
+        scalars: keyword arguments that become numbers of the kernel.
+        static: keyword arguments that are fixed, and their values.
+        defaults: values of scalars that a call may leave out.
+    """
     record = Trace(name)
     absent = set(absent)
     arguments = [None if n in absent else record.input(n, "tensor") for n in tensors]
@@ -127,7 +135,7 @@ def trace(
     used = _scalars_of(outputs)
     present = tuple(n for n in tensors if n not in absent)
     given = tuple(r is not None for r in results)
-    return Expression(name, given, present, outputs, used, _host_function(name, used, tuple(keywords)))
+    return Expression(name, given, present, outputs, used, _host_function(name, used, keywords, static, defaults))
 
 
 def _scalars_of(outputs: Iterable[Symbol]) -> tuple[Symbol, ...]:
@@ -152,8 +160,14 @@ def _scalars_of(outputs: Iterable[Symbol]) -> tuple[Symbol, ...]:
     return tuple(found.values())
 
 
-def _host_function(name: str, scalars: Sequence[Symbol], keywords: Sequence[str]) -> Callable[..., tuple[Any, ...]]:
-    """Make the Python function that computes the scalars from the keyword arguments."""
+def _host_function(
+    name: str,
+    scalars: Sequence[Symbol],
+    keywords: Iterable[str],
+    static: Iterable[str],
+    defaults: Mapping[str, Any],
+) -> Callable[..., tuple[Any, ...]]:
+    """Make the Python function that computes the scalars from the keyword arguments; it passes over static ones."""
     spelled: dict[int, str] = {}
 
     def spell(node: Symbol) -> str:
@@ -167,8 +181,10 @@ def _host_function(name: str, scalars: Sequence[Symbol], keywords: Sequence[str]
         return spelled[id(node)]
 
     body = ", ".join(spell(s) for s in scalars)
-    text = f"def host({'*, ' if keywords else ''}{', '.join(keywords)}):\n    return ({body}{',' if scalars else ''})\n"
+    accepted = [*(f"{n}=_default_{n}" if n in defaults else n for n in keywords), *(f"{n}=None" for n in static)]
+    text = f"def host({', '.join(['*', *accepted] if accepted else [])}):\n    return ({body}{',' if scalars else ''})\n"
     namespace: dict[str, Any] = {f"_{name}": function for name, function in FUNCTIONS.items()}
+    namespace |= {f"_default_{name}": value for name, value in defaults.items()}
     exec(text, namespace)  # the text is made above, from operations alone
     host = namespace["host"]
     host.__name__ = host.__qualname__ = name  # a forgotten keyword is reported under the formula's name

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, overload
 
 import torch
@@ -18,15 +18,17 @@ import torch
 from torch_bp.kernels import cpu, cuda, plain
 from torch_bp.kernels.engine import serving
 from torch_bp.kernels.expression import trace
-from torch_bp.kernels.program import Program, as_torch
+from torch_bp.kernels.program import PLAIN_NUMBERS, Program, as_torch
 from torch_bp.kernels.table import Table
 
 _MISSING = object()
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 
-def _numbers(values: Iterable[Any]) -> bool:
+def _numbers(values: Collection[Any]) -> bool:
     """True if the tensors among the keyword values are single numbers that may be read on the host or by a kernel."""
+    if PLAIN_NUMBERS.issuperset(map(type, values)):
+        return True
     for value in values:
         if isinstance(value, torch.Tensor) and not (
             type(value) in plain.PLAIN_TYPES
@@ -167,8 +169,9 @@ class Formula:
             ) from None
         if program is None:
             fixed = dict(zip(self.static, static)) if self.static else {}
-            expression = trace(self.function, self.name, self.tensors, absent, self.scalars, fixed)
-            program = self._programs[key] = Program(self, engine, dtype, expression, absent)
+            defaults = {n: v for n, v in self._defaults.items() if n in self.scalars}
+            expression = trace(self.function, self.name, self.tensors, absent, self.scalars, fixed, defaults)
+            program = self._programs[key] = Program(expression, self.tensors, self.updates, engine, dtype)
         return program
 
     def _static_value(self, name: str, keywords: Mapping[str, Any]) -> Any:
@@ -208,7 +211,8 @@ class Formula:
 
     def launch(self, lists: Sequence[Sequence[torch.Tensor] | None], table: Table, keywords: Mapping[str, Any]) -> bool:
         """Run the list kernel if one may serve; False means that nothing was done. Arguments as of `foreach_`."""
-        lists = self._padded(lists)
+        if len(lists) < len(self.tensors):
+            lists = self._padded(lists)
         present = [row for row in lists if row is not None]
         if not present[0]:
             return True
@@ -218,14 +222,18 @@ class Formula:
         engine = serving(first)
         if engine == "triton" and first.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # a replay would read the addresses from memory that has been given back
-        if engine is None or any(map(plain.recording, present)) or not _numbers(keywords.values()):
+        if engine is None or not _numbers(keywords.values()):
             return False
-        writes = [n in self.updates for n, row in zip(self.tensors, lists) if row is not None]
-        if not table.refresh(tuple(present), writes, cpu.CHUNK if engine == "numba" else cuda.CHUNK):
+        if torch.is_grad_enabled() and any(map(plain.recording, present)):
+            return False
+        absent: tuple[str, ...] = ()
+        if len(present) != len(lists):
+            absent = tuple(n for n, row in zip(self.tensors, lists) if row is None)
+        program = self._prepare(engine, first.dtype, absent, keywords)
+        if not table.refresh(present, program.writes, program.chunk):
             return False
         if table.elements:
-            absent = tuple(n for n, row in zip(self.tensors, lists) if row is None)
-            self._prepare(engine, first.dtype, absent, keywords).foreach(table, first.device, keywords)
+            program.foreach(table, first.device, keywords)
         return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,10 +12,8 @@ from torch_bp.kernels import cpu, cuda
 from torch_bp.kernels.expression import Expression
 from torch_bp.kernels.table import Table
 
-if TYPE_CHECKING:
-    from torch_bp.kernels.formula import Formula
-
 HALF = {torch.float16, torch.bfloat16}
+PLAIN_NUMBERS = frozenset({float, int, bool, str, type(None)})
 
 
 def as_torch(
@@ -55,45 +53,48 @@ def as_torch(
 
 
 class Program:
-    """The kernels of one formula for one engine, one dtype and one choice of static and absent arguments."""
+    """The kernels of one formula for one engine, one dtype and one choice of static and absent arguments.
+
+    Args:
+        expression: what it computes.
+        names: the formula's positional arguments.
+        updates: those of them that it writes to.
+        engine: "numba" or "triton".
+        dtype: of all tensors.
+    """
 
     def __init__(
-        self, formula: Formula, engine: str, dtype: torch.dtype, expression: Expression, absent: Sequence[str]
+        self, expression: Expression, names: Sequence[str], updates: Sequence[str], engine: str, dtype: torch.dtype
     ) -> None:
         self.expression = expression
-        self.defaults = {n: v for n, v in formula._defaults.items() if n in formula.scalars}
-        self.static = frozenset(formula.static)
-        self.takes_scalars = bool(formula.scalars)
-        self.updates = bool(formula.updates)
+        self.updates = bool(updates)
         if self.updates:
-            targets = [n for n in formula.updates if n not in absent]
-            if expression.given != tuple(n not in absent for n in formula.updates):
+            targets = [n for n in updates if n in expression.inputs]
+            if expression.given != tuple(n in expression.inputs for n in updates):
                 raise TypeError(
-                    f"formula {formula.name}: it must return one result for each of updates={formula.updates}, "
+                    f"formula {expression.name}: it must return one result for each of updates={tuple(updates)}, "
                     f"None for one that is None, got {sum(expression.given)} for {', '.join(targets)}."
                 )
         else:
             targets = [f"out{i}" for i in range(len(expression.outputs))]
         self.numba = engine == "numba"
         module: Any = cpu if self.numba else cuda
+        self.chunk = module.CHUNK
         self.single = module.Kernel(module.text_single, expression, targets, dtype)
         self.list = module.Kernel(module.text_list, expression, targets, dtype)
-        self.written = [i for i, n in enumerate(expression.inputs) if n in targets]
+        self.writes = [n in targets for n in expression.inputs]
+        self.written = [i for i, write in enumerate(self.writes) if write]
         self.created = 0 if self.updates else len(expression.outputs)
 
     def _values(self, keywords: Mapping[str, Any]) -> Sequence[Any]:
-        if self.defaults:
-            keywords = {**self.defaults, **keywords}
-        if self.static:
-            keywords = {n: v for n, v in keywords.items() if n not in self.static}
-        if self.numba and keywords:
+        if self.numba and not PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
             keywords = {n: v.item() if isinstance(v, torch.Tensor) else v for n, v in keywords.items()}
         return self.expression.host(**keywords)
 
     def __call__(self, tensors: Sequence[Any], addresses: list[int], keywords: Mapping[str, Any]) -> Any:
         """Run over tensors that a kernel may serve; `addresses` are theirs."""
         present = tensors if len(addresses) == len(tensors) else [t for t in tensors if t is not None]
-        values = self._values(keywords) if self.takes_scalars or keywords else ()
+        values = self._values(keywords)
         first = present[0]
         results = [torch.empty_like(first) for _ in range(self.created)]
         if self.numba:
@@ -109,8 +110,8 @@ class Program:
     def foreach(self, table: Table, device: torch.device, keywords: Mapping[str, Any]) -> None:
         """Run over the lists of tensors that a table holds."""
         values = self._values(keywords)
+        torch._C._increment_version(table.written)  # first: the tensors were just looked at
         if self.numba:
             self.list.run(table.elements, table.addresses, table.tensor, table.start, table.length, *values)
         else:
             self.list.run_list(table, device, values)
-        torch._C._increment_version(table.written)
