@@ -28,7 +28,7 @@ PARALLEL_FROM = 32768  # elements below which waking threads costs more than it 
 
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
-_state = {"parallel_ran": False, "serial_only": False}
+_state = {"parallel_ran": False, "serial_only": False, "threads": 1}
 _usable: bool | None = None
 
 _SPELLING = {
@@ -84,6 +84,9 @@ from numba.extending import intrinsic
 
 real = types.{dtype}
 pointer = pointer_to(real)
+# Numba's functions of these names, which it declares in a way that keeps the code out of the cache
+get_num_threads = types.ExternalFunction("get_num_threads", types.intp())
+set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.intp))
 
 
 @njit("void({signature})", cache=ON_DISK, nogil=True, parallel={parallel}, fastmath={{"contract"}}, error_model="numpy")
@@ -128,7 +131,7 @@ def _start_threads(threads: int) -> bool:
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     _state["serial_only"] = numba.threading_layer() == "workqueue"
-    _state["parallel_ran"] = True
+    _state["parallel_ran"], _state["threads"] = True, numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     return not _state["serial_only"]
 
 
@@ -146,20 +149,31 @@ def _pointers(names: Sequence[str], address: str, indent: str) -> str:
     return "".join(f"{indent}p_{n} = pointer({address.format(n=n, i=i)})\n" for i, n in enumerate(names))
 
 
+def _function(arguments: Sequence[str], signature: Sequence[str], parallel: bool, **named: str) -> str:
+    """The module up to the body of `run`; a parallel one takes the number of threads first."""
+    text = _HEAD.format(
+        pointer=POINTER, signature=", ".join(["int64"] * parallel + [*signature]), parallel=parallel, **named
+    )
+    if not parallel:
+        return text + f"def run({', '.join(arguments)}):\n"
+    text += f"def run({', '.join(['threads', *arguments])}):\n"
+    return text + "    before = get_num_threads()\n    set_num_threads(threads)\n"
+
+
 def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
     """The module of a kernel `run(count, address..., scalar...)` over one tensor."""
     names = expression.operands(targets)
     scalars = [f"s{i}" for i in range(len(expression.scalars))]
-    signature = ", ".join(["int64"] * (1 + len(names)) + [DTYPES[dtype]] * len(scalars))
-    arguments = ", ".join(["count", *(f"a_{n}" for n in names), *scalars])
-    text = _HEAD.format(name=expression.name, pointer=POINTER, dtype=DTYPES[dtype], signature=signature, parallel=parallel)
-    text += f"def run({arguments}):\n"
+    signature = ["int64"] * (1 + len(names)) + [DTYPES[dtype]] * len(scalars)
+    arguments = ["count", *(f"a_{n}" for n in names), *scalars]
+    text = _function(arguments, signature, parallel, name=expression.name, dtype=DTYPES[dtype])
     if not parallel:
         return text + _pointers(names, "a_{n}", "    ") + _loop(expression, targets, "count", "    ")
     text += f"    for chunk in prange((count + {CHUNK - 1}) // {CHUNK}):\n"
     text += f"        start = chunk * {CHUNK}\n"
     text += _pointers(names, f"a_{{n}} + start * {dtype.itemsize}", "        ")
-    return text + _loop(expression, targets, f"min({CHUNK}, count - start)", "        ")
+    text += _loop(expression, targets, f"min({CHUNK}, count - start)", "        ")
+    return text + "    set_num_threads(before)\n"
 
 
 def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
@@ -170,13 +184,14 @@ def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype
     """
     names = expression.operands(targets)
     scalars = [f"s{i}" for i in range(len(expression.scalars))]
-    signature = ", ".join(["int64[:, ::1]", *["int64[::1]"] * 3, *[DTYPES[dtype]] * len(scalars)])
-    text = _HEAD.format(name=expression.name, pointer=POINTER, dtype=DTYPES[dtype], signature=signature, parallel=parallel)
-    text += f"def run({', '.join(['addresses', 'tensor', 'start', 'length', *scalars])}):\n"
+    signature = ["int64[:, ::1]", *["int64[::1]"] * 3, *[DTYPES[dtype]] * len(scalars)]
+    arguments = ["addresses", "tensor", "start", "length", *scalars]
+    text = _function(arguments, signature, parallel, name=expression.name, dtype=DTYPES[dtype])
     text += f"    for chunk in {'prange' if parallel else 'range'}(tensor.shape[0]):\n"
     text += f"        k = tensor[chunk]\n        first = start[chunk] * {dtype.itemsize}\n"
     text += _pointers(names, "addresses[{i}, k] + first", "        ")
-    return text + _loop(expression, targets, "length[chunk]", "        ")
+    text += _loop(expression, targets, "length[chunk]", "        ")
+    return text + "    set_num_threads(before)\n" * parallel
 
 
 class Kernel:
@@ -206,21 +221,11 @@ class Kernel:
         self._serial(*arguments)
 
     def _run_parallel(self, threads: int, arguments: tuple[Any, ...]) -> None:
-        import numba
-
-        if self._parallel is None:
-            self._parallel = self._compiled(parallel=True)
         if not _state["parallel_ran"] and not _start_threads(threads):
             return self.run(0, *arguments)
-        before = numba.get_num_threads()
-        wanted = min(threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-        if wanted != before:
-            numba.set_num_threads(wanted)
-        try:
-            self._parallel(*arguments)
-        finally:
-            if wanted != before:
-                numba.set_num_threads(before)
+        if self._parallel is None:
+            self._parallel = self._compiled(parallel=True)
+        self._parallel(min(threads, _state["threads"]), *arguments)
 
     def _compiled(self, *, parallel: bool) -> Callable[..., None]:
         with _lock:

@@ -182,7 +182,9 @@ def _host_function(
 
     body = ", ".join(spell(s) for s in scalars)
     accepted = [*(f"{n}=_default_{n}" if n in defaults else n for n in keywords), *(f"{n}=None" for n in static)]
-    text = f"def host({', '.join(['*', *accepted] if accepted else [])}):\n    return ({body}{',' if scalars else ''})\n"
+    text = (
+        f"def host({', '.join(['*', *accepted] if accepted else [])}):\n    return ({body}{',' if scalars else ''})\n"
+    )
     namespace: dict[str, Any] = {f"_{name}": function for name, function in FUNCTIONS.items()}
     namespace |= {f"_default_{name}": value for name, value in defaults.items()}
     exec(text, namespace)  # the text is made above, from operations alone

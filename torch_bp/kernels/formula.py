@@ -21,7 +21,6 @@ from torch_bp.kernels.expression import trace
 from torch_bp.kernels.program import PLAIN_NUMBERS, Program, as_torch
 from torch_bp.kernels.table import Table
 
-_MISSING = object()
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -156,8 +155,10 @@ class Formula:
         """Return the kernels of one engine, for a dtype and a choice of absent tensors and static keywords."""
         key: Any = (engine, dtype, absent)
         if self.static:
-            static = tuple(self._static_value(n, keywords) for n in self.static)
-            key = (*key, *((type(v), repr(v) if isinstance(v, float) else v) for v in static))
+            static = [keywords[n] if n in keywords else self._default(n) for n in self.static]
+            # 1, 1.0 and True are one key of a dictionary, and so are 0.0 and -0.0
+            kinds = [*map(type, static)]
+            key = (*key, *kinds, *(map(repr, static) if float in kinds else static))
         if self._outer:
             key = (*key, *(number() for number in self._outer))
         try:
@@ -174,11 +175,10 @@ class Formula:
             program = self._programs[key] = Program(expression, self.tensors, self.updates, engine, dtype)
         return program
 
-    def _static_value(self, name: str, keywords: Mapping[str, Any]) -> Any:
-        value = keywords.get(name, self._defaults.get(name, _MISSING))
-        if value is _MISSING:
+    def _default(self, name: str) -> Any:
+        if name not in self._defaults:
             raise TypeError(f"{self.name}() missing required keyword-only argument: {name!r}")
-        return value
+        return self._defaults[name]
 
     def foreach_(self, *lists: Sequence[torch.Tensor] | None, table: Table | None = None, **keywords: Any) -> None:
         """Run an updating formula over lists of tensors, in one kernel launch where a kernel may serve.

@@ -127,8 +127,8 @@ class Share:
         self.params = list(group["params"])
         self.present = [i for i, g in enumerate(gradients) if g is not None]
         self.whole = len(self.present) == len(self.params)
-        self.layout = list(optimizer.state_layout(group))
-        self.flags = [group.get(flag) for flag in _FLAGS]
+        self.layout = tuple(optimizer.state_layout(group))
+        self.flags = tuple(map(group.get, _FLAGS))
         self.listed = not on_device(group)
         buckets: dict[Any, Bucket] = {}
         for i in self.present if self.listed else ():
@@ -145,18 +145,19 @@ class Share:
 
     def fits(self, optimizer: Any, group: dict[str, Any], gradients: Gradients) -> bool:
         params = group["params"]
-        return (
-            len(params) == len(self.params)
-            and all(map(operator.is_, params, self.params))
-            and (
-                _NOTHING not in map(type, gradients)
-                if self.whole
-                else self.present == [i for i, g in enumerate(gradients) if g is not None]
-            )
-            and list(optimizer.state_layout(group)) == self.layout
-            and [group.get(flag) for flag in _FLAGS] == self.flags
-            and not any(bucket.fresh or not bucket.collect() for bucket in self.buckets)
-        )
+        if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
+            return False
+        if self.whole:
+            if _NOTHING in map(type, gradients):
+                return False
+        elif self.present != [i for i, g in enumerate(gradients) if g is not None]:
+            return False
+        if tuple(optimizer.state_layout(group)) != self.layout or tuple(map(group.get, _FLAGS)) != self.flags:
+            return False
+        for bucket in self.buckets:
+            if bucket.fresh or not bucket.collect():
+                return False
+        return True
 
 
 class Plan:
@@ -169,13 +170,14 @@ class Plan:
     def fits(self, optimizer: Any, gradients: Sequence[Gradients]) -> bool:
         """True if this plan, made at an earlier step, still tells the truth."""
         groups, states = optimizer.param_groups, optimizer.state
-        return (
-            states is self.container
-            and len(states) == len(self.states)
-            and all(map(operator.is_, states.values(), self.states))
-            and len(groups) == len(self.shares)
-            and all(share.fits(optimizer, *pair) for share, *pair in zip(self.shares, groups, gradients))
-        )
+        if states is not self.container or len(states) != len(self.states) or len(groups) != len(self.shares):
+            return False
+        if not all(map(operator.is_, states.values(), self.states)):
+            return False
+        for share, group, grads in zip(self.shares, groups, gradients):
+            if not share.fits(optimizer, group, grads):
+                return False
+        return True
 
     def run(self, optimizer: Any, gradients: Sequence[Gradients]) -> list[Gradients]:
         """Update every bucket that a kernel may serve; return the gradients that are still to be applied."""

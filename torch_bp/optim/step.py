@@ -19,7 +19,9 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 from torch_bp.kernels.plain import unwatched
 from torch_bp.optim.plan import Gradients, Plan, forget, initial_state, on_device
 
+_set_recording = torch._C._set_grad_enabled
 _profiling = torch.autograd._profiler_enabled
+_is_compiling = torch.compiler.is_dynamo_compiling
 _range = torch._C._profiler._RecordFunctionFast
 # torch's check that a captured graph holds a capturable optimizer; renamed after torch 2.11
 _check_capture = (
@@ -56,7 +58,7 @@ def _observed(self: Any) -> bool:
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
         or _profiling()
-        or torch.compiler.is_compiling()
+        or _is_compiling()
     )
 
 
@@ -68,12 +70,12 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
         with torch.enable_grad():
             loss = closure()
     recording = torch.is_grad_enabled()
-    torch.set_grad_enabled(self.defaults.get("differentiable", False))
+    _set_recording(self.defaults.get("differentiable", False))
     try:
         if not _overflowed(self):
             _update(self, getattr(self, "grad_scale", None))
     finally:
-        torch.set_grad_enabled(recording)
+        _set_recording(recording)
     return loss
 
 
@@ -102,7 +104,7 @@ def _update(self: Any, scale: Tensor | None) -> None:
 
 def _watched() -> bool:
     """True if every operation must go through torch, and no step count be read on the host."""
-    return torch.compiler.is_compiling() or not unwatched()
+    return _is_compiling() or not unwatched()
 
 
 def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: Tensor | None) -> None:
