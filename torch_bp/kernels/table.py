@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from itertools import chain
 
@@ -23,6 +24,10 @@ class Table:
     same addresses; those that are only read (gradients, new at each step) may be others, of the same dtype, shapes and
     strides, and are not kept alive. One compiled look at all of them tells; after any other change, and where no
     compiled code can be had, the table is built anew.
+
+    A row that is the same *tuple* as last time holds the same tensors, which saves asking each for its handle. Against
+    `torch.utils.swap_tensors`, the one way to change what is behind a tensor, they have weak references, which make
+    it refuse.
     """
 
     def __init__(self) -> None:
@@ -63,18 +68,28 @@ class Table:
         rows, columns = self.addresses.shape
         if compiled is None or len(lists) != rows or (self._inference and not torch.is_inference_mode_enabled()):
             return False
-        for row, written in zip(lists, self._writes):
-            if len(row) != columns:
-                return False
-            if not written and not (plain.PLAIN_TYPES.issuperset(map(type, row)) and not any(map(_Tensor.is_neg, row))):
-                return False
+        known, *expected = self._known
+        handles = known.copy()
         try:
-            handles = native.handles(chain.from_iterable(lists), rows * columns).reshape(rows, columns)
+            for number, (row, held) in enumerate(zip(lists, self._held)):
+                if row is held:
+                    continue
+                if len(row) != columns or not (self._writes[number] or self._plain(row)):
+                    return False
+                handles[number] = native.handles(row, columns)
         except TypeError:  # not a tensor
             return False
-        verdict = compiled.check(handles, *self._known, self.addresses, self._answer)
+        verdict = compiled.check(handles, known, *expected, self.addresses, self._answer)
         self.version += verdict == native.MOVED
         return verdict != native.CHANGED
+
+    def _plain(self, row: Sequence[torch.Tensor]) -> bool:
+        """True if `check`, which sees no more than memory, sees all there is to these tensors.
+
+        A tensor with its sign pending is every other number of a complex one: among those of dense strides only one
+        that has a single element.
+        """
+        return plain.PLAIN_TYPES.issuperset(map(type, row)) and not any(row[k].is_neg() for k in self._single)
 
     def _remember(self, lists: Sequence[Sequence[torch.Tensor]]) -> None:
         """Note what `_same` compares."""
@@ -92,6 +107,9 @@ class Table:
         stretches = stretches[:, stretches[1] > stretches[0]]
         stretches = np.ascontiguousarray(stretches[:, np.argsort(stretches[0])])
         self._known = handles, kept, self._answer[:4].copy(), np.array(forms, np.int64), stretches
+        self._single = np.flatnonzero(self._sizes == 1).tolist()
+        self._held = [row if isinstance(row, tuple) else None for row in lists]
+        self._unswappable = [weakref.ref(t) for row in self._held if row is not None for t in row]
 
     def _matches(self, tensors: Sequence[torch.Tensor]) -> bool:
         """True if `tensors` are plain and of the dtype, device, shapes and strides of the first list."""

@@ -68,7 +68,7 @@ class Counter:
         return compiled.holds(self._table.addresses[0], self.value, self._table.dtype is torch.float64)
 
     def advance(self, steps: Sequence[Tensor]) -> None:
-        """Count one more update; `holds` has looked at the same counts before."""
+        """Count one more update of counts that hold."""
         self.value += 1
         if self._in_memory:
             native.functions().write(self._table.addresses[0], self.value, self._table.dtype is torch.float64)
@@ -94,14 +94,20 @@ class Bucket:
         self.params.append(param)
         self.states.append(state)
 
-    def collect(self) -> bool:
-        """Look up the state as it is now; False if something is missing or the step counts are others."""
+    def collect(self) -> None:
+        """Look up the state of the parameters."""
+        names = [n for n in self.layout if n is not None] + ["step"] * (self.counter is not None)
+        self.state = {name: tuple(state[name] for state in self.states) for name in names}
+
+    def holds(self) -> bool:
+        """True if the state is what was collected, and the step counts are those known."""
         try:
-            self.rows = [None if n is None else [state[n] for state in self.states] for n in self.layout]
-            self.steps = [] if self.counter is None else [state["step"] for state in self.states]
-        except KeyError:
+            for name, tensors in self.state.items():
+                if not all(map(operator.is_, map(operator.itemgetter(name), self.states), tensors)):
+                    return False
+        except KeyError:  # deleted
             return False
-        return self.counter is None or self.counter.holds(self.steps)
+        return self.counter is None or self.counter.holds(self.state["step"])
 
     def update(self, optimizer: Any, group: Mapping[str, Any], gradients: Gradients) -> bool:
         """Run the list kernel; False if it may not serve, and then nothing is changed."""
@@ -109,14 +115,15 @@ class Bucket:
         step = 0 if self.counter is None else self.counter.value + 1
         try:
             scalars = optimizer.scalars(group, step, self.fresh)
-            if not optimizer.rule.formula.launch((self.params, grads, *self.rows), self.table, scalars):
+            rows = [None if name is None else self.state[name] for name in self.layout]
+            if not optimizer.rule.formula.launch((self.params, grads, *rows), self.table, scalars):
                 forget(self.created)
                 return False
         except BaseException:
             forget(self.created)
             raise
         if self.counter is not None:
-            self.counter.advance(self.steps)
+            self.counter.advance(self.state["step"])
         return True
 
 
@@ -142,6 +149,7 @@ class Share:
         self.buckets = list(buckets.values())
         for bucket in self.buckets:
             bucket.collect()
+            bucket.holds()
 
     def fits(self, optimizer: Any, group: dict[str, Any], gradients: Gradients) -> bool:
         params = group["params"]
@@ -155,7 +163,7 @@ class Share:
         if tuple(optimizer.state_layout(group)) != self.layout or tuple(map(group.get, _FLAGS)) != self.flags:
             return False
         for bucket in self.buckets:
-            if bucket.fresh or not bucket.collect():
+            if bucket.fresh or not bucket.holds():
                 return False
         return True
 
