@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.optim.table import PAIRS, parameters, train
+from tests.optim.table import PAIRS, SHAPES, parameters, train
 from torch_bp.kernels import use
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -46,6 +46,27 @@ def write_one_step(params, optimizer):
         optimizer.state[params[0]]["step"].add_(5)
 
 
+def write_step_unseen(params, optimizer):
+    """As numpy writes: no version counter tells."""
+    for p in params[:2]:
+        if "step" in optimizer.state[p]:
+            optimizer.state[p]["step"].numpy()[...] = 7
+
+
+def move_state_data(params, optimizer):
+    """The same state tensors, other memory: what offloading to another device and back does."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.data = value.data.clone() + 1
+
+
+def swap_parameter(params, optimizer):
+    """The same parameter, another tensor behind it: what `module.to` does under swap_module_params_on_conversion."""
+    for p in params:
+        p.grad = None
+        torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().clone() * 2))
+
+
 def clear_state(params, optimizer):
     for state in optimizer.state.values():
         for value in state.values():
@@ -85,6 +106,9 @@ CHANGES = [
     replace_state_tensor,
     write_step,
     write_one_step,
+    write_step_unseen,
+    move_state_data,
+    swap_parameter,
     clear_state,
     reload_state,
     new_group,
@@ -114,17 +138,18 @@ GRADIENTS = {
     "expanded": lambda p: torch.randn((), dtype=p.dtype).expand(p.shape),
     "sliced": lambda p: torch.randn(*p.shape, 2, dtype=p.dtype)[..., 0],
     "zero tensor": lambda p: torch._efficientzerotensor(p.shape, dtype=p.dtype),
-    "negative bit": lambda p: torch._neg_view(torch.randn_like(p)),
+    "negative bit": lambda p: torch.randn(p.shape, dtype=torch.complex128).conj().imag,
     "a view of one buffer": lambda p: torch.randn(4000, dtype=p.dtype)[: p.numel()].view(p.shape),
 }
 
 
+@pytest.mark.parametrize("shapes", [SHAPES, [(3, 4), (5,)], [(6, 1), (1, 6)], [()], [(1,)]], ids=str)
 @pytest.mark.parametrize("kind_of_gradient", GRADIENTS)
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
-def test_unusual_gradients(name, kind_of_gradient):
+def test_unusual_gradients(name, kind_of_gradient, shapes):
     results = []
     for kind in PAIRS[name]:
-        params = parameters()
+        params = parameters(shapes=shapes)
         optimizer = kind(params)
         torch.manual_seed(0)
         for step in range(6):
@@ -134,6 +159,41 @@ def test_unusual_gradients(name, kind_of_gradient):
             before = [p.grad.clone() for p in params]
             optimizer.step()
             torch.testing.assert_close([p.grad.clone() for p in params], before, rtol=0, atol=0)
+        results.append(params)
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_a_gradient_that_comes_to_share_memory_with_another_parameter(name):
+    results = []
+    for kind in PAIRS[name]:
+        a, b = parameters(shapes=[(40, 50), (40, 50)])
+        optimizer = kind([a, b], lr=0.1, **OPTIONS[name])
+        train(optimizer, [a, b], 3)
+        a.grad, b.grad = torch.ones_like(a), a.detach()  # b follows a after a's update, as torch updates in order
+        optimizer.step()
+        results.append([a, b])
+    torch.testing.assert_close(*results, **EXACT)
+
+
+def test_state_cannot_be_swapped_unseen():
+    params = parameters()
+    optimizer = PAIRS["Adam"][0](params)
+    train(optimizer, params, 3)
+    average = optimizer.state[params[0]]["exp_avg"]
+    with pytest.raises(RuntimeError, match="weakref"):
+        torch.utils.swap_tensors(average, torch.zeros_like(average))
+
+
+def test_without_torchs_functions_every_step_looks_anew(monkeypatch):
+    from torch_bp.kernels import native
+
+    monkeypatch.setattr(native, "functions", lambda: None)
+    results = []
+    for kind in PAIRS["Adam"]:
+        params = parameters()
+        optimizer = kind(params)
+        train(optimizer, params, 6, missing=1)
         results.append(params)
     torch.testing.assert_close(*results, **EXACT)
 
