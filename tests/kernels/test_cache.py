@@ -22,7 +22,7 @@ PROGRAM = """
         shrink(x, torch.ones(100), rate=0.25)
         assert x.eq(1 - 0.25 * {factor}).all(), x
         shrink.foreach_([x], [torch.ones(100)], rate=0.25)
-    kernel = next(iter(shrink.formula._programs.values())).single._serial
+    kernel = next(iter(shrink.formula._programs.values())).serial
     print("hits", sum(kernel.stats.cache_hits.values()), "misses", sum(kernel.stats.cache_misses.values()))
 """
 

@@ -26,7 +26,7 @@ def interpret():
                 with use("torch"):
                     expected = formula(x, y)
                 with use("triton"):
-                    assert (formula.formula._program((x, y), {}) is not None) == (x.numel() > 0)
+                    assert (formula.formula._served((x, y), {}) is not None) == (x.numel() > 0)
                     actual = formula(x, y)
                 torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
                 checked += 1
@@ -81,7 +81,7 @@ def compile_ahead():
     for number, (formula, tensors, keywords) in enumerate(kernels()):
         for dtype in pointers if number == 0 else (torch.float32, torch.float64 if number % 2 else torch.bfloat16):
             absent = tuple(name for name, tensor in zip(formula.tensors, tensors) if tensor is None)
-            program = formula._prepare("triton", dtype, absent, keywords)
+            program = formula._program("triton", dtype, absent, keywords)
             for kernel in (program.single, program.list):
                 run = kernel._run(dtype is torch.float64)
                 types = dict.fromkeys(run.arg_names, "fp32")

@@ -11,6 +11,7 @@ split into chunks that run on as many threads as torch uses. Traps that shaped t
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -207,8 +208,15 @@ class Kernel:
         self.expression = expression
         self._text = text
         self._arguments = (expression, tuple(targets), dtype)
-        self._serial: Callable[..., None] | None = None
-        self._parallel: Callable[..., None] | None = None
+
+    @functools.cached_property
+    def serial(self) -> Callable[..., None]:
+        """The kernel for the calling thread alone."""
+        return self._compiled(parallel=False)
+
+    @functools.cached_property
+    def _parallel(self) -> Callable[..., None]:
+        return self._compiled(parallel=True)
 
     def run(self, elements: int, *arguments: Any) -> None:
         """Run over `elements` elements in all, on torch's number of threads."""
@@ -216,15 +224,11 @@ class Kernel:
             threads = torch.get_num_threads()
             if threads > 1:
                 return self._run_parallel(threads, arguments)
-        if self._serial is None:
-            self._serial = self._compiled(parallel=False)
-        self._serial(*arguments)
+        self.serial(*arguments)
 
     def _run_parallel(self, threads: int, arguments: tuple[Any, ...]) -> None:
         if not _state["parallel_ran"] and not _start_threads(threads):
             return self.run(0, *arguments)
-        if self._parallel is None:
-            self._parallel = self._compiled(parallel=True)
         self._parallel(min(threads, _state["threads"]), *arguments)
 
     def _compiled(self, *, parallel: bool) -> Callable[..., None]:

@@ -44,6 +44,11 @@ def use(engine: str) -> Iterator[None]:
         _engine = before
 
 
+def forced() -> str:
+    """Return the engine that `use` has forced, or "auto"."""
+    return _engine
+
+
 def serving(tensor: torch.Tensor) -> str | None:
     """Return the engine that has kernels for plain tensors of this one's device and dtype."""
     if _engine == "torch":

@@ -15,12 +15,13 @@ from typing import Any, Protocol, overload
 
 import torch
 
-from torch_bp.kernels import cpu, cuda, plain
-from torch_bp.kernels.engine import serving
+from torch_bp.kernels import cpu, engine, plain
 from torch_bp.kernels.expression import trace
+from torch_bp.kernels.plain import grad_enabled, unwatched
 from torch_bp.kernels.program import PLAIN_NUMBERS, Program, as_torch
 from torch_bp.kernels.table import Table
 
+_MISSING: Any = object()
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -98,8 +99,9 @@ class Formula:
         self.scalars = tuple(p.name for p in keywords if p.name not in self.static)
         self.updates = tuple(updates)
         self._defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
-        self._programs: dict[Any, Program] = {}
+        self._programs: dict[Any, Program | None] = {}
         self._outer = _outer_numbers(function)
+        self._plain = not (self.static or self._outer or self.updates)  # tensors alone choose the kernel
         for kind, names, allowed in (
             ("updates", self.updates, self.tensors),
             ("static", self.static, [p.name for p in keywords]),
@@ -117,31 +119,53 @@ class Formula:
         return f"<formula {self.name}({', '.join(self.tensors)}; {', '.join((*self.scalars, *self.static))})>"
 
     def __call__(self, *tensors: Any, **keywords: Any) -> Any:
-        """Compute the formula on tensors; return its results, or write them where `updates` says and return None."""
-        if len(tensors) < len(self.tensors):
-            tensors = self._padded(tensors)
-        served = self._program(tensors, keywords)
-        if served is not None:
-            program, addresses = served
-            return program(tensors, addresses, keywords)
-        return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
+        """Compute the formula on tensors; return its results, or write them where `updates` says and return None.
 
-    def _program(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[Program, list[int]] | None:
-        """The one place that decides whether a kernel serves a call: it and the addresses, or None for torch."""
-        if len(tensors) != len(self.tensors) or not plain.unwatched():
+        Here is decided whether a kernel serves a call, or torch. In one piece: around small tensors every call of
+        Python's costs as much as the arithmetic.
+        """
+        served = self._served(tensors, keywords)
+        if served is None:
+            if len(tensors) < len(self.tensors):
+                tensors = self._padded(tensors)
+            return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
+        program, first, addresses = served
+        if program.simple and (elements := first.numel()) < cpu.PARALLEL_FROM:
+            result = torch.empty_like(first)
+            program.serial(elements, *addresses, result.data_ptr())
+            return result
+        return program(tensors, first, addresses, keywords)
+
+    def _served(
+        self, tensors: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> tuple[Program, torch.Tensor, list[int]] | None:
+        """The one place that decides whether a kernel serves a call: it, the first tensor and the addresses.
+
+        None for torch. In one piece: around small tensors every call of Python's costs as much as the arithmetic.
+        """
+        if not unwatched():
             return None
         addresses = plain.addresses(tensors)
-        if addresses is None or plain.recording(tensors) or (keywords and not _numbers(keywords.values())):
+        if addresses is None or (grad_enabled() and plain.recording(tensors)):
             return None
-        if self.updates and not _may_write(tensors, addresses):
+        if keywords and not _numbers(keywords.values()):
+            return None
+        count = len(self.tensors)
+        first = tensors[0]
+        if len(addresses) == count and self._plain:
+            program = self._programs.get((engine.forced(), first.dtype, first.is_cpu, ()), _MISSING)
+            if program is not _MISSING:
+                return None if program is None else (program, first, addresses)
+        if len(tensors) < count:
+            tensors = self._padded(tensors)
+        if len(tensors) != count or (self.updates and not _may_write(tensors, addresses)):
             return None
         absent: tuple[str, ...] = ()
-        first = tensors[0]
-        if len(addresses) != len(tensors):
+        if len(addresses) != count:
             absent = tuple(n for n, t in zip(self.tensors, tensors) if t is None)
             first = next(t for t in tensors if t is not None)
-        engine = serving(first)
-        return None if engine is None else (self._prepare(engine, first.dtype, absent, keywords), addresses)
+        program = self._prepare(first, absent, keywords)
+        return None if program is None else (program, first, addresses)
 
     def _padded(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """Add the optional arguments that were left out, which are None."""
@@ -149,11 +173,12 @@ class Formula:
             return tuple(tensors)
         return (*tensors, *[None] * (len(self.tensors) - len(tensors)))
 
-    def _prepare(
-        self, engine: str, dtype: torch.dtype, absent: tuple[str, ...], keywords: Mapping[str, Any]
-    ) -> Program:
-        """Return the kernels of one engine, for a dtype and a choice of absent tensors and static keywords."""
-        key: Any = (engine, dtype, absent)
+    def _prepare(self, first: torch.Tensor, absent: tuple[str, ...], keywords: Mapping[str, Any]) -> Program | None:
+        """Return the kernels for plain tensors like `first`, a choice of absent ones and of static keywords.
+
+        None where the engine in use has none.
+        """
+        key: Any = (engine.forced(), first.dtype, first.is_cpu, absent)
         if self.static:
             static = [keywords[n] if n in keywords else self._default(n) for n in self.static]
             # 1, 1.0 and True are one key of a dictionary, and so are 0.0 and -0.0
@@ -162,18 +187,27 @@ class Formula:
         if self._outer:
             key = (*key, *(number() for number in self._outer))
         try:
-            program = self._programs.get(key)
+            return self._programs[key]
+        except KeyError:
+            pass
         except TypeError:
             raise TypeError(
                 f"formula {self.name}: static keywords must be hashable, got "
                 f"{', '.join(f'{n}={v!r}' for n, v in zip(self.static, static))}."
             ) from None
-        if program is None:
-            fixed = dict(zip(self.static, static)) if self.static else {}
-            defaults = {n: v for n, v in self._defaults.items() if n in self.scalars}
-            expression = trace(self.function, self.name, self.tensors, absent, self.scalars, fixed, defaults)
-            program = self._programs[key] = Program(expression, self.tensors, self.updates, engine, dtype)
+        serving = engine.serving(first)
+        program = None if serving is None else self._program(serving, first.dtype, absent, keywords)
+        self._programs[key] = program
         return program
+
+    def _program(
+        self, serving: str, dtype: torch.dtype, absent: tuple[str, ...], keywords: Mapping[str, Any]
+    ) -> Program:
+        """Make the kernels of one engine."""
+        static = {n: keywords[n] if n in keywords else self._default(n) for n in self.static}
+        defaults = {n: v for n, v in self._defaults.items() if n in self.scalars}
+        expression = trace(self.function, self.name, self.tensors, absent, self.scalars, static, defaults)
+        return Program(expression, self.tensors, self.updates, serving, dtype)
 
     def _default(self, name: str) -> Any:
         if name not in self._defaults:
@@ -217,20 +251,17 @@ class Formula:
         if not present[0]:
             return True
         first = present[0][0]
-        if len(lists) != len(self.tensors) or not plain.unwatched() or not isinstance(first, torch.Tensor):
+        if len(lists) != len(self.tensors) or not unwatched() or not isinstance(first, torch.Tensor):
             return False
-        engine = serving(first)
-        if engine == "triton" and first.is_cuda and torch.cuda.is_current_stream_capturing():
+        if first.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # a replay would read the addresses from memory that has been given back
-        if engine is None or not _numbers(keywords.values()):
-            return False
-        if torch.is_grad_enabled() and any(map(plain.recording, present)):
+        if not _numbers(keywords.values()) or (grad_enabled() and any(map(plain.recording, present))):
             return False
         absent: tuple[str, ...] = ()
         if len(present) != len(lists):
             absent = tuple(n for n, row in zip(self.tensors, lists) if row is None)
-        program = self._prepare(engine, first.dtype, absent, keywords)
-        if not table.refresh(present, program.writes, program.chunk):
+        program = self._prepare(first, absent, keywords)
+        if program is None or not table.refresh(present, program.writes, program.chunk):
             return False
         if table.elements:
             program.foreach(table, first.device, keywords)

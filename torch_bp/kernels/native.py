@@ -28,7 +28,7 @@ _LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
 _handle_of = torch.Tensor._cdata.__get__  # type: ignore[attr-defined]
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_module: ModuleType | None | bool = None
+_module: ModuleType | bool | None = None
 
 _TEXT = '''"""Made by torch_bp: what torch says of many tensors."""
 from numba import njit, types

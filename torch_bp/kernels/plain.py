@@ -17,7 +17,7 @@ PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _jit_tracing = torch._C._get_tracing_state
-_grad_enabled = torch.is_grad_enabled
+grad_enabled = torch.is_grad_enabled
 _strided = torch.strided
 
 
@@ -30,7 +30,7 @@ def unwatched() -> bool:
 
 def recording(tensors: Iterable[torch.Tensor | None]) -> bool:
     """True if autograd would record an operation on these tensors."""
-    return _grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def dense(tensor: torch.Tensor) -> bool:

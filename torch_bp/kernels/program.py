@@ -12,6 +12,7 @@ from torch_bp.kernels import cpu, cuda
 from torch_bp.kernels.expression import Expression
 from torch_bp.kernels.table import Table
 
+_address_of = torch.Tensor.data_ptr
 HALF = {torch.float16, torch.bfloat16}
 PLAIN_NUMBERS = frozenset({float, int, bool, str, type(None)})
 
@@ -84,25 +85,34 @@ class Program:
         self.list = module.Kernel(module.text_list, expression, targets, dtype)
         self.writes = [n in targets for n in expression.inputs]
         self.written = [i for i, write in enumerate(self.writes) if write]
+        self.scalars = bool(expression.scalars)
         self.created = 0 if self.updates else len(expression.outputs)
+        self.simple = self.numba and self.created == 1 and not self.scalars  # `serial` may be called as it is
 
     def _values(self, keywords: Mapping[str, Any]) -> Sequence[Any]:
         if self.numba and not PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
             keywords = {n: v.item() if isinstance(v, torch.Tensor) else v for n, v in keywords.items()}
         return self.expression.host(**keywords)
 
-    def __call__(self, tensors: Sequence[Any], addresses: list[int], keywords: Mapping[str, Any]) -> Any:
-        """Run over tensors that a kernel may serve; `addresses` are theirs."""
-        present = tensors if len(addresses) == len(tensors) else [t for t in tensors if t is not None]
-        values = self._values(keywords)
-        first = present[0]
+    @functools.cached_property
+    def serial(self) -> Callable[..., None]:
+        """The kernel of small tensors: `serial(elements, *addresses, *addresses of results, *scalars)`."""
+        return self.single.serial
+
+    def __call__(
+        self, tensors: Sequence[Any], first: torch.Tensor, addresses: list[int], keywords: Mapping[str, Any]
+    ) -> Any:
+        """Run over tensors that a kernel may serve, `first` the first that is not None; `addresses` are theirs."""
+        values = self._values(keywords) if keywords or self.scalars else ()
         results = [torch.empty_like(first) for _ in range(self.created)]
         if self.numba:
+            addresses += map(_address_of, results)
             count = first.numel()
-            self.single.run(count, count, *addresses, *[r.data_ptr() for r in results], *values)
+            self.single.run(count, count, *addresses, *values)
         else:
-            self.single.run_single([*present, *results], values)
+            self.single.run_single([*(t for t in tensors if t is not None), *results], values)
         if self.updates:
+            present = [t for t in tensors if t is not None]
             torch._C._increment_version([present[i] for i in self.written])
             return None
         return results[0] if self.created == 1 else tuple(results)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch_bp.kernels import Table, native
 Layout = Sequence[str | None]
 Gradients = Sequence[Tensor | None]
 _NOTHING = type(None)
+_COUNTS = (torch.float32, torch.float64)
 _FLAGS = ("capturable", "differentiable", "fused")
 
 
@@ -56,25 +56,25 @@ class Counter:
     def __init__(self, value: float) -> None:
         self.value = value
         self._table = Table()
-        self._in_memory = False
+        self._write: Callable[..., None] | None = None  # writes the counts in memory, where `holds` has found them
 
-    def holds(self, steps: Sequence[Tensor]) -> bool:
+    def holds(self, steps: tuple[Tensor, ...]) -> bool:
         """True if every count is `value` still."""
-        compiled = native.functions()
-        self._in_memory = compiled is not None and self._table.refresh([steps], [True], 1) and steps[0].is_cpu
-        if not (self._in_memory and steps[0].dtype in (torch.float32, torch.float64)):
-            self._in_memory = False
-            return all(step.item() == self.value for step in steps)
-        return compiled.holds(self._table.addresses[0], self.value, self._table.dtype is torch.float64)
+        compiled, first = native.functions(), steps[0]
+        self._write = None
+        if compiled and first.is_cpu and first.dtype in _COUNTS and self._table.refresh([steps], [True], 1):
+            self._write = compiled.write
+            return compiled.holds(self._table.addresses[0], self.value, first.dtype is torch.float64)
+        return all(step.item() == self.value for step in steps)
 
-    def advance(self, steps: Sequence[Tensor]) -> None:
-        """Count one more update of counts that hold."""
+    def advance(self, steps: tuple[Tensor, ...]) -> None:
+        """Count one more update."""
         self.value += 1
-        if self._in_memory:
-            native.functions().write(self._table.addresses[0], self.value, self._table.dtype is torch.float64)
-            torch._C._increment_version(steps)
-        else:
+        if self._write is None:
             torch._foreach_add_(steps, 1)
+        else:
+            self._write(self._table.addresses[0], self.value, steps[0].dtype is torch.float64)
+            torch._C._increment_version(steps)
 
 
 class Bucket:
@@ -100,7 +100,9 @@ class Bucket:
         self.state = {name: tuple(state[name] for state in self.states) for name in names}
 
     def holds(self) -> bool:
-        """True if the state is what was collected, and the step counts are those known."""
+        """True if the state is what was collected, the step counts are those known, and nothing is to be created."""
+        if self.fresh:
+            return False
         try:
             for name, tensors in self.state.items():
                 if not all(map(operator.is_, map(operator.itemgetter(name), self.states), tensors)):
@@ -149,7 +151,6 @@ class Share:
         self.buckets = list(buckets.values())
         for bucket in self.buckets:
             bucket.collect()
-            bucket.holds()
 
     def fits(self, optimizer: Any, group: dict[str, Any], gradients: Gradients) -> bool:
         params = group["params"]
@@ -162,10 +163,7 @@ class Share:
             return False
         if tuple(optimizer.state_layout(group)) != self.layout or tuple(map(group.get, _FLAGS)) != self.flags:
             return False
-        for bucket in self.buckets:
-            if bucket.fresh or not bucket.holds():
-                return False
-        return True
+        return all(map(Bucket.holds, self.buckets))
 
 
 class Plan:
@@ -182,10 +180,7 @@ class Plan:
             return False
         if not all(map(operator.is_, states.values(), self.states)):
             return False
-        for share, group, grads in zip(self.shares, groups, gradients):
-            if not share.fits(optimizer, group, grads):
-                return False
-        return True
+        return all(share.fits(optimizer, *pair) for share, *pair in zip(self.shares, groups, gradients))
 
     def run(self, optimizer: Any, gradients: Sequence[Gradients]) -> list[Gradients]:
         """Update every bucket that a kernel may serve; return the gradients that are still to be applied."""
