@@ -86,7 +86,10 @@ class Function(torch.autograd.Function):
             return custom_function_call(cls._eager, *args)
         if _tracing() is not None:  # torch.jit cannot save a call to Python: it records the forward's operations
             return cls.forward(*args)
-        return cls._apply(*[_unwrap(a) if isinstance(a, _Tensor) else a for a in args])
+        for argument in args:
+            if isinstance(argument, _Tensor) and _unwrap(argument) is not argument:
+                return cls._apply(*[_unwrap(a) if isinstance(a, _Tensor) else a for a in args])
+        return cls._apply(*args)
 
 
 def save(ctx: Any, *tensors: torch.Tensor | None) -> None:

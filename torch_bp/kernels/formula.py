@@ -130,9 +130,12 @@ class Formula:
                 tensors = self._padded(tensors)
             return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
         program, first, addresses = served
-        if program.simple and (elements := first.numel()) < cpu.PARALLEL_FROM:
-            result = torch.empty_like(first)
-            program.serial(elements, *addresses, result.data_ptr())
+        if program.simple:
+            elements, result = first.numel(), torch.empty_like(first)
+            if elements < cpu.PARALLEL_FROM:
+                program.serial(elements, *addresses, result.data_ptr())
+            else:
+                program.single.run(elements, elements, *addresses, result.data_ptr())
             return result
         return program(tensors, first, addresses, keywords)
 

@@ -28,6 +28,11 @@ def unwatched() -> bool:
     )
 
 
+def reusable() -> bool:
+    """True where a backward may write to a temporary of its own: vmap lacks a rule for some in-place operations."""
+    return not torch.compiler.is_dynamo_compiling() and unwatched()
+
+
 def recording(tensors: Iterable[torch.Tensor | None]) -> bool:
     """True if autograd would record an operation on these tensors."""
     return grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -17,6 +17,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
+from torch_bp.kernels.plain import reusable
 from torch_bp.kernels.program import HALF
 from torch_bp.ops.losses import MEAN, NONE, no_gradient, reduction_code
 
@@ -37,20 +38,26 @@ def _rows(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: i
     target = target.long()  # torch takes uint8 targets, in which -100 would be class 156
     counted = target != ignored
     classes = torch.where(counted, target, 0)
-    mask = counted.to(z.dtype)
-    weights = mask if weight is None else weight.to(z.dtype)[classes] * mask
-    if reduction == MEAN:
-        dy = dy / weights.sum()
-    rows = torch.where(counted, dy * weights, 0)  # 0 also where all is ignored and dy is therefore Inf
+    if weight is None:
+        # 0 also where all rows are ignored and dy is therefore Inf
+        rows = even_rows = torch.where(counted, dy / counted.sum() if reduction == MEAN else dy, 0)
+    else:
+        weights = torch.where(counted, weight.to(z.dtype)[classes], 0)
+        dy = dy / weights.sum() if reduction == MEAN else dy
+        rows, even_rows = torch.where(counted, dy * weights, 0), torch.where(counted, dy, 0)
     dim = _class_dim(z)
-    even_rows = rows if weight is None else torch.where(counted, dy, 0)
     return classes.unsqueeze(dim), rows.unsqueeze(dim), even_rows.unsqueeze(dim)
 
 
 def nll_backward(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: int, ignored: int) -> Any:
     """The gradient at log-probabilities: minus the row weight at the target class, 0 elsewhere."""
+    dtype = z.dtype
+    if dtype in HALF:
+        z, dy = z.float(), dy.float()
     classes, rows, _ = _rows(dy, z, target, weight, reduction, ignored)
-    return torch.zeros_like(z).scatter(_class_dim(z), classes, -rows.expand_as(classes))
+    zeros = rows.new_zeros(z.shape)  # of `rows`, whose batch dimension it then has under `is_grads_batched`
+    scatter = zeros.scatter_ if reusable() else zeros.scatter
+    return scatter(_class_dim(z), classes, -rows.expand_as(classes)).to(dtype)
 
 
 def cross_entropy_backward(

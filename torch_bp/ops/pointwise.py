@@ -79,21 +79,20 @@ def activation(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            saved = saves(output, *inputs)
-            save(ctx, saved)
-            ctx.values = inputs[1:]
+            save(ctx, saves(output, *inputs))
+            if parameters:
+                ctx.keywords = dict(zip(parameters, inputs[1:]))
 
         @staticmethod
         def backward(ctx: Any, dy: torch.Tensor) -> Any:
-            (saved,) = ctx.saved_tensors
-            if not parameters:
-                return derivative(dy, saved)
-            return derivative(dy, saved, **dict(zip(parameters, ctx.values))), *no_gradients
+            if parameters:
+                return derivative(dy, *ctx.saved_tensors, **ctx.keywords), *no_gradients
+            return derivative(dy, *ctx.saved_tensors)
 
         @staticmethod
         def jvp(ctx: Any, dz: torch.Tensor, *_: None) -> torch.Tensor:
-            (saved,) = ctx.saved_tensors
-            return derivative(dz, saved, **dict(zip(parameters, ctx.values)))
+            keywords = ctx.keywords if parameters else {}
+            return derivative(dz, *ctx.saved_tensors, **keywords)
 
     Pointwise.rename(name)
     apply = Pointwise.apply

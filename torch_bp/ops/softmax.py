@@ -14,6 +14,7 @@ from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
+from torch_bp.kernels.plain import reusable
 from torch_bp.kernels.program import HALF
 
 
@@ -22,7 +23,10 @@ def softmax_backward(dy: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tenso
     if y.dtype in HALF:
         return softmax_backward(dy.float(), y.float(), dim).to(y.dtype)
     product = dy * y
-    return torch.addcmul(product, y, product.sum(dim, keepdim=True), value=-1)
+    total = product.sum(dim, keepdim=True)
+    if reusable():  # the product is new and nothing has saved it: another tensor of its size costs more than a pass
+        return product.addcmul_(y, total, value=-1)
+    return torch.addcmul(product, y, total, value=-1)
 
 
 def log_softmax_backward(dy: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
