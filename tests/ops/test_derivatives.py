@@ -7,6 +7,7 @@ import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
+import torch_bp.nn.functional
 from tests.tables import ROWS
 
 FILLED = [row for row in ROWS if not row.empty]
@@ -86,3 +87,35 @@ def test_jvp_equals_torch(row):
     mine, other, tensors = row.pair()
     tangents = tuple(torch.randn_like(t) for t in tensors)
     assert_same(jvp(mine, tensors, tangents), jvp(other, tensors, tangents))
+
+
+def _losses_of_weights():
+    """Loss functions of `(library, weights)`, by name, and the weights' shape."""
+    torch.manual_seed(0)
+    z, share = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)
+    label = torch.tensor([0, 2, -1, 1])
+    for reduction in ("none", "mean", "sum"):
+        common = {"reduction": reduction}
+        yield "bce weight", (3,), lambda f, w, c=common: f.binary_cross_entropy(share, 1 - share, w, **c)
+        logits = {"input": z, "target": share, **common}
+        yield "logits weight", (4, 1), lambda f, w, c=logits: f.binary_cross_entropy_with_logits(weight=w, **c)
+        yield "logits pos_weight", (3,), lambda f, w, c=logits: f.binary_cross_entropy_with_logits(pos_weight=w, **c)
+        labelled = {"ignore_index": -1, **common}
+        yield "nll", (3,), lambda f, w, c=labelled: f.nll_loss(z, label, w, **c)
+        yield "classes", (3,), lambda f, w, c=labelled: f.cross_entropy(z, label, w, **c)
+        yield "smoothed", (3,), lambda f, w, c=labelled: f.cross_entropy(z, label, w, label_smoothing=0.2, **c)
+
+
+@pytest.mark.parametrize("mode", ["functional", "dual numbers"])
+@pytest.mark.parametrize(("name", "shape", "loss"), list(_losses_of_weights()))
+def test_forward_mode_of_weights_equals_differences_of_torchs_loss(name, shape, loss, mode):
+    """torch has no derivative for these; without ours a tangent of a weight would be lost without a word."""
+    weight, tangent = torch.rand(shape, dtype=torch.float64) + 0.5, torch.randn(shape, dtype=torch.float64)
+    step = 1e-5
+    ends = [loss(torch.nn.functional, weight + sign * step * tangent) for sign in (1, -1)]
+    if mode == "functional":
+        _, change = jvp(lambda w: loss(torch_bp.nn.functional, w), (weight,), (tangent,))
+    else:
+        with forward_ad.dual_level():
+            change = forward_ad.unpack_dual(loss(torch_bp.nn.functional, forward_ad.make_dual(weight, tangent))).tangent
+    torch.testing.assert_close(change, (ends[0] - ends[1]) / (2 * step), rtol=1e-7, atol=1e-9)

@@ -16,6 +16,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ PARALLEL_FROM = 32768  # elements below which waking threads costs more than it 
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
 _state = {"parallel_ran": False, "serial_only": False, "threads": 1}
-_usable: bool | None = None
 
 _SPELLING = {
     "constant": "real({0})",
@@ -94,27 +94,21 @@ set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.int
 '''
 
 
+@functools.cache
 def usable() -> bool:
     """Say whether Numba can be loaded; if not, tell so once in the log."""
-    global _usable
-    if _usable is None:
-        with _lock:
-            if _usable is not None:
-                return _usable
-            try:
-                import numba  # noqa: F401
-            except Exception as error:
-                _log.warning(
-                    "Numba cannot be used (%s: %s); formulas run as torch operations, slower and with the same "
-                    "results. Remedy: pip install --upgrade numba.",
-                    type(error).__name__,
-                    error,
-                )
-                _usable = False
-            else:
-                os.register_at_fork(after_in_child=_after_fork)
-                _usable = True
-    return _usable
+    try:
+        import numba  # noqa: F401
+    except Exception as error:
+        _log.warning(
+            "Numba cannot be used (%s: %s); formulas run as torch operations, slower and with the same results. "
+            "Remedy: pip install --upgrade numba.",
+            type(error).__name__,
+            error,
+        )
+        return False
+    os.register_at_fork(after_in_child=_after_fork)
+    return True
 
 
 def _after_fork() -> None:
@@ -195,6 +189,17 @@ def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype
     return text + "    set_num_threads(before)\n" * parallel
 
 
+def compiled(name: str, text: str) -> ModuleType:
+    """Return the module of this text, its functions compiled or taken from disk."""
+    with _lock:
+        try:
+            return cache.load(name, text)
+        except Exception as error:
+            # A full disk, or machine code torn by a crash: the text itself is sound.
+            _log.warning("kernel %s: cache unusable (%s: %s); compiling in memory", name, type(error).__name__, error)
+            return cache.load(name, text, on_disk=False)
+
+
 class Kernel:
     """A compiled formula for one dtype and shape of call; the serial and the parallel text are compiled when needed."""
 
@@ -232,17 +237,5 @@ class Kernel:
         self._parallel(min(threads, _state["threads"]), *arguments)
 
     def _compiled(self, *, parallel: bool) -> Callable[..., None]:
-        with _lock:
-            text = self._text(*self._arguments, parallel)
-            name = f"{self.expression.name}_{'parallel' if parallel else 'serial'}"
-            try:
-                return cache.load(name, text).run
-            except Exception as error:
-                # A full disk, or machine code torn by a crash: the text itself is sound.
-                _log.warning(
-                    "kernel %s: cache unusable (%s: %s); compiling in memory",
-                    name,
-                    type(error).__name__,
-                    error,
-                )
-                return cache.load(name, text, on_disk=False).run
+        text = self._text(*self._arguments, parallel)
+        return compiled(f"{self.expression.name}_{'parallel' if parallel else 'serial'}", text).run

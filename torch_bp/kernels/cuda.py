@@ -12,6 +12,7 @@ With `TRITON_INTERPRET=1` in the environment before Triton is loaded, the same t
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -40,7 +41,6 @@ LAUNCH = {
 
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
-_usable: bool | None = None
 
 _SPELLING = {
     "constant": "tl.full((), {0}, REAL)",
@@ -141,29 +141,23 @@ def run({arguments}, BLOCK: tl.constexpr):
 '''
 
 
+@functools.cache
 def usable() -> bool:
     """Say whether Triton can be loaded; if not, tell so once in the log."""
-    global _usable
-    if _usable is None:
-        with _lock:
-            if _usable is not None:
-                return _usable
-            try:
-                import triton
+    try:
+        import triton
 
-                if not interpreted():
-                    triton.runtime.driver.active.get_current_target()  # needs a driver and a C compiler
-            except Exception as error:
-                _log.warning(
-                    "Triton cannot be used (%s: %s); formulas on CUDA run as torch operations, slower and with the "
-                    "same results. Remedy: pip install triton.",
-                    type(error).__name__,
-                    error,
-                )
-                _usable = False
-            else:
-                _usable = True
-    return _usable
+        if not interpreted():
+            triton.runtime.driver.active.get_current_target()  # needs a driver and a C compiler
+    except Exception as error:
+        _log.warning(
+            "Triton cannot be used (%s: %s); formulas on CUDA run as torch operations, slower and with the same "
+            "results. Remedy: pip install triton.",
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True
 
 
 def interpreted() -> bool:

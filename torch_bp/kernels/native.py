@@ -9,9 +9,9 @@ object behind it (`Tensor._cdata`); an array of handles is an array of what thos
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import sys
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +19,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from torch_bp.kernels import cache, cpu
+from torch_bp.kernels import cpu
 
 CHANGED, SAME, MOVED = range(3)  # what `check` answers
 
@@ -27,8 +27,6 @@ _ANSWERS = ("layout", "dtype", "device_type", "device_index", "data_ptr", "dim",
 _LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
 _handle_of = torch.Tensor._cdata.__get__  # type: ignore[attr-defined]
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
-_module: ModuleType | bool | None = None
 
 _TEXT = '''"""Made by torch_bp: what torch says of many tensors."""
 from numba import njit, types
@@ -133,17 +131,9 @@ def write(addresses, value, double):
 '''
 
 
+@functools.cache
 def functions() -> ModuleType | None:
     """Return the compiled functions `kind`, `check`, `holds` and `write`, or None where they cannot be had."""
-    global _module
-    if _module is None:
-        with _lock:
-            if _module is None:
-                _module = _load() or False
-    return _module or None  # type: ignore[return-value]
-
-
-def _load() -> ModuleType | None:
     if not cpu.usable():
         return None
     try:
@@ -154,7 +144,7 @@ def _load() -> ModuleType | None:
             address = ctypes.cast(getattr(library, f"aoti_torch_get_{answer}"), ctypes.c_void_p).value
             llvmlite.binding.add_symbol(f"aoti_torch_get_{answer}", address)
         declared = [f'get_{a} = types.ExternalFunction("aoti_torch_get_{a}", ask)' for a in _ANSWERS]
-        return cache.load("native", _TEXT.format(functions="\n".join(declared), pointer=cpu.POINTER))
+        return cpu.compiled("native", _TEXT.format(functions="\n".join(declared), pointer=cpu.POINTER))
     except Exception as error:
         _log.info("tensors are checked one by one (%s: %s)", type(error).__name__, error)
         return None

@@ -11,6 +11,7 @@ Saved: z and the target, no softmax: it is computed again in backward, which spa
 double backward. `ignore_index` rows have r = 0.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
 from torch_bp.kernels.plain import reusable
 from torch_bp.kernels.program import HALF
-from torch_bp.ops.losses import MEAN, NONE, no_gradient, reduction_code
+from torch_bp.ops.losses import MEAN, NONE, SUM, no_gradient, reduction_code
 
 _Optional = torch.Tensor | None
 
@@ -118,6 +119,22 @@ def _tangent(slope: torch.Tensor, tangent: torch.Tensor, z: torch.Tensor, reduct
     return product.sum(_class_dim(z)) if reduction == NONE else product.sum()
 
 
+def _weight_tangent(
+    loss: Callable[[torch.Tensor, int], torch.Tensor],
+    dw: torch.Tensor,
+    z: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    reduction: int,
+    ignored: int,
+) -> torch.Tensor:
+    """The change of `loss(weight, reduction)` with the class weights: its sum is linear, its mean the ratio of two."""
+    if reduction != MEAN:
+        return loss(dw, reduction)
+    total, change = (NegativeLogLikelihood.forward(-torch.ones_like(z), target, w, SUM, ignored) for w in (weight, dw))
+    return (loss(dw, SUM) - loss(weight, MEAN) * change) / total
+
+
 def _ones(ctx: Any, z: torch.Tensor) -> torch.Tensor:
     """A dy of ones for the loss of logits z."""
     if ctx.options[0] != NONE:
@@ -142,7 +159,7 @@ class CrossEntropy(_ClassLoss):
         z: torch.Tensor,
         target: torch.Tensor,
         weight: _Optional,
-        reduction: str,
+        reduction: int,
         ignored: int,
         smoothing: float,
     ) -> torch.Tensor:
@@ -153,10 +170,19 @@ class CrossEntropy(_ClassLoss):
         return cross_entropy_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, dz: torch.Tensor, *_: Any) -> torch.Tensor:
-        z = ctx.saved_tensors[0]
-        slope = cross_entropy_backward(_ones(ctx, z), *ctx.saved_tensors, *ctx.options)
-        return _tangent(slope, dz, z, ctx.options[0])
+    def jvp(ctx: Any, dz: _Optional, _: None, dw: _Optional, *__: Any) -> Any:
+        (z, target, weight), (reduction, ignored, smoothing) = ctx.saved_tensors, ctx.options
+        change: Any = 0
+        if dz is not None:
+            slope = cross_entropy_backward(_ones(ctx, z), z, target, weight, *ctx.options)
+            change = _tangent(slope, dz, z, reduction)
+        if dw is not None:
+
+            def loss(w: torch.Tensor, reduction: int) -> torch.Tensor:
+                return CrossEntropy.forward(z, target, w, reduction, ignored, smoothing)
+
+            change = change + _weight_tangent(loss, dw, z, target, weight, reduction, ignored)
+        return change
 
 
 class SoftCrossEntropy(_ClassLoss):
@@ -203,10 +229,19 @@ class NegativeLogLikelihood(_ClassLoss):
         return nll_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, dlogp: torch.Tensor, *_: Any) -> torch.Tensor:
-        logp = ctx.saved_tensors[0]
-        slope = nll_backward(_ones(ctx, logp), *ctx.saved_tensors, *ctx.options)
-        return _tangent(slope, dlogp, logp, ctx.options[0])
+    def jvp(ctx: Any, dlogp: _Optional, _: None, dw: _Optional, *__: Any) -> Any:
+        (logp, target, weight), (reduction, ignored) = ctx.saved_tensors, ctx.options
+        change: Any = 0
+        if dlogp is not None:
+            slope = nll_backward(_ones(ctx, logp), logp, target, weight, *ctx.options)
+            change = _tangent(slope, dlogp, logp, reduction)
+        if dw is not None:
+
+            def loss(w: torch.Tensor, reduction: int) -> torch.Tensor:
+                return NegativeLogLikelihood.forward(logp, target, w, reduction, ignored)
+
+            change = change + _weight_tangent(loss, dw, logp, target, weight, reduction, ignored)
+        return change
 
 
 def cross_entropy(

@@ -135,14 +135,22 @@ def _elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Cal
             return dx, dt, None, None, None, None
 
         @staticmethod
-        def jvp(ctx: Any, dx: _Optional, dt: _Optional, *_: Any) -> torch.Tensor:
+        def jvp(
+            ctx: Any, dx: _Optional, dt: _Optional, dweight: _Optional, dpos_weight: _Optional, *_: Any
+        ) -> torch.Tensor:
             x, t, weight, pos_weight = ctx.saved_tensors
-            one = torch.ones_like(x) if ctx.options[0] == NONE else x.new_ones(())
+            reduction, factor = ctx.options
+            one = torch.ones_like(x) if reduction == NONE else x.new_ones(())
             dy, scale = upstream(one, x, weight, ctx.options)
             by_x, by_t = slopes(dy, x, t, pos_weight, scale, (dx is not None, dt is not None))
             changes = [slope * d for slope, d in ((by_x, dx), (by_t, dt)) if d is not None]
-            change = sum(changes[1:], changes[0])
-            return change if ctx.options[0] == NONE else change.sum()
+            changes = changes if reduction == NONE else [change.sum() for change in changes]
+            if dweight is not None:  # the loss is linear in one weight, and a line in the other
+                changes.append(factor * value(x, t, dweight, pos_weight, reduction))
+            if dpos_weight is not None:
+                with_it, without = (value(x, t, weight, p, reduction) for p in (dpos_weight, 0 * dpos_weight))
+                changes.append(factor * (with_it - without))
+            return sum(changes[1:], changes[0])
 
     Loss.rename(name)
     return Loss
