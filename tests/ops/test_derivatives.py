@@ -89,6 +89,24 @@ def test_jvp_equals_torch(row):
     assert_same(jvp(mine, tensors, tangents), jvp(other, tensors, tangents))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_vmap_over_logits_and_labels(weighted, smoothing, reduction):
+    logits, labels = torch.randn(5, 4, 3, dtype=torch.float64), torch.randint(3, (5, 4))
+    options = {"weight": torch.rand(3, dtype=torch.float64) if weighted else None, "ignore_index": 1}
+    options |= {"label_smoothing": smoothing, "reduction": reduction}
+    results = []
+    for library in (torch_bp.nn.functional, torch.nn.functional):
+        slope = grad(lambda z, y, f=library: f.cross_entropy(z, y, **options).sum())
+        results.append(
+            vmap(slope)(logits, labels)
+            if library is torch_bp.nn.functional
+            else torch.stack([slope(z, y) for z, y in zip(logits, labels)])
+        )
+    assert_same(*results)
+
+
 def _losses_of_weights():
     """Loss functions of `(library, weights)`, by name, and the weights' shape."""
     torch.manual_seed(0)

@@ -99,6 +99,11 @@ def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
         ctx.save_for_forward(*tensors)
 
 
+def transformed() -> bool:
+    """True inside a functorch transform."""
+    return _transforms_active()
+
+
 def tangents_possible() -> bool:
     """True where jvp may be called: inside a level of forward mode or a transform."""
     return _transforms_active() or forward_ad._current_level >= 0

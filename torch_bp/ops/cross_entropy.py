@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, save, transformed, under_autocast
 from torch_bp.kernels.plain import reusable
 from torch_bp.kernels.program import HALF
 from torch_bp.ops.losses import MEAN, NONE, SUM, no_gradient, reduction_code
@@ -163,6 +163,10 @@ class CrossEntropy(_ClassLoss):
         ignored: int,
         smoothing: float,
     ) -> torch.Tensor:
+        if reduction == MEAN and weight is not None and smoothing and transformed():
+            # torch selects the counted rows there, which vmap cannot: the mean is the ratio of two sums
+            total = NegativeLogLikelihood.forward(-torch.ones_like(z), target, weight, SUM, ignored)
+            return CrossEntropy.forward(z, target, weight, SUM, ignored, smoothing) / total
         return torch._C._nn.cross_entropy_loss(z, target, weight, reduction, ignored, smoothing)  # type: ignore[arg-type]
 
     @staticmethod
