@@ -9,13 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import operations, optimizers
+from tests.benchmarks import operations, optimizers, start
 from tests.benchmarks.protocol import Result, machine
 
 BENCHMARKS: dict[str, Callable[[str], Iterator[Result]]] = {
     "C1": optimizers.measure,
     "C2": optimizers.measure,
     "C5": operations.measure,
+    "start": start.measure,
 }
 
 

@@ -50,7 +50,7 @@ def paired(ours: Callable[[], object], peer: Callable[[], object], pairs: int = 
         ratios.append(sample[0] / sample[1])
         for record, value in zip(times, sample):
             record.append(value)
-    low, high = _interval(ratios)
+    low, high = interval(ratios)
     ours_us, peer_us = (statistics.median(t) * 1e6 for t in times)
     return statistics.median(ratios), low, high, ours_us, peer_us
 
@@ -68,7 +68,8 @@ def _repeats(function: Callable[[], object], seconds: float = 4e-3) -> int:
     return max(1, int(seconds / max(_time(function, 2), 1e-7)))
 
 
-def _interval(ratios: list[float]) -> tuple[float, float]:
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Return the bootstrap 95 % interval of the median."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(1000))
     return medians[25], medians[974]

@@ -118,3 +118,16 @@ def test_without_numba_the_formulas_run_and_one_line_is_logged(tmp_path):
     assert "trained 1" in said
     assert said.count("Numba cannot be used") == 1
     assert "pip install --upgrade numba" in said
+
+
+def test_numba_starts_without_scipy_and_finds_it_when_asked():
+    pytest.importorskip("scipy")
+    program = """
+        import sys, numba, numpy, torch
+        from torch_bp.kernels import cpu, native
+        assert cpu.usable() and native.functions()
+        assert "scipy.linalg" not in sys.modules
+        product = numba.njit(lambda a, b: numpy.dot(a, b))
+        assert product(numpy.eye(2), numpy.eye(2)).sum() == 2
+    """
+    run(cache.folder(), program=program)

@@ -11,9 +11,12 @@ split into chunks that run on as many threads as torch uses. Traps that shaped t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -107,8 +110,27 @@ def usable() -> bool:
             error,
         )
         return False
+    _spare_scipy()
     os.register_at_fork(after_in_child=_after_fork)
     return True
+
+
+def _spare_scipy() -> None:
+    """Let Numba see that SciPy is installed without importing its linear algebra, a third of the time of a first call.
+
+    Numba does that as it loads what it knows of arrays. When a user's function calls for BLAS, it imports it then.
+    """
+    with contextlib.suppress(ImportError, AttributeError):  # a Numba that is built otherwise only starts more slowly
+        linalg: Any = importlib.import_module("numba.np.linalg")
+        if "numba.np.arraymath" in sys.modules or importlib.util.find_spec("scipy") is None:
+            return
+        check = linalg.ensure_blas
+        linalg.ensure_blas = lambda: None
+        try:
+            arrays: Any = importlib.import_module("numba.np.arraymath")
+            arrays.ensure_blas = check
+        finally:
+            linalg.ensure_blas = check
 
 
 def _after_fork() -> None:

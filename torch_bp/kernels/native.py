@@ -51,7 +51,7 @@ def kind(handles, answer):
     return refused == 0
 
 
-@njit("boolean(int64[:, ::1], int64, int64)", cache=ON_DISK)
+@njit
 def touches(written, start, end):
     """True if a stretch of memory overlaps one of `written`: starts in ascending order, and their ends."""
     low, high = 0, written.shape[1]
