@@ -62,7 +62,7 @@ def test_the_list_kernel_serves(name):
     params = list(parameters(torch.float32))
     optimizer = PAIRS[name][0](params, **OPTIONS[name])
     train(optimizer, params, 3)
-    ((bucket,),) = [share.buckets for share in optimizer._plan.shares]
+    (bucket,) = optimizer._plan.shares[0].buckets
     assert bucket.table.elements == sum(p.numel() for p in params)
     train(optimizer, params, 3)
     assert optimizer._plan.shares[0].buckets == [bucket], "the plan was not kept"

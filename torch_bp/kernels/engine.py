@@ -14,9 +14,8 @@ ENGINES = ("auto", "torch", "numba", "triton")
 _engine = "auto"
 
 
-@contextlib.contextmanager
-def use(engine: str) -> Iterator[None]:
-    """Force the engine of every formula in this process, for tests and debugging.
+def use(engine: str) -> contextlib.AbstractContextManager[None]:
+    """Return a context manager that forces the engine of every formula in this process, for tests and debugging.
 
     Process-wide and not thread-local, because backward runs in other threads. What a kernel cannot serve still runs as
     torch operations.
@@ -34,9 +33,14 @@ def use(engine: str) -> Iterator[None]:
         ...     torch_bp.nn.functional.tanh(torch.zeros(1))
         tensor([0.])
     """
-    global _engine
     if engine not in ENGINES:
         raise ValueError(f"kernels.use: engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}.")
+    return _forcing(engine)
+
+
+@contextlib.contextmanager
+def _forcing(engine: str) -> Iterator[None]:
+    global _engine
     before, _engine = _engine, engine
     try:
         yield

@@ -15,7 +15,7 @@ from typing import Any, Protocol, overload
 
 import torch
 
-from torch_bp.kernels import cpu, engine, plain
+from torch_bp.kernels import engine, plain
 from torch_bp.kernels.expression import trace
 from torch_bp.kernels.plain import grad_enabled, unwatched
 from torch_bp.kernels.program import PLAIN_NUMBERS, Program, as_torch
@@ -101,7 +101,7 @@ class Formula:
         self._defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
         self._programs: dict[Any, Program | None] = {}
         self._outer = _outer_numbers(function)
-        self._plain = not (self.static or self._outer or self.updates)  # tensors alone choose the kernel
+        self._by_tensors = not (self.static or self._outer or self.updates)  # they alone choose the kernel
         for kind, names, allowed in (
             ("updates", self.updates, self.tensors),
             ("static", self.static, [p.name for p in keywords]),
@@ -119,11 +119,7 @@ class Formula:
         return f"<formula {self.name}({', '.join(self.tensors)}; {', '.join((*self.scalars, *self.static))})>"
 
     def __call__(self, *tensors: Any, **keywords: Any) -> Any:
-        """Compute the formula on tensors; return its results, or write them where `updates` says and return None.
-
-        Here is decided whether a kernel serves a call, or torch. In one piece: around small tensors every call of
-        Python's costs as much as the arithmetic.
-        """
+        """Compute the formula on tensors; return its results, or write them where `updates` says and return None."""
         served = self._served(tensors, keywords)
         if served is None:
             if len(tensors) < len(self.tensors):
@@ -131,12 +127,7 @@ class Formula:
             return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
         program, first, addresses = served
         if program.simple:
-            elements, result = first.numel(), torch.empty_like(first)
-            if elements < cpu.PARALLEL_FROM:
-                program.serial(elements, *addresses, result.data_ptr())
-            else:
-                program.single.run(elements, elements, *addresses, result.data_ptr())
-            return result
+            return program.simply(first, addresses)
         return program(tensors, first, addresses, keywords)
 
     def _served(
@@ -154,8 +145,8 @@ class Formula:
         if keywords and not _numbers(keywords.values()):
             return None
         count = len(self.tensors)
-        first = tensors[0]
-        if len(addresses) == count and self._plain:
+        if self._by_tensors and len(tensors) == len(addresses) == count and not keywords:
+            first = tensors[0]
             program = self._programs.get((engine.forced(), first.dtype, first.is_cpu, ()), _MISSING)
             if program is not _MISSING:
                 return None if program is None else (program, first, addresses)
@@ -164,6 +155,7 @@ class Formula:
         if len(tensors) != count or (self.updates and not _may_write(tensors, addresses)):
             return None
         absent: tuple[str, ...] = ()
+        first = tensors[0]
         if len(addresses) != count:
             absent = tuple(n for n, t in zip(self.tensors, tensors) if t is None)
             first = next(t for t in tensors if t is not None)
@@ -231,8 +223,7 @@ class Formula:
             TypeError: the formula has no `updates`.
             ValueError: the lists differ in length.
         """
-        if not self.updates:
-            raise TypeError(f"formula {self.name}: foreach_ needs @formula(updates=...), which names what is written.")
+        self._check_updates()
         present = [row for row in lists if row is not None]
         if len({len(row) for row in present}) != 1:
             raise ValueError(
@@ -246,8 +237,13 @@ class Formula:
         for k in range(len(present[0])):
             self(*(None if row is None else row[k] for row in lists), **keywords)
 
+    def _check_updates(self) -> None:
+        if not self.updates:
+            raise TypeError(f"formula {self.name}: foreach_ needs @formula(updates=...), which names what is written.")
+
     def launch(self, lists: Sequence[Sequence[torch.Tensor] | None], table: Table, keywords: Mapping[str, Any]) -> bool:
         """Run the list kernel if one may serve; False means that nothing was done. Arguments as of `foreach_`."""
+        self._check_updates()
         if len(lists) < len(self.tensors):
             lists = self._padded(lists)
         present = [row for row in lists if row is not None]

@@ -28,6 +28,12 @@ def as_torch(
 
     Half precision is computed in float32 and rounded once, as torch's own kernels do.
     """
+    for tensor in tensors:
+        if not (tensor is None or isinstance(tensor, torch.Tensor)):
+            raise TypeError(
+                f"formula {function.__name__}: positional arguments ({', '.join(names)}) must be tensors, got "
+                f"{type(tensor).__name__}; numbers are keyword-only arguments, after a * in the signature."
+            )
     dtypes = {t.dtype for t in tensors if t is not None}
     half = dtypes and dtypes <= HALF
     if half:
@@ -93,6 +99,15 @@ class Program:
         if self.numba and not PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
             keywords = {n: v.item() if isinstance(v, torch.Tensor) else v for n, v in keywords.items()}
         return self.expression.host(**keywords)
+
+    def simply(self, first: torch.Tensor, addresses: list[int]) -> torch.Tensor:
+        """Run over tensors on the CPU, to one result and without scalars: what the call of most formulas comes to."""
+        elements, result = first.numel(), torch.empty_like(first)
+        if elements < cpu.PARALLEL_FROM:
+            self.serial(elements, *addresses, result.data_ptr())
+        else:
+            self.single.run(elements, elements, *addresses, result.data_ptr())
+        return result
 
     @functools.cached_property
     def serial(self) -> Callable[..., None]:

@@ -74,7 +74,7 @@ class Table:
             for number, (row, held) in enumerate(zip(lists, self._held)):
                 if row is held:
                     continue
-                if len(row) != columns or not (self._writes[number] or self._plain(row)):
+                if len(row) != columns or not self._seen_whole(row, self._writes[number]):
                     return False
                 handles[number] = native.handles(row, columns)
         except TypeError:  # not a tensor
@@ -83,13 +83,15 @@ class Table:
         self.version += verdict == native.MOVED
         return verdict != native.CHANGED
 
-    def _plain(self, row: Sequence[torch.Tensor]) -> bool:
+    def _seen_whole(self, row: Sequence[torch.Tensor], written: bool) -> bool:
         """True if `check`, which sees no more than memory, sees all there is to these tensors.
 
-        A tensor with its sign pending is every other number of a complex one: among those of dense strides only one
-        that has a single element.
+        It does not see a pending sign. That a written tensor got one, at the same address and strides, is ruled out but
+        for single elements: `x.conj().imag` is every other number of x.
         """
-        return plain.PLAIN_TYPES.issuperset(map(type, row)) and not any(row[k].is_neg() for k in self._single)
+        if written:
+            return not any(row[k].is_neg() for k in self._single)
+        return plain.PLAIN_TYPES.issuperset(map(type, row)) and not any(map(_Tensor.is_neg, row))
 
     def _remember(self, lists: Sequence[Sequence[torch.Tensor]]) -> None:
         """Note what `_same` compares."""

@@ -86,7 +86,7 @@ def soft_cross_entropy_backward(
     z: Any,
     target: Any,
     weight: _Optional,
-    reduction: str,
+    reduction: int,
     smoothing: float,
     wanted: tuple[bool, ...],
 ) -> tuple[_Optional, ...]:

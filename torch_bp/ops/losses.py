@@ -145,10 +145,12 @@ def _elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Cal
             by_x, by_t = slopes(dy, x, t, pos_weight, scale, (dx is not None, dt is not None))
             changes = [slope * d for slope, d in ((by_x, dx), (by_t, dt)) if d is not None]
             changes = changes if reduction == NONE else [change.sum() for change in changes]
-            if dweight is not None:  # the loss is linear in one weight, and a line in the other
+            if dweight is not None:  # the loss is linear in this weight, and affine in the next
                 changes.append(factor * value(x, t, dweight, pos_weight, reduction))
             if dpos_weight is not None:
-                with_it, without = (value(x, t, weight, p, reduction) for p in (dpos_weight, 0 * dpos_weight))
+                with_it, without = (
+                    value(x, t, weight, p, reduction) for p in (dpos_weight, torch.zeros_like(dpos_weight))
+                )
                 changes.append(factor * (with_it - without))
             return sum(changes[1:], changes[0])
 
@@ -342,5 +344,9 @@ def binary_cross_entropy_with_logits(
     code = reduction_code(size_average, reduce, reduction)
     if target.size() != input.size():
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
+    if not target.is_floating_point():  # torch refuses here, with its own words
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            input, target, weight, reduction=reduction, pos_weight=pos_weight
+        )
     no_gradient("binary_cross_entropy_with_logits", weight=weight, pos_weight=pos_weight)
     return _apply(BinaryCrossEntropyWithLogits, input, target, weight, pos_weight, code, 1.0)

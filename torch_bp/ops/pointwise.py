@@ -43,7 +43,7 @@ def activation(
     Args:
         name: what the function and its node in the graph are called. A model that holds the function can be pickled if
             this is also the name of the variable, in a module, that holds it.
-        value: `value(z, *parameters)`, a torch operation or a `@formula`.
+        value: a torch operation `value(z, *parameters)`, or a `@formula` of `(z, *, parameters...)`.
         derivative: a `@formula` of `(dy, saved, *, parameters...)`: the error signal before the activation from the
             one after it.
         saves: `saves_output` (default), `saves_input`, or a function `(output, input, *parameters)` of your own:
@@ -71,11 +71,12 @@ def activation(
         tensor([0.2500, 1.0000])
     """
     no_gradients = (None,) * len(parameters)
+    by_name = hasattr(value, "formula")
 
     class Pointwise(Function):
         @staticmethod
         def forward(z: torch.Tensor, *values: float) -> torch.Tensor:
-            return value(z, *values)
+            return value(z, **dict(zip(parameters, values))) if by_name else value(z, *values)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

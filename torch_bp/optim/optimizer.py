@@ -64,6 +64,27 @@ class RuleOptimizer(torch.optim.Optimizer):
                     "decorate it with torch_bp.kernels.formula."
                 )
             cls.rule = staticmethod(rule)
+        if hasattr(cls, "rule"):
+            cls._check_rule()
+
+    @classmethod
+    def _check_rule(cls) -> None:
+        """Refuse a rule that does not update the parameter, or writes to the gradient, or has other arguments."""
+        formula = cls.rule.formula  # type: ignore[attr-defined]
+        if isinstance(cls.state_names, str):
+            raise TypeError(f"{cls.__name__}: state_names must be a tuple of names, got {cls.state_names!r}.")
+        wanted = f"(param, grad{''.join(f', {name}' for name in cls.state_names)}, *, ...)"
+        if cls.state_layout is RuleOptimizer.state_layout and len(formula.tensors) != 2 + len(cls.state_names):
+            raise TypeError(
+                f"{cls.__name__}: rule must take the parameter, the gradient and the state of state_names, {wanted}, "
+                f"got {', '.join(formula.tensors)}."
+            )
+        param, grad = (*formula.tensors, "", "")[:2]
+        if param not in formula.updates or grad in formula.updates:
+            raise TypeError(
+                f"{cls.__name__}: updates of the rule must name its first argument, the parameter {param!r}, and not "
+                f"its second, the gradient {grad!r}; got updates={formula.updates}."
+            )
 
     def state_layout(self, group: Mapping[str, Any]) -> Sequence[str | None]:
         """Return the state's names in the order of the rule's arguments, None for one that this group does without."""

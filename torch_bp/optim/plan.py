@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_bp.kernels import Table, native
+from torch_bp.kernels import Table, engine, native, plain
 
 Layout = Sequence[str | None]
 Gradients = Sequence[Tensor | None]
@@ -48,6 +49,22 @@ def on_device(group: Mapping[str, Any]) -> bool:
     if group.get("differentiable") or group.get("capturable"):
         return True
     return bool(group.get("fused")) and any(p.device.type != "cpu" for p in group["params"])
+
+
+def eligible(p: Tensor, grad: Tensor | None) -> bool:
+    """True if a list kernel may update `p` from `grad`, as far as the two of them tell."""
+    return (
+        grad is not None
+        and plain.PLAIN_TYPES.issuperset((type(p), type(grad)))
+        and p.layout is grad.layout is torch.strided
+        and p.dtype is grad.dtype
+        and p.device == grad.device
+        and p.shape == grad.shape
+        and p.stride() == grad.stride()
+        and not (p.is_neg() or grad.is_neg())
+        and plain.dense(p)
+        and engine.serving(p) is not None
+    )
 
 
 class Counter:
@@ -115,22 +132,18 @@ class Bucket:
         """Run the list kernel; False if it may not serve, and then nothing is changed."""
         grads = gradients if len(gradients) == len(self.positions) else [gradients[i] for i in self.positions]
         step = 0 if self.counter is None else self.counter.value + 1
-        try:
-            scalars = optimizer.scalars(group, step, self.fresh)
-            rows = [None if name is None else self.state[name] for name in self.layout]
-            if not optimizer.rule.formula.launch((self.params, grads, *rows), self.table, scalars):
-                forget(self.created)
-                return False
-        except BaseException:
-            forget(self.created)
-            raise
+        scalars = optimizer.scalars(group, step, self.fresh)
+        rows = [None if name is None else self.state[name] for name in self.layout]
+        if not optimizer.rule.formula.launch((self.params, grads, *rows), self.table, scalars):
+            return False
         if self.counter is not None:
             self.counter.advance(self.state["step"])
+        self.created = []
         return True
 
 
 class Share:
-    """What a plan knows of one group."""
+    """What a plan knows of one group: its buckets, and which parameters are no matter of a kernel."""
 
     def __init__(self, optimizer: Any, group: dict[str, Any], gradients: Gradients) -> None:
         self.params = list(group["params"])
@@ -138,21 +151,30 @@ class Share:
         self.whole = len(self.present) == len(self.params)
         self.layout = tuple(optimizer.state_layout(group))
         self.flags = tuple(map(group.get, _FLAGS))
-        self.listed = not on_device(group)
+        for i in self.present:
+            if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
+                optimizer.sparse(group)  # may refuse, before anything is changed
+        listed = not on_device(group)
+        self.others = [i for i in self.present if not (listed and eligible(self.params[i], gradients[i]))]
         buckets: dict[Any, Bucket] = {}
-        for i in self.present if self.listed else ():
-            p = self.params[i]
-            state, created = initial_state(optimizer, p, group, self.layout)
-            step = state["step"].item() if optimizer.counts_steps else None
-            key = (p.device, p.dtype, step, bool(created))
-            bucket = buckets.setdefault(key, Bucket(self.layout, step, bool(created)))
-            bucket.add(i, p, state)
-            bucket.created.append((state, created))
+        try:
+            for i in sorted({*self.present}.difference(self.others)):
+                p = self.params[i]
+                state, created = initial_state(optimizer, p, group, self.layout)
+                step = state["step"].item() if optimizer.counts_steps else None
+                key = (p.device, p.dtype, step, bool(created))
+                bucket = buckets.setdefault(key, Bucket(self.layout, step, bool(created)))
+                bucket.add(i, p, state)
+                bucket.created.append((state, created))
+        except BaseException:
+            forget(chain.from_iterable(bucket.created for bucket in buckets.values()))
+            raise
         self.buckets = list(buckets.values())
         for bucket in self.buckets:
             bucket.collect()
 
     def fits(self, optimizer: Any, group: dict[str, Any], gradients: Gradients) -> bool:
+        """True if this share, made at an earlier step, still tells the truth."""
         params = group["params"]
         if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
             return False
@@ -161,39 +183,58 @@ class Share:
                 return False
         elif self.present != [i for i, g in enumerate(gradients) if g is not None]:
             return False
-        if tuple(optimizer.state_layout(group)) != self.layout or tuple(map(group.get, _FLAGS)) != self.flags:
+        flags = tuple(map(group.get, _FLAGS))
+        if tuple(optimizer.state_layout(group)) != self.layout or flags != self.flags:
+            return False
+        if self.others and not on_device(group) and any(eligible(params[i], gradients[i]) for i in self.others):
             return False
         return all(map(Bucket.holds, self.buckets))
 
+    def run(self, optimizer: Any, group: Mapping[str, Any], gradients: Gradients) -> Gradients:
+        """Update every bucket that a kernel may serve; return the gradients that are still to be applied."""
+        left = self.others
+        try:
+            for bucket in self.buckets:
+                if not bucket.update(optimizer, group, gradients):
+                    left = left + bucket.positions
+        finally:  # what an update that did not happen was given
+            forget(chain.from_iterable(bucket.created for bucket in self.buckets))
+        if not left:
+            return ()
+        return [g if i in {*left} else None for i, g in enumerate(gradients)]
+
 
 class Plan:
-    """What the list kernels need of an optimizer, kept from step to step."""
+    """What the list kernels need of an optimizer, kept from step to step, group by group."""
 
-    def __init__(self, optimizer: Any, gradients: Sequence[Gradients]) -> None:
-        self.shares = [Share(optimizer, *pair) for pair in zip(optimizer.param_groups, gradients)]
-        self.container, self.states = optimizer.state, list(optimizer.state.values())
+    def __init__(self) -> None:
+        self.shares: dict[int, Share] = {}
+        self._container: Any = None
+        self._states: list[dict[str, Any]] = []
 
-    def fits(self, optimizer: Any, gradients: Sequence[Gradients]) -> bool:
-        """True if this plan, made at an earlier step, still tells the truth."""
-        groups, states = optimizer.param_groups, optimizer.state
-        if states is not self.container or len(states) != len(self.states) or len(groups) != len(self.shares):
-            return False
-        if not all(map(operator.is_, states.values(), self.states)):
-            return False
-        return all(share.fits(optimizer, *pair) for share, *pair in zip(self.shares, groups, gradients))
+    def look(self, optimizer: Any) -> None:
+        """Drop what was collected if the states are not the same objects."""
+        states = optimizer.state
+        if (
+            states is not self._container
+            or len(states) != len(self._states)
+            or not all(map(operator.is_, states.values(), self._states))
+        ):
+            self.shares = {}
 
-    def run(self, optimizer: Any, gradients: Sequence[Gradients]) -> list[Gradients]:
-        """Update every bucket that a kernel may serve; return the gradients that are still to be applied."""
-        left: list[Gradients] = []
-        for share, group, grads in zip(self.shares, optimizer.param_groups, gradients):
-            if not share.listed:
-                left.append(grads)
-                continue
-            others: list[Tensor | None] = []
-            for bucket in share.buckets:
-                if not bucket.update(optimizer, group, grads):
-                    others = others or [None] * len(grads)
-                    for i in bucket.positions:
-                        others[i] = grads[i]
-            left.append(others)
+    def update(self, optimizer: Any, index: int, group: dict[str, Any], gradients: Gradients) -> Gradients:
+        """Update a group by list kernels; return the gradients that are still to be applied."""
+        share = self.shares.get(index)
+        if share is None or not share.fits(optimizer, group, gradients):
+            self.shares.pop(index, None)
+            share = Share(optimizer, group, gradients)
+            self._container = None  # until the step has gone well
+        left = share.run(optimizer, group, gradients)
+        if len(left) == len(share.others) == 0 or sum(g is not None for g in left) == len(share.others):
+            self.shares[index] = share
         return left
+
+    def remember(self, optimizer: Any) -> None:
+        """Note the states that belong to what was collected."""
+        if self._container is None:
+            self._container, self._states = optimizer.state, list(optimizer.state.values())

@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,27 +30,6 @@ _check_capture = (
 )
 
 
-def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
-    """Update the parameters from their gradients.
-
-    Args:
-        closure: evaluates the model anew, computes gradients and returns the loss.
-
-    Returns:
-        What the closure returned, or None.
-    """
-    if type(self).step is not step:  # of a subclass that wraps this one: torch has given that one the hooks
-        return _step(self, closure)
-    if _observed(self):
-        return _observed_step(self, closure)
-    # What torch puts around a step for the profiler costs more than half of a small step, with nobody profiling.
-    with _range(f"Optimizer.step#{type(self).__name__}.step"):
-        return _step(self, closure)
-
-
-step.hooked = True  # type: ignore[attr-defined]  # torch wraps a `step` in its hooks that does not say so
-
-
 def _observed(self: Any) -> bool:
     """True where torch's own wrapper of `step` has something to do: hooks, a profiler, a compiler that reads along."""
     return bool(
@@ -63,6 +43,14 @@ def _observed(self: Any) -> bool:
 
 
 def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+    """Update the parameters from their gradients.
+
+    Args:
+        closure: evaluates the model anew, computes gradients and returns the loss.
+
+    Returns:
+        What the closure returned, or None.
+    """
     if "capturable" in self.defaults:
         _check_capture(self)
     loss = None
@@ -79,7 +67,22 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
     return loss
 
 
-_observed_step = Optimizer.profile_hook_step(_step)
+_observed_step = Optimizer.profile_hook_step(_step)  # in torch's wrapper, which runs hooks and tells the profiler
+
+
+def _entered(self: Any, *args: Any, **keywords: Any) -> Any:
+    if getattr(type(self).step, "__code__", None) is _observed_step.__code__:
+        return _step(self, *args, **keywords)  # called by a subclass's own step, which torch has wrapped
+    if args or keywords or _observed(self):
+        return _observed_step(self, *args, **keywords)
+    # What torch puts around a step for the profiler costs more than half of a small step, with nobody profiling.
+    with _range(f"Optimizer.step#{type(self).__name__}.step"):
+        return _step(self)
+
+
+step: Any = functools.wraps(_step)(_entered)
+step.__name__ = step.__qualname__ = "step"
+step.hooked = True  # torch wraps a `step` in its hooks that does not say so
 
 
 def _overflowed(optimizer: Any) -> bool:
@@ -89,17 +92,21 @@ def _overflowed(optimizer: Any) -> bool:
 
 
 def _update(self: Any, scale: Tensor | None) -> None:
-    """Update all groups: by list kernels where they may serve, and what is left one by one."""
-    groups = self.param_groups
-    gradients: Sequence[Gradients] = [[p.grad for p in group["params"]] for group in groups]
+    """Update group by group: by list kernels where they may serve, and what is left one by one."""
+    plan = None
     if scale is None and not _watched() and not torch.is_inference_mode_enabled():
         plan = self.__dict__.get("_plan")
-        if plan is None or not plan.fits(self, gradients):
-            plan = self._plan = Plan(self, gradients)
-        gradients = plan.run(self, gradients)
-    for group, left in zip(groups, gradients):
-        if left:
-            _one_by_one(self, group, left, scale)
+        if plan is None:
+            plan = self._plan = Plan()
+        plan.look(self)
+    for index, group in enumerate(self.param_groups):
+        gradients: Gradients = [p.grad for p in group["params"]]
+        if plan is not None:
+            gradients = plan.update(self, index, group, gradients)
+        if gradients:
+            _one_by_one(self, group, gradients, scale)
+    if plan is not None:
+        plan.remember(self)
 
 
 def _watched() -> bool:
