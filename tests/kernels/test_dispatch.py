@@ -225,3 +225,22 @@ def test_use_restores_the_engine_and_checks_its_name():
         use("cuda"),
     ):
         pass
+
+
+def test_a_wrong_call_is_refused_on_the_short_way_too():
+    x = torch.rand(3)
+    for engine in ("torch", "numba"):
+        with use(engine):
+            tried_first = product_rule(x, x)
+            assert tried_first.shape == x.shape
+            for wrong in (
+                lambda: product_rule(x, x, bogus=1),
+                lambda: product_rule(x, x, None),
+                lambda: product_rule(x, 2.0),
+            ):
+                with pytest.raises(TypeError):
+                    wrong()
+            with pytest.raises(TypeError):
+                product_rule(None, x, x)
+    with pytest.raises(ValueError, match="engine"):
+        use("cuda")

@@ -37,6 +37,21 @@ def test_thread_count_is_torchs(threads, restored_threads, monkeypatch):
     assert numba.get_num_threads() == before
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_parallel_kernel_sets_the_number_it_is_given(threads):
+    """Asked inside the kernel, of Numba itself."""
+    if threads > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip("there is only one thread")
+    cpu._start_threads(torch.get_num_threads())
+    text = cpu._function(["place"], ["int64"], True, name="count", dtype="float64")
+    text += "    pointer(place)[0] = get_num_threads()\n    for i in prange(1):\n        pass\n"
+    text += "    set_num_threads(before)\n"
+    seen, before = torch.zeros(1, dtype=torch.float64), numba.get_num_threads()
+    cpu.compiled("count_parallel", text).run(threads, seen.data_ptr())
+    assert seen.item() == threads
+    assert numba.get_num_threads() == before
+
+
 def test_small_tensors_wake_no_threads(monkeypatch):
     x = torch.rand(cpu.PARALLEL_FROM - 1)
     with use("numba"):

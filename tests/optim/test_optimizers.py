@@ -1,11 +1,14 @@
 """Each optimizer takes torch's steps, over torch's own table of inputs, and keeps torch's state."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import torch_bp.optim
 from tests.optim.table import INFO, INPUTS, PAIRS, assert_same_state, parameters, train
 from torch_bp.kernels import use
 
@@ -163,3 +166,92 @@ def test_closure_and_hooks(name):
     assert loss.item() == expected
     assert called == ["before", True, "after"]
     assert sum(p.square().sum() for p in params).item() < expected
+
+
+def test_hooks_of_every_kind_run_once_and_in_order():
+    called = []
+
+    class Logging(PAIRS["Adam"][0]):
+        def step(self, closure=None):
+            called.append("own step")
+            return super().step(closure)
+
+    for kind in (PAIRS["Adam"][0], Logging):
+        params = parameters()
+        optimizer = kind(params)
+        everywhere = [
+            register_optimizer_step_pre_hook(lambda *a: called.append("all before")),
+            register_optimizer_step_post_hook(lambda *a: called.append("all after")),
+        ]
+        handles = [
+            optimizer.register_step_pre_hook(lambda *a: called.append("before")),
+            optimizer.register_step_post_hook(lambda *a: called.append("after")),
+        ]
+        train(optimizer, params, 1)
+        for handle in everywhere + handles:
+            handle.remove()
+        train(optimizer, params, 1)
+    plain = ["all before", "before", "after", "all after"]
+    assert called == [*plain, *plain[:2], "own step", *plain[2:], "own step"]
+
+
+@EACH
+def test_the_profiler_sees_a_step(name):
+    params = parameters()
+    optimizer = PAIRS[name][0](params)
+    train(optimizer, params, 1)
+    with torch.profiler.profile() as profile:
+        train(optimizer, params, 1)
+    assert f"Optimizer.step#{name}.step" in {event.key for event in profile.key_averages()}
+
+
+def _closure():
+    return 42
+
+
+LIBRARIES = pytest.mark.parametrize("library", [torch_bp.optim, torch.optim], ids=["ours", "torch's"])
+HOOKED = {
+    "positional": (lambda self, args, kwargs: ((self, _closure), {}), lambda o: o.step()),
+    "by name": (lambda self, args, kwargs: (args, {"closure": _closure}), lambda o: o.step()),
+    "given by name": (lambda self, args, kwargs: (args, {"closure": _closure}), lambda o: o.step(closure=_closure)),
+}
+
+
+@LIBRARIES
+@pytest.mark.parametrize("how", HOOKED)
+def test_a_hook_may_change_the_arguments(how, library):
+    hook, call = HOOKED[how]
+    optimizer = library.SGD(parameters())
+    seen = []
+    optimizer.register_step_pre_hook(lambda self, args, kwargs: seen.append((len(args), [*kwargs])))
+    optimizer.register_step_pre_hook(hook)
+    assert call(optimizer) == 42
+    assert seen == [(1, ["closure"] if how == "given by name" else [])]
+
+
+@LIBRARIES
+def test_hooks_run_whoever_wraps_the_step(library, monkeypatch):
+    called = []
+    library.AdamW(parameters())  # torch wraps a step in its hooks when the first optimizer of a class is made
+    library.Adam(parameters())
+    whole = library.AdamW.step
+
+    class Wrapping(library.Adam):
+        @functools.wraps(library.Adam.step)
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(library.AdamW, "step", lambda self, *args, **kwargs: whole(self, *args, **kwargs))
+    library.AdamW.step.hooked = True
+    for kind in (Wrapping, library.AdamW):
+        optimizer = kind(parameters())
+        optimizer.register_step_post_hook(lambda *a: called.append("after"))
+        optimizer.step()
+    assert called == ["after", "after"]
+
+
+@LIBRARIES
+def test_a_hook_registered_by_the_closure_runs(library):
+    optimizer, called = library.SGD(parameters()), []
+    optimizer.step(lambda: optimizer.register_step_post_hook(lambda *a: called.append("after")))
+    assert called == ["after"]

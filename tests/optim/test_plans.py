@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.optim.table import PAIRS, SHAPES, parameters, train
-from torch_bp.kernels import use
+from torch_bp.kernels import Table, use
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
@@ -174,6 +174,95 @@ def test_a_gradient_that_comes_to_share_memory_with_another_parameter(name):
         optimizer.step()
         results.append([a, b])
     torch.testing.assert_close(*results, **EXACT)
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_a_table_refuses_what_would_be_read_while_it_is_written(offset):
+    memory, other = torch.zeros(100), torch.zeros(10)
+    params, table = [memory[40:50], other], Table()
+    gradients = [torch.ones(10), torch.ones(10)]
+    assert table.refresh([params, gradients], [True, False], 8)
+    assert table.refresh([params, [torch.ones(10), gradients[1]]], [True, False], 8)
+    shared = memory[40 + offset : 50 + offset]
+    assert not table.refresh([params, [gradients[0], shared]], [True, False], 8), "another parameter's memory"
+    assert table.refresh([params, gradients], [True, False], 8)
+    assert table.refresh([params, [shared, gradients[1]]], [True, False], 8) == (offset == 0), (
+        "its own, element by element"
+    )
+
+
+def signed(values):
+    """The values, with their sign pending."""
+    return torch.complex(torch.zeros(len(values)), -torch.tensor(values)).conj().imag
+
+
+def test_a_pending_sign_is_seen():
+    results = []
+    for kind in PAIRS["SGD"]:
+        p, q = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.tensor(0.0))
+        optimizer = kind([p, q], lr=1.0)
+        for _ in range(3):
+            p.grad, q.grad = torch.zeros(4), torch.zeros(())
+            optimizer.step()
+        p.grad = signed([1.0, 2.0, 3.0, 4.0]).as_strided((4,), (1,))
+        assert p.grad.is_neg()
+        q.grad = signed([5.0])[0]
+        optimizer.step()
+        results.append([p, q])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_group_that_fails_leaves_the_next_one_as_it_was():
+    results = []
+    for kind in PAIRS["SGD"]:
+        a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        optimizer = kind([{"params": [a]}, {"params": [b]}], lr=0.1, momentum=0.9, dampening=0.5)
+        a.grad, b.grad = torch.ones(3), torch.ones(3)
+        optimizer.param_groups[0]["lr"] = "x"
+        with pytest.raises(TypeError):
+            optimizer.step()
+        assert not optimizer.state[b]
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.step()
+        results.append([a, b])
+    torch.testing.assert_close(*results)
+
+
+def test_a_refused_sparse_gradient_changes_nothing():
+    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = PAIRS["Adam"][0]([a, b])
+    a.grad, b.grad = torch.ones(3), torch.ones(3, dtype=torch.float64).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert a.eq(1).all()
+    assert not optimizer.state[a]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_an_odd_gradient_leaves_the_others_to_the_kernel(name):
+    results = []
+    for kind in PAIRS[name]:
+        params = parameters(shapes=[(4, 5), (6,), (7,)])
+        optimizer = kind(params, lr=0.1, **OPTIONS[name])
+        for step in range(6):
+            train(optimizer, params, 1, seed=step)
+            params[0].grad = params[0].grad.t().contiguous().t()
+            optimizer.step()
+            optimizer.step()
+        results.append(params)
+        if kind is PAIRS[name][0]:
+            (bucket,) = optimizer._plan.shares[0].buckets
+            assert bucket.positions == [1, 2]
+    torch.testing.assert_close(*results, **EXACT)
+
+
+def test_a_change_in_one_group_keeps_the_plan_of_another():
+    params = parameters(shapes=[(4,), (5,), (6,)])
+    optimizer = PAIRS["Adam"][0]([{"params": params[:1]}, {"params": params[1:]}])
+    train(optimizer, params, 3)
+    kept = optimizer._plan.shares[0]
+    train(optimizer, params, 8, missing=2)
+    assert optimizer._plan.shares[0] is kept
 
 
 def test_state_cannot_be_swapped_unseen():

@@ -207,3 +207,33 @@ def test_rules_of_ones_own():
     train(resumed, params, 1)
     scheduler.step()
     assert resumed.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_a_rule_is_checked_when_its_class_is_made():
+    from torch_bp.kernels import formula
+
+    @formula
+    def pure(param, grad, *, lr):
+        return param - lr * grad
+
+    @formula(updates=("grad",))
+    def writes_gradient(param, grad, *, lr):
+        return param - lr * grad
+
+    @formula(updates=("param",))
+    def rule(param, grad, average, *, lr):
+        return param - lr * grad
+
+    for body in (
+        {"rule": pure},
+        {"rule": writes_gradient},
+        {"rule": rule},
+        {"rule": rule, "state_names": ("a", "b")},
+        {"rule": rule, "state_names": "average"},
+        {"rule": lambda param, grad: None},
+    ):
+        with pytest.raises(TypeError, match=r"^Bad: "):
+            type("Bad", (optim.RuleOptimizer,), body)
+    type("Good", (optim.RuleOptimizer,), {"rule": rule, "state_names": ("average",)})
+    with pytest.raises(TypeError, match="updates"):
+        pure.foreach_([torch.ones(3)], [torch.ones(3)], lr=1.0)

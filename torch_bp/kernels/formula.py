@@ -126,7 +126,7 @@ class Formula:
                 tensors = self._padded(tensors)
             return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
         program, first, addresses = served
-        if program.simple:
+        if program.simple and not keywords:
             return program.simply(first, addresses)
         return program(tensors, first, addresses, keywords)
 

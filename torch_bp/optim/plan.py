@@ -224,13 +224,12 @@ class Plan:
 
     def update(self, optimizer: Any, index: int, group: dict[str, Any], gradients: Gradients) -> Gradients:
         """Update a group by list kernels; return the gradients that are still to be applied."""
-        share = self.shares.get(index)
+        share = self.shares.pop(index, None)
         if share is None or not share.fits(optimizer, group, gradients):
-            self.shares.pop(index, None)
             share = Share(optimizer, group, gradients)
             self._container = None  # until the step has gone well
         left = share.run(optimizer, group, gradients)
-        if len(left) == len(share.others) == 0 or sum(g is not None for g in left) == len(share.others):
+        if sum(g is not None for g in left) == len(share.others):  # else some tensor is not what it was: look anew
             self.shares[index] = share
         return left
 
