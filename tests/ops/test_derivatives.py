@@ -137,3 +137,22 @@ def test_forward_mode_of_weights_equals_differences_of_torchs_loss(name, shape, 
         with forward_ad.dual_level():
             change = forward_ad.unpack_dual(loss(torch_bp.nn.functional, forward_ad.make_dual(weight, tangent))).tangent
     torch.testing.assert_close(change, (ends[0] - ends[1]) / (2 * step), rtol=1e-7, atol=1e-9)
+
+
+def test_an_activation_with_parameters_may_be_all_formulas():
+    from torch_bp.kernels import exp, formula
+    from torch_bp.ops.pointwise import activation, saves_input
+
+    @formula
+    def swish_value(z, *, beta):
+        return z / (1 + exp(-beta * z))
+
+    @formula
+    def swish_backward(dy, z, *, beta):
+        gate = 1 / (1 + exp(-beta * z))
+        return dy * (gate + beta * z * gate * (1 - gate))
+
+    swish = activation("swish", swish_value, swish_backward, saves_input, ("beta",))
+    z = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda z: swish(z, 1.5), z, check_forward_ad=True)
+    assert_same(swish(z, 1.0), torch.nn.functional.silu(z))
