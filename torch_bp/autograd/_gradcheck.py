@@ -86,8 +86,8 @@ def gradcheck(
         inputs: a tensor or a tuple. Tensors that require grad are checked, everything else is passed on. They and the
             outputs are float64 or float32; the defaults are for float64 (for float32, if any of them is).
         eps: half the step of eq. 17, in units of the input, > 0. Default: 6e-6 (1e-3).
-        atol: absolute tolerance, > 0: makes the floor atol / rtol. Default: the floor is 1/20 of the tensor's largest numeric entry,
-            or of the norm of the outputs where that is larger.
+        atol: absolute tolerance, > 0: makes the floor atol / rtol. Default: the floor is 1/20 of the tensor's largest
+            numeric entry, or of the norm of the outputs where that is larger.
         rtol: largest relative error that passes, > 0. Default: 1e-7 (1e-2).
         raise_exception: raise if the check fails (default), else return a report that is false.
         nondet_tol: how much the outputs and gradients of two equal runs may differ, >= 0. Default: 0.
