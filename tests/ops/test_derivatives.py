@@ -156,3 +156,25 @@ def test_an_activation_with_parameters_may_be_all_formulas():
     z = torch.randn(7, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda z: swish(z, 1.5), z, check_forward_ad=True)
     assert_same(swish(z, 1.0), torch.nn.functional.silu(z))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_complex_derivatives(name):
+    z = torch.randn(5, dtype=torch.complex128, requires_grad=True)
+    function = getattr(torch_bp.nn.functional, name)
+    assert gradcheck(function, z, check_forward_ad=True)
+    assert gradgradcheck(function, z)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
+def test_the_slope_of_a_kinked_line_has_a_derivative_which_is_zero(name):
+    x = torch.tensor([-1.0, 2.0], requires_grad=True)
+    (slope,) = torch.autograd.grad(getattr(torch_bp.nn.functional, name)(x).sum(), x, create_graph=True)
+    assert torch.autograd.grad(slope.sum(), x)[0].tolist() == [0, 0]
+
+
+def test_half_precision_targets_do_not_make_the_gradient_coarse():
+    z = torch.randn(64, 10, requires_grad=True)
+    share = torch.softmax(torch.randn(64, 10), 1).bfloat16()
+    exact = torch.autograd.grad(torch.nn.functional.cross_entropy(z.double(), share.double()), z)[0]
+    torch.testing.assert_close(torch.autograd.grad(torch_bp.nn.functional.cross_entropy(z, share), z)[0], exact)

@@ -237,3 +237,53 @@ def test_a_rule_is_checked_when_its_class_is_made():
     type("Good", (optim.RuleOptimizer,), {"rule": rule, "state_names": ("average",)})
     with pytest.raises(TypeError, match="updates"):
         pure.foreach_([torch.ones(3)], [torch.ones(3)], lr=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_adagrad_starts_late_parameters_at_the_initial_value(dtype):
+    results = []
+    for library in (optim, torch.optim):
+        a, b = (torch.nn.Parameter(torch.ones(2, dtype=dtype)) for _ in range(2))
+        optimizer = library.Adagrad([a], lr=1.0, initial_accumulator_value=3.0)
+        optimizer.add_param_group({"params": [b]})
+        for _ in range(2):
+            a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+            optimizer.step()
+        results.append([a.detach(), b.detach(), optimizer.state[b]["sum"]])
+    torch.testing.assert_close(*results)
+
+
+def test_weight_decay_can_be_differentiated_through():
+    results = []
+    for library in (optim, torch.optim):
+        rate = torch.tensor(0.1, requires_grad=True)
+        p = torch.ones(3, requires_grad=True).clone()
+        p.grad = torch.ones(3)
+        library.AdamW([p], lr=rate, differentiable=True, foreach=False).step()
+        results.append(torch.autograd.grad(p.sum(), rate))
+    torch.testing.assert_close(*results)
+
+
+def test_several_threads_step_one_optimizer():
+    import threading
+
+    params = [torch.nn.Parameter(torch.zeros(20, 20)) for _ in range(8)]
+    optimizer, failures = optim.Adam(params), []
+
+    for p in params:  # fixed ones: torch itself does not bear a gradient that is replaced while it is read
+        p.grad = torch.ones_like(p)
+
+    def work():
+        try:
+            for _ in range(100):
+                optimizer.step()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert all(p.isfinite().all() for p in params)

@@ -92,6 +92,34 @@ class Function(torch.autograd.Function):
         return cls._apply(*args)
 
 
+class _Constant(Function):
+    """A value that does not change with x, and is a function of x all the same."""
+
+    @staticmethod
+    def forward(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return d, torch.zeros_like(ctx.saved_tensors[0])
+
+
+def connected(derivative: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a derivative that can be differentiated with respect to x, also where it does not change with x.
+
+    The slope of a ReLU is constant almost everywhere: its derivative is 0, as torch has it, and not an error.
+    """
+    if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled() or _transforms_active():
+        return derivative
+    if derivative.requires_grad or not x.requires_grad:
+        return derivative
+    return _Constant.apply(derivative, x)
+
+
 def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
     """Save inputs and outputs for backward and, where somebody may ask for it, for jvp. Call it in `setup_context`."""
     ctx.save_for_backward(*tensors)

@@ -44,6 +44,9 @@ def load(name: str, text: str, *, on_disk: bool = True) -> ModuleType:
     The module's global `ON_DISK` says whether its file may be relied on.
     """
     key = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+    loaded = sys.modules.get(f"torch_bp_kernel_{key}")
+    if loaded is not None and loaded.__dict__["ON_DISK"] is on_disk:
+        return loaded
     path = _written(key, text) if on_disk else None
     filename = str(path) if path else f"<torch_bp kernel {key}>"
     module = ModuleType(f"torch_bp_kernel_{key}")

@@ -35,6 +35,10 @@ def as_torch(
                 f"{type(tensor).__name__}; numbers are keyword-only arguments, after a * in the signature."
             )
     dtypes = {t.dtype for t in tensors if t is not None}
+    given = tensors
+    if updates and torch.is_grad_enabled():  # what is written must not be what autograd saved
+        tensors = [t.clone() if n in updates and t is not None else t for n, t in zip(names, given)]
+        tensors += given[len(names) :]
     half = dtypes and dtypes <= HALF
     if half:
         results = function(*[None if t is None else t.float() for t in tensors], **keywords)
@@ -49,7 +53,7 @@ def as_torch(
         results = tuple(rounded) if several else rounded[0]
     if not updates:
         return results
-    by_name = dict(zip(names, tensors))
+    by_name = dict(zip(names, given))
     targets = [by_name[name] for name in updates]
     writes = [(t, r) for t, r in zip(targets, results if several else (results,)) if r is not None and r is not t]
     # A result that is itself a target (the previous value, kept) would be overwritten before it is read.
@@ -97,7 +101,7 @@ class Program:
 
     def _values(self, keywords: Mapping[str, Any]) -> Sequence[Any]:
         if self.numba and not PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
-            keywords = {n: v.item() if isinstance(v, torch.Tensor) else v for n, v in keywords.items()}
+            keywords = {n: v.item() if hasattr(v, "item") else v for n, v in keywords.items()}
         return self.expression.host(**keywords)
 
     def simply(self, first: torch.Tensor, addresses: list[int]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, cast_apply, save, transformed, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, connected, save, transformed, under_autocast
 from torch_bp.kernels.plain import reusable
 from torch_bp.kernels.program import HALF
 from torch_bp.ops.losses import MEAN, NONE, SUM, no_gradient, reduction_code
@@ -92,8 +92,9 @@ def soft_cross_entropy_backward(
 ) -> tuple[_Optional, ...]:
     """eq. 4: the gradients at the logits, at the target and at the class weights for target probabilities."""
     dim, dtypes = _class_dim(z), (z.dtype, target.dtype)
-    if z.dtype in HALF:
-        z, target, dy = z.float(), target.float(), dy.float()
+    wide = torch.promote_types(*dtypes)
+    wide = torch.float32 if wide in HALF else wide
+    z, target, dy = z.to(wide), target.to(wide), dy.to(wide)
     classes = z.shape[dim]
     if reduction == MEAN:
         dy = dy / (z.numel() // max(classes, 1))
@@ -230,7 +231,9 @@ class NegativeLogLikelihood(_ClassLoss):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
-        return nll_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None
+        logp, target, weight = ctx.saved_tensors
+        slope = nll_backward(dy, logp, target, weight, *ctx.options)
+        return connected(slope, logp), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dlogp: _Optional, _: None, dw: _Optional, *__: Any) -> Any:

@@ -85,8 +85,9 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
     tensors = isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor)
-    # torch's alone: weights (I), which eq. 1 has no place for, ragged rows, and the error about what is no tensor
-    if not tensors or weight.dim() != 2 or input.is_nested:
+    # torch's alone: weights (I) and biases other than (O), which eq. 1 has no place for, ragged rows, and the error
+    # about what is no tensor
+    if not tensors or weight.dim() != 2 or input.is_nested or (bias is not None and bias.dim() != 1):
         return torch.nn.functional.linear(input, weight, bias)
     if under_autocast(input):
         return cast_apply(Linear, None, input, weight, bias)

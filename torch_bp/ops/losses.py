@@ -344,7 +344,7 @@ def binary_cross_entropy_with_logits(
     code = reduction_code(size_average, reduce, reduction)
     if target.size() != input.size():
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
-    if not target.is_floating_point():  # torch refuses here, with its own words
+    if input.dtype is not target.dtype and not under_autocast(input):  # torch mixes some dtypes here and refuses others
         return torch.nn.functional.binary_cross_entropy_with_logits(
             input, target, weight, reduction=reduction, pos_weight=pos_weight
         )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torch_bp.autograd.function import Function, save
+from torch_bp.autograd.function import Function, connected, save
 from torch_bp.kernels import formula, where
 
 Saves = Callable[..., torch.Tensor]
@@ -86,9 +86,12 @@ def activation(
 
         @staticmethod
         def backward(ctx: Any, dy: torch.Tensor) -> Any:
+            (saved,) = ctx.saved_tensors
+            if saved.is_complex():  # autograd wants the conjugate of the derivative there; forward mode does not
+                saved = saved.conj()
             if parameters:
-                return derivative(dy, *ctx.saved_tensors, **ctx.keywords), *no_gradients
-            return derivative(dy, *ctx.saved_tensors)
+                return connected(derivative(dy, saved, **ctx.keywords), saved), *no_gradients
+            return connected(derivative(dy, saved), saved)
 
         @staticmethod
         def jvp(ctx: Any, dz: torch.Tensor, *_: None) -> torch.Tensor:

@@ -56,4 +56,7 @@ class Adagrad(torch.optim.Adagrad):
             raise RuntimeError("weight_decay option is not compatible with sparse gradients")
         return "rows"
 
+    def initial(self, name: str, group: Mapping[str, Any]) -> Any:
+        return group["initial_accumulator_value"]
+
     step = step

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import formula, maximum, sqrt
+from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import step
 
 
@@ -92,4 +93,5 @@ class Adam(torch.optim.Adam):
     def sparse(self, group: Mapping[str, Any]) -> str:
         raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
 
+    initial = RuleOptimizer.initial
     step = step

@@ -6,6 +6,7 @@ W <- (1 - lr weight_decay) W, then Adam's update. Source: Loshchilov and Hutter 
 import torch
 
 from torch_bp.optim.adam import Adam, adam
+from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import step
 
 
@@ -26,4 +27,5 @@ class AdamW(torch.optim.AdamW):
     state_layout = Adam.state_layout
     scalars = Adam.scalars
     sparse = Adam.sparse
+    initial = RuleOptimizer.initial
     step = step

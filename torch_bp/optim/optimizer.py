@@ -90,6 +90,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Return the state's names in the order of the rule's arguments, None for one that this group does without."""
         return self.state_names
 
+    def initial(self, name: str, group: Mapping[str, Any]) -> float:
+        """Return what the state of this name starts at. Default 0."""
+        return 0
+
     def scalars(self, group: Mapping[str, Any], step: Any, fresh: bool) -> dict[str, Any]:
         """Return the keyword-only arguments of the rule.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -33,7 +34,9 @@ def initial_state(optimizer: Any, p: Tensor, group: Mapping[str, Any], layout: L
         missing = ["step", *missing]
     for name in missing:
         if name != "step":
-            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            value = optimizer.initial(name, group)
+            value = complex(value, value) if p.is_complex() else value
+            state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
     return state, missing
 
 
@@ -209,6 +212,7 @@ class Plan:
 
     def __init__(self) -> None:
         self.shares: dict[int, Share] = {}
+        self.lock = threading.Lock()  # the tables hold one thread's gradients at a time
         self._container: Any = None
         self._states: list[dict[str, Any]] = []
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import formula, sqrt
+from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import step
 
 
@@ -77,4 +78,5 @@ class RMSprop(torch.optim.RMSprop):
     def sparse(self, group: Mapping[str, Any]) -> str:
         raise RuntimeError("RMSprop does not support sparse gradients")
 
+    initial = RuleOptimizer.initial
     step = step

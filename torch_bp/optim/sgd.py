@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import formula
+from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import step
 
 
@@ -65,4 +66,5 @@ class SGD(torch.optim.SGD):
     def sparse(self, group: Mapping[str, Any]) -> str:
         return "rows" if group["momentum"] == 0 and group["weight_decay"] == 0 else "dense"
 
+    initial = RuleOptimizer.initial
     step = step

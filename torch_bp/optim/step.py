@@ -98,15 +98,22 @@ def _update(self: Any, scale: Tensor | None) -> None:
         plan = self.__dict__.get("_plan")
         if plan is None:
             plan = self._plan = Plan()
-        plan.look(self)
-    for index, group in enumerate(self.param_groups):
-        gradients: Gradients = [p.grad for p in group["params"]]
+        if not plan.lock.acquire(blocking=False):  # another thread is at it
+            plan = None
+    try:
         if plan is not None:
-            gradients = plan.update(self, index, group, gradients)
-        if gradients:
-            _one_by_one(self, group, gradients, scale)
-    if plan is not None:
-        plan.remember(self)
+            plan.look(self)
+        for index, group in enumerate(self.param_groups):
+            gradients: Gradients = [p.grad for p in group["params"]]
+            if plan is not None:
+                gradients = plan.update(self, index, group, gradients)
+            if gradients:
+                _one_by_one(self, group, gradients, scale)
+        if plan is not None:
+            plan.remember(self)
+    finally:
+        if plan is not None:
+            plan.lock.release()
 
 
 def _watched() -> bool:
