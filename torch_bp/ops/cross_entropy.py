@@ -120,20 +120,9 @@ def _tangent(slope: torch.Tensor, tangent: torch.Tensor, z: torch.Tensor, reduct
     return product.sum(_class_dim(z)) if reduction == NONE else product.sum()
 
 
-def _weight_tangent(
-    loss: Callable[[torch.Tensor, int], torch.Tensor],
-    dw: torch.Tensor,
-    z: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor,
-    reduction: int,
-    ignored: int,
-) -> torch.Tensor:
-    """The change of `loss(weight, reduction)` with the class weights: its sum is linear, its mean the ratio of two."""
-    if reduction != MEAN:
-        return loss(dw, reduction)
-    total, change = (NegativeLogLikelihood.forward(-torch.ones_like(z), target, w, SUM, ignored) for w in (weight, dw))
-    return (loss(dw, SUM) - loss(weight, MEAN) * change) / total
+def _total_weight(z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, ignored: int) -> torch.Tensor:
+    """The sum of the class weights of all counted rows, which a mean is divided by."""
+    return NegativeLogLikelihood.forward(-torch.ones_like(z), target, weight, SUM, ignored)
 
 
 def _ones(ctx: Any, z: torch.Tensor) -> torch.Tensor:
@@ -141,6 +130,28 @@ def _ones(ctx: Any, z: torch.Tensor) -> torch.Tensor:
     if ctx.options[0] != NONE:
         return z.new_ones(())
     return torch.ones_like(z.select(_class_dim(z), 0))
+
+
+def _label_tangent(
+    forward: Callable[..., torch.Tensor], backward: Callable[..., torch.Tensor], ctx: Any, dz: _Optional, dw: _Optional
+) -> Any:
+    """The change of a loss of class indices with its input and with its class weights.
+
+    With the weights a sum is linear, and a mean the ratio of two sums.
+    """
+    (z, target, weight), (reduction, ignored, *smoothing) = ctx.saved_tensors, ctx.options
+    change: Any = 0
+    if dz is not None:
+        slope = backward(_ones(ctx, z), z, target, weight, *ctx.options)
+        change = _tangent(slope, dz, z, reduction)
+    if dw is not None:
+        by_weight = forward(z, target, dw, SUM if reduction == MEAN else reduction, ignored, *smoothing)
+        if reduction == MEAN:
+            loss = forward(z, target, weight, MEAN, ignored, *smoothing)
+            by_weight = by_weight - loss * _total_weight(z, target, dw, ignored)
+            by_weight = by_weight / _total_weight(z, target, weight, ignored)
+        change = change + by_weight
+    return change
 
 
 class _ClassLoss(Function):
@@ -166,8 +177,8 @@ class CrossEntropy(_ClassLoss):
     ) -> torch.Tensor:
         if reduction == MEAN and weight is not None and smoothing and transformed():
             # torch selects the counted rows there, which vmap cannot: the mean is the ratio of two sums
-            total = NegativeLogLikelihood.forward(-torch.ones_like(z), target, weight, SUM, ignored)
-            return CrossEntropy.forward(z, target, weight, SUM, ignored, smoothing) / total
+            total = CrossEntropy.forward(z, target, weight, SUM, ignored, smoothing)
+            return total / _total_weight(z, target, weight, ignored)
         return torch._C._nn.cross_entropy_loss(z, target, weight, reduction, ignored, smoothing)  # type: ignore[arg-type]
 
     @staticmethod
@@ -176,18 +187,7 @@ class CrossEntropy(_ClassLoss):
 
     @staticmethod
     def jvp(ctx: Any, dz: _Optional, _: None, dw: _Optional, *__: Any) -> Any:
-        (z, target, weight), (reduction, ignored, smoothing) = ctx.saved_tensors, ctx.options
-        change: Any = 0
-        if dz is not None:
-            slope = cross_entropy_backward(_ones(ctx, z), z, target, weight, *ctx.options)
-            change = _tangent(slope, dz, z, reduction)
-        if dw is not None:
-
-            def loss(w: torch.Tensor, reduction: int) -> torch.Tensor:
-                return CrossEntropy.forward(z, target, w, reduction, ignored, smoothing)
-
-            change = change + _weight_tangent(loss, dw, z, target, weight, reduction, ignored)
-        return change
+        return _label_tangent(CrossEntropy.forward, cross_entropy_backward, ctx, dz, dw)
 
 
 class SoftCrossEntropy(_ClassLoss):
@@ -237,18 +237,7 @@ class NegativeLogLikelihood(_ClassLoss):
 
     @staticmethod
     def jvp(ctx: Any, dlogp: _Optional, _: None, dw: _Optional, *__: Any) -> Any:
-        (logp, target, weight), (reduction, ignored) = ctx.saved_tensors, ctx.options
-        change: Any = 0
-        if dlogp is not None:
-            slope = nll_backward(_ones(ctx, logp), logp, target, weight, *ctx.options)
-            change = _tangent(slope, dlogp, logp, reduction)
-        if dw is not None:
-
-            def loss(w: torch.Tensor, reduction: int) -> torch.Tensor:
-                return NegativeLogLikelihood.forward(logp, target, w, reduction, ignored)
-
-            change = change + _weight_tangent(loss, dw, logp, target, weight, reduction, ignored)
-        return change
+        return _label_tangent(NegativeLogLikelihood.forward, nll_backward, ctx, dlogp, dw)
 
 
 def cross_entropy(
