@@ -13,15 +13,6 @@ from tests.tables import ROWS
 from torch_bp.autograd import Function, gradcheck
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Thousands of tiny forward passes: on a busy machine a second thread costs ten times what it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def draw(*shape, dtype=torch.float64):
     return torch.randn(size=shape, dtype=dtype).requires_grad_()
 

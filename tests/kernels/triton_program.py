@@ -49,14 +49,16 @@ def interpret():
 def kernels():
     """Every text that a program of the package may load: (formula's program, form, from_table)."""
     from torch_bp import optim
-    from torch_bp.ops import losses, pointwise
+    from torch_bp.ops import pointwise
+    from torch_bp.ops.binary_cross_entropy import bce_backward, bce_logits_backward, bce_target_backward
+    from torch_bp.ops.squared_error import squared_error_backward
 
     for formula in (*PURE, pointwise.sigmoid_backward, pointwise.tanh_backward, pointwise.relu_backward):
         yield formula.formula, [torch.ones(2)] * len(formula.formula.tensors), {}
     yield pointwise.leaky_relu_backward.formula, [torch.ones(2)] * 2, {"negative_slope": 0.1}
-    for formula in (losses.squared_error_backward, losses.bce_backward, losses.bce_target_backward):
+    for formula in (squared_error_backward, bce_backward, bce_target_backward):
         yield formula.formula, [None, torch.ones(2), torch.ones(2)], {"scale": 1.0}
-    yield losses.bce_logits_backward.formula, [torch.ones(2)] * 4, {"scale": 1.0}
+    yield bce_logits_backward.formula, [torch.ones(2)] * 4, {"scale": 1.0}
     for kind, options in (
         (optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
         (optim.RMSprop, {"momentum": 0.9, "centered": True}),

@@ -3,8 +3,9 @@
 Public here: `formula`, `use`, `FormulaError`, and the functions a formula may call.
 """
 
+from torch_bp.kernels.decorator import formula
 from torch_bp.kernels.engine import use
-from torch_bp.kernels.formula import Formula, formula
+from torch_bp.kernels.formula import Formula
 from torch_bp.kernels.functions import (
     erf,
     exp,

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -101,7 +102,11 @@ set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.int
 def usable() -> bool:
     """Say whether Numba can be loaded; if not, tell so once in the log."""
     try:
-        import numba  # noqa: F401
+        with _uncollected():
+            importlib.import_module("numba")
+            with contextlib.suppress(ImportError, AttributeError):  # a Numba that is built otherwise starts more slowly
+                _spare_scipy()
+                importlib.import_module("numba.core.registry").cpu_target.target_context.refresh()
     except Exception as error:
         _log.warning(
             "Numba cannot be used (%s: %s); formulas run as torch operations, slower and with the same results. "
@@ -110,9 +115,20 @@ def usable() -> bool:
             error,
         )
         return False
-    _spare_scipy()
     os.register_at_fork(after_in_child=_after_fork)
     return True
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the garbage collector while Numba loads: it makes half a million objects, and all of them stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _spare_scipy() -> None:
@@ -120,17 +136,16 @@ def _spare_scipy() -> None:
 
     Numba does that as it loads what it knows of arrays. When a user's function calls for BLAS, it imports it then.
     """
-    with contextlib.suppress(ImportError, AttributeError):  # a Numba that is built otherwise only starts more slowly
-        linalg: Any = importlib.import_module("numba.np.linalg")
-        if "numba.np.arraymath" in sys.modules or importlib.util.find_spec("scipy") is None:
-            return
-        check = linalg.ensure_blas
-        linalg.ensure_blas = lambda: None
-        try:
-            arrays: Any = importlib.import_module("numba.np.arraymath")
-            arrays.ensure_blas = check
-        finally:
-            linalg.ensure_blas = check
+    linalg: Any = importlib.import_module("numba.np.linalg")
+    if "numba.np.arraymath" in sys.modules or importlib.util.find_spec("scipy") is None:
+        return
+    check = linalg.ensure_blas
+    linalg.ensure_blas = lambda: None
+    try:
+        arrays: Any = importlib.import_module("numba.np.arraymath")
+        arrays.ensure_blas = check
+    finally:
+        linalg.ensure_blas = check
 
 
 def _after_fork() -> None:

@@ -1,4 +1,4 @@
-"""`@formula`: a function of plain arithmetic that runs as torch operations, as a Numba kernel or as a Triton kernel.
+"""A formula: a function of plain arithmetic that runs as torch operations, as a Numba kernel or as a Triton kernel.
 
 The function is the only text of its mathematics. Torch runs it as it is: the reference, right for every tensor there
 is. Where the tensors are plain memory and nobody watches the operations, a kernel made from a trace of the same
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol, overload
+from typing import Any
 
 import torch
 
@@ -265,82 +264,3 @@ class Formula:
         if table.elements:
             program.foreach(table, first.device, keywords)
         return True
-
-
-class FormulaFunction(Protocol):
-    """What `formula` returns, for type checkers: the function itself, `foreach_` for lists, and the `Formula`."""
-
-    formula: Formula
-    foreach_: Callable[..., None]
-
-    def __call__(self, *tensors: Any, **keywords: Any) -> Any: ...
-
-
-@overload
-def formula(function: Callable[..., Any], /) -> FormulaFunction: ...
-@overload
-def formula(
-    *, updates: Sequence[str] = ..., static: Sequence[str] = ...
-) -> Callable[[Callable[..., Any]], FormulaFunction]: ...
-def formula(
-    function: Callable[..., Any] | None = None, /, *, updates: Sequence[str] = (), static: Sequence[str] = ()
-) -> Any:
-    """Make a function of plain arithmetic run as torch operations, as a Numba kernel and as a Triton kernel.
-
-    Positional arguments are tensors of one shape (or None, if the function can do without). Keyword-only arguments are
-    numbers, or one-element tensors. The body may use `+ - * / **`, comparisons, `& | ~`, and `sqrt exp log tanh erf
-    where maximum minimum abs sign` from `torch_bp.kernels`, which follow torch in NaN and Inf.
-
-    Args:
-        updates: names of positional arguments that the results, in this order, are written to in place. Default: the
-            results are returned as new tensors.
-        static: names of keyword-only arguments that a plain Python `if` in the body may ask; each combination of
-            their values becomes a kernel of its own.
-
-    Raises:
-        TypeError: the signature has `*args` or `**kwargs`, or `updates` or `static` name no argument. When a kernel
-            is first needed, `FormulaError` names the construct that a kernel cannot compute.
-
-    Example:
-        >>> import torch
-        >>> from torch_bp.kernels import formula
-        >>> @formula
-        ... def sigmoid_backward(dy, y):
-        ...     return dy * y * (1 - y)
-        >>> sigmoid_backward(torch.ones(2), torch.tensor([0.5, 1.0]))
-        tensor([0.2500, 0.0000])
-        >>> @formula(updates=("param",), static=("maximize",))
-        ... def gradient_descent(param, grad, *, lr, maximize=False):
-        ...     return param + lr * grad if maximize else param - lr * grad
-        >>> weight = torch.ones(2)
-        >>> gradient_descent(weight, torch.ones(2), lr=0.25)
-        >>> weight
-        tensor([0.7500, 0.7500])
-    """
-    if function is None:
-        return lambda function: formula_function(Formula(function, updates, static))
-    return formula_function(Formula(function))
-
-
-_FORMULAS: dict[int, Formula] = {}
-
-
-def formula_function(formula: Formula) -> Any:
-    """Return the function that users hold: as callable as `formula`, and traceable by Dynamo wherever it is kept.
-
-    Dynamo builds what a closure of an autograd Function holds without knowing where it comes from, which it can do for
-    functions and numbers alone; so the formula is looked up by number, in a branch that Dynamo never takes.
-    """
-    number, function = id(formula), formula.function
-    updates, tensors_of = formula.updates, formula.tensors
-
-    @functools.wraps(function)
-    def call(*tensors: Any, **keywords: Any) -> Any:
-        if _is_compiling():
-            return as_torch(function, updates, tensors_of, tensors, keywords)
-        return _FORMULAS[number](*tensors, **keywords)
-
-    _FORMULAS[number] = formula
-    weakref.finalize(call, _FORMULAS.pop, number).atexit = False  # still there for what runs at exit
-    call.foreach_, call.formula = formula.foreach_, formula  # type: ignore[attr-defined]
-    return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -15,6 +16,20 @@ _Tensor = torch.Tensor
 _dtype_of = _Tensor.dtype.__get__  # type: ignore[attr-defined]
 _layout_of, _device_of = _Tensor.layout.__get__, _Tensor.device.__get__  # type: ignore[attr-defined]
 _shape_of = _Tensor.shape.__get__  # type: ignore[attr-defined]
+
+
+@dataclass
+class _Seen:
+    """What a table saw when it was built, which the next call's tensors are compared with."""
+
+    handles: np.ndarray
+    kept: np.ndarray  # 1 for each row that is written, then the size of an element
+    kinds: np.ndarray  # layout, dtype, device
+    forms: np.ndarray  # per tensor: dimensions, sizes, strides
+    written: np.ndarray  # starts in ascending order, and ends
+    single: list[int]  # columns of one element
+    held: list[tuple[torch.Tensor, ...] | None]  # rows that came as tuples
+    references: list[weakref.ref[torch.Tensor]]  # make `swap_tensors` refuse
 
 
 class Table:
@@ -40,6 +55,8 @@ class Table:
         self._writes: Sequence[bool] = ()
         self._chunk = 0
         self._inference = False
+        self._seen: _Seen | None = None
+        self._answer = np.zeros(8, np.int64)
         self._copied: tuple[int, torch.device] | None = None
 
     def refresh(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[bool], chunk: int) -> bool:
@@ -64,54 +81,64 @@ class Table:
 
     def _same(self, lists: Sequence[Sequence[torch.Tensor]]) -> bool:
         """True if nothing but the addresses of lists that are only read has changed; those are updated."""
-        compiled = native.functions()
+        compiled, seen = native.functions(), self._seen
         rows, columns = self.addresses.shape
-        if compiled is None or len(lists) != rows or (self._inference and not torch.is_inference_mode_enabled()):
+        if compiled is None or seen is None or len(lists) != rows:
             return False
-        known, *expected = self._known
-        handles = known.copy()
+        if self._inference and not torch.is_inference_mode_enabled():
+            return False
+        handles = seen.handles.copy()
         try:
-            for number, (row, held) in enumerate(zip(lists, self._held)):
+            for number, (row, held) in enumerate(zip(lists, seen.held)):
                 if row is held:
                     continue
-                if len(row) != columns or not self._seen_whole(row, self._writes[number]):
+                if len(row) != columns or not self._seen_whole(row, seen.single if self._writes[number] else None):
                     return False
                 handles[number] = native.handles(row, columns)
         except TypeError:  # not a tensor
             return False
-        verdict = compiled.check(handles, known, *expected, self.addresses, self._answer)
+        verdict = compiled.check(
+            handles, seen.handles, seen.kept, seen.kinds, seen.forms, seen.written, self.addresses, self._answer
+        )
         self.version += verdict == native.MOVED
         return verdict != native.CHANGED
 
-    def _seen_whole(self, row: Sequence[torch.Tensor], written: bool) -> bool:
+    @staticmethod
+    def _seen_whole(row: Sequence[torch.Tensor], single: Sequence[int] | None) -> bool:
         """True if `check`, which sees no more than memory, sees all there is to these tensors.
 
         It does not see a pending sign. That a written tensor got one, at the same address and strides, is ruled out but
-        for single elements: `x.conj().imag` is every other number of x.
+        for single elements (their columns are given for a row that is written): `x.conj().imag` is every other number
+        of x.
         """
-        if written:
-            return not any(row[k].is_neg() for k in self._single)
+        if single is not None:
+            return not any(row[k].is_neg() for k in single)
         return plain.PLAIN_TYPES.issuperset(map(type, row)) and not any(map(_Tensor.is_neg, row))
 
     def _remember(self, lists: Sequence[Sequence[torch.Tensor]]) -> None:
         """Note what `_same` compares."""
+        self._seen = None
         compiled = native.functions()
         if compiled is None:
             return
         handles = native.handles(chain.from_iterable(lists), self.addresses.size).reshape(self.addresses.shape)
-        self._answer = np.zeros(8, np.int64)
         if not compiled.kind(handles, self._answer):
-            self._writes = ()
-        forms = [n for shape, stride in zip(self._shapes, self._strides) for n in (len(shape), *shape, *stride)]
-        kept = np.array([*self._writes, self.dtype.itemsize], np.int64)
+            return
         starts = self.addresses[np.array(self._writes, bool)]
         stretches = np.stack([starts.ravel(), (starts + self._sizes * self.dtype.itemsize).ravel()])
         stretches = stretches[:, stretches[1] > stretches[0]]
-        stretches = np.ascontiguousarray(stretches[:, np.argsort(stretches[0])])
-        self._known = handles, kept, self._answer[:4].copy(), np.array(forms, np.int64), stretches
-        self._single = np.flatnonzero(self._sizes == 1).tolist()
-        self._held = [row if isinstance(row, tuple) else None for row in lists]
-        self._unswappable = [weakref.ref(t) for row in self._held if row is not None for t in row]
+        held = [row if isinstance(row, tuple) else None for row in lists]
+        forms = (n for shape, stride in zip(self._shapes, self._strides) for n in (len(shape), *shape, *stride))
+        self._seen = _Seen(
+            handles,
+            kept=np.array([*self._writes, self.dtype.itemsize], np.int64),
+            kinds=self._answer[:4].copy(),
+            forms=np.fromiter(forms, np.int64),
+            written=np.ascontiguousarray(stretches[:, np.argsort(stretches[0])]),
+            single=np.flatnonzero(self._sizes == 1).tolist(),
+            held=held,
+            references=[weakref.ref(t) for row in held if row is not None for t in row],
+        )
 
     def _matches(self, tensors: Sequence[torch.Tensor]) -> bool:
         """True if `tensors` are plain and of the dtype, device, shapes and strides of the first list."""

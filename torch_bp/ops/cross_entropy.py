@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch_bp.autograd.function import Function, cast_apply, connected, save, transformed, under_autocast
 from torch_bp.kernels.plain import reusable
 from torch_bp.kernels.program import HALF
-from torch_bp.ops.losses import MEAN, NONE, SUM, no_gradient, reduction_code
+from torch_bp.ops.reduction import MEAN, NONE, SUM, no_gradient, reduction_code
 
 _Optional = torch.Tensor | None
 
