@@ -91,9 +91,9 @@ class Row:
         self.differentiable = [k for k, v in makers.items() if not v.fixed]
         self.empty = any(0 in v.shape for v in makers.values())
 
-    def draw(self, dtype=torch.float64, requires_grad=False) -> dict[str, Any]:
-        """All arguments by name; the same numbers for every dtype."""
-        generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
+    def draw(self, dtype=torch.float64, requires_grad=False, number=0) -> dict[str, Any]:
+        """All arguments by name; the same numbers for every dtype, others for each `number`."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()) + number)
         values = dict(self.arguments)
         for name, maker in values.items():
             if isinstance(maker, Maker):

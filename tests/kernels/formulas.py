@@ -2,7 +2,21 @@
 
 import torch
 
-from torch_bp.kernels import erf, exp, formula, log, maximum, minimum, sign, sqrt, tanh, where
+from torch_bp.kernels import (
+    erf,
+    exp,
+    formula,
+    log,
+    maximum,
+    minimum,
+    one_hot,
+    row_max,
+    row_sum,
+    sign,
+    sqrt,
+    tanh,
+    where,
+)
 
 
 @formula
@@ -41,6 +55,15 @@ def averaged(param, grad, average, largest=None, *, rate, beta, negative=False):
     return param - rate * grad / (sqrt(average) + 1e-8), average, None
 
 
+@formula(per_row=("r",), labels=("label",), static=("signed",))
+def rows(x, y, r, label, *, factor, signed=False):
+    top = row_max(x)
+    total = row_sum(exp(x - top) * (y > 0))
+    centred = y - row_sum(where(x == top, total, abs(y))) * r
+    counted = where((label != 1) & (r > 0), r, -r)
+    return counted * centred + one_hot(label, x) * factor, top, -total if signed else total * factor
+
+
 PURE = [product_rule, choices, functions, powers]
 SIZES = [(), (1,), (7, 3), (5000,), (0, 3), (40, 1000)]
 
@@ -58,6 +81,21 @@ def hostile(shape, dtype, seed=0):
                 flat[place] = special[int(torch.randint(len(special), (), generator=generator))]
         tensors.append(x.to(dtype))
     return tensors
+
+
+MATRICES = [(1, 1), (5, 3), (40, 1000), (3, 33000)]
+
+
+def matrices(shape, dtype, seed=0):
+    """Arguments of `rows`; NaN and Inf in some of the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    for number, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+        if shape[0] > 4:
+            x[number + 1, (7 * number) % shape[1]] = value
+    r = torch.randn(shape[0], 1, generator=generator, dtype=torch.float64)
+    label = torch.randint(-1, shape[1], (shape[0], 1), generator=generator)
+    return [t.to(dtype) for t in (x, y, r)] + [label]
 
 
 def lists(dtype, seed=0, with_largest=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.formulas import PURE, SIZES, averaged, hostile, lists, scaled
+from tests.kernels.formulas import MATRICES, PURE, SIZES, averaged, hostile, lists, matrices, rows, scaled
 from torch_bp.kernels import formula, use
 
 DTYPES = [torch.float32, torch.float64]
@@ -25,6 +25,55 @@ def test_numba_agrees_with_torch(tried, dtype):
         with use("numba"):
             assert (tried.formula._served((x, y), {}) is not None) == (x.numel() > 0)
             same(tried(x, y), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", MATRICES)
+def test_rows_agree_with_torch(shape, dtype):
+    arguments = matrices(shape, dtype)
+    for signed in (False, True):
+        with use("torch"):
+            exact = rows(*(t.double() if t.is_floating_point() else t for t in arguments), factor=0.5, signed=signed)
+        with use("numba"):
+            assert rows.formula._matrices(arguments, {"factor": 0.5, "signed": signed}) is not None
+            actual = rows(*arguments, factor=0.5, signed=signed)
+        for result, expected in zip(actual, exact):
+            assert result.dtype == dtype
+            # sums of rows: units in the last place of a sum as long as the row
+            sizes = expected.where(expected.isfinite(), 0).abs().max()
+            close = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps * float(sizes) * shape[1] ** 0.5}
+            torch.testing.assert_close(result.double(), expected, equal_nan=True, **close)
+
+
+def test_rows_run_on_several_threads_as_on_one():
+    arguments, threads = matrices((40, 1000), torch.float32), torch.get_num_threads()
+    with use("numba"):
+        alone = rows(*arguments, factor=0.5)
+        torch.set_num_threads(2)
+        together = rows(*arguments, factor=0.5)
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(alone, together, equal_nan=True)  # LLVM may add the elements in another order
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, y, r, label: (x.t().contiguous().t(), y, r, label),
+        lambda x, y, r, label: (x, y.double(), r, label),
+        lambda x, y, r, label: (x, y, torch.stack((r, r), 1)[:, 0], label),
+        lambda x, y, r, label: (x, y, r[:1], label),
+        lambda x, y, r, label: (x, y, r, label.int()),
+        lambda x, y, r, label: (x.requires_grad_(), y, r, label),
+        lambda x, y, r, label: (x[:0], y[:0], r[:0], label[:0]),
+        lambda x, y, r, label: (x[None], y[None], r, label),
+        lambda x, y, r, label: (x._neg_view(), y, r, label),
+    ],
+)
+def test_what_rows_leave_to_torch(change):
+    arguments = change(*matrices((5, 3), torch.float32))
+    with use("numba"):
+        assert rows.formula._matrices(arguments, {"factor": 0.5}) is None
+        rows(*arguments, factor=0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.kernels.formulas import averaged, product_rule
-from torch_bp.kernels import cpu, use
+from torch_bp.kernels import cpu, cpu_text, use
 
 LARGE = cpu.PARALLEL_FROM * 4
 
@@ -43,7 +43,8 @@ def test_a_parallel_kernel_sets_the_number_it_is_given(threads):
     if threads > numba.config.NUMBA_NUM_THREADS:
         pytest.skip("there is only one thread")
     cpu._start_threads(torch.get_num_threads())
-    text = cpu._function(["place"], ["int64"], True, name="count", dtype="float64")
+    expression = product_rule.formula._program("numba", torch.float64, (), {}).expression
+    text = cpu_text._function(expression, torch.float64, ["place"], ["int64"], True)
     text += "    pointer(place)[0] = get_num_threads()\n    for i in prange(1):\n        pass\n"
     text += "    set_num_threads(before)\n"
     seen, before = torch.zeros(1, dtype=torch.float64), numba.get_num_threads()

@@ -4,8 +4,8 @@ import sys
 
 import torch
 
-from tests.kernels.formulas import PURE, SIZES, averaged, hostile, lists, scaled
-from torch_bp.kernels import cuda, use
+from tests.kernels.formulas import PURE, SIZES, averaged, hostile, lists, matrices, rows, scaled
+from torch_bp.kernels import cuda, cuda_text, use
 
 TOLERANCE = {
     torch.float16: {"rtol": 1e-3, "atol": 1e-3},
@@ -30,35 +30,60 @@ def interpret():
                     actual = formula(x, y)
                 torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
                 checked += 1
+        for shape in ((5, 3), (3, 1500)):
+            arguments = matrices(shape, dtype)
+            with use("torch"):
+                expected = rows(*arguments, factor=0.5)
+            with use("triton"):
+                assert rows.formula._matrices(arguments, {"factor": 0.5}) is not None
+                actual = rows(*arguments, factor=0.5)
+            close = {"rtol": 20 * tolerance["rtol"], "atol": 60 * tolerance["atol"]}  # sums of many elements
+            torch.testing.assert_close(actual, expected, equal_nan=True, **close)
+            checked += 1
         for factor in (0.999, torch.tensor(0.999, dtype=torch.float64)):
             with use("triton"):
                 actual = scaled(torch.ones(9, dtype=dtype), factor=factor, offset=0.0)
             torch.testing.assert_close(actual, torch.full((9,), 1 - 0.999, dtype=dtype), **tolerance)
             checked += 1
         for with_largest in (True, False):
-            rows, expected = lists(dtype, with_largest=with_largest), lists(dtype, with_largest=with_largest)
+            lined, expected = lists(dtype, with_largest=with_largest), lists(dtype, with_largest=with_largest)
             with use("torch"):
                 averaged.foreach_(*expected, rate=0.1, beta=0.9, negative=True)
             with use("triton"):
-                averaged.foreach_(*rows, rate=0.1, beta=0.9, negative=True)
-            torch.testing.assert_close(rows, expected, **tolerance)
+                averaged.foreach_(*lined, rate=0.1, beta=0.9, negative=True)
+            torch.testing.assert_close(lined, expected, **tolerance)
             checked += 1
     print("interpreted", checked)
 
 
 def kernels():
     """Every text that a program of the package may load: (formula's program, form, from_table)."""
+    import torch_bp.ops.cross_entropy
+    import torch_bp.ops.nll_loss
+    import torch_bp.ops.softmax  # noqa: F401
     from torch_bp import optim
     from torch_bp.ops import pointwise
     from torch_bp.ops.binary_cross_entropy import bce_backward, bce_logits_backward, bce_target_backward
     from torch_bp.ops.squared_error import squared_error_backward
 
+    cross_entropy, nll_loss, softmax = (
+        sys.modules[f"torch_bp.ops.{name}"] for name in ("cross_entropy", "nll_loss", "softmax")
+    )
     for formula in (*PURE, pointwise.sigmoid_backward, pointwise.tanh_backward, pointwise.relu_backward):
         yield formula.formula, [torch.ones(2)] * len(formula.formula.tensors), {}
     yield pointwise.leaky_relu_backward.formula, [torch.ones(2)] * 2, {"negative_slope": 0.1}
     for formula in (squared_error_backward, bce_backward, bce_target_backward):
         yield formula.formula, [None, torch.ones(2), torch.ones(2)], {"scale": 1.0}
     yield bce_logits_backward.formula, [torch.ones(2)] * 4, {"scale": 1.0}
+    yield rows.formula, [torch.ones(2, 2)] * 4, {"factor": 1.0}
+    for formula in (softmax.softmax_backward, softmax.log_softmax_backward, softmax.log_softmax_tangent):
+        yield formula.formula, [torch.ones(2, 2)] * 2, {}
+    labels = {"ignored": -100, "hit": 0.9, "spread": 0.1}
+    yield cross_entropy.label_losses.formula, [torch.ones(2, 2)] * 3, {**labels, "smoothed": True}
+    yield cross_entropy.label_slope.formula, [torch.ones(2, 2)] * 2 + [None, None, None, None], labels
+    yield cross_entropy.label_slope.formula, [torch.ones(2, 2)] * 2 + [None, None] + [torch.ones(2, 2)] * 2, labels
+    yield cross_entropy.soft_slope.formula, [torch.ones(2, 2)] * 2 + [None], {}
+    yield nll_loss.nll_slope.formula, [torch.ones(2, 2)] * 2 + [None], {"ignored": -100}
     for kind, options in (
         (optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
         (optim.RMSprop, {"momentum": 0.9, "centered": True}),
@@ -84,14 +109,16 @@ def compile_ahead():
         for dtype in pointers if number == 0 else (torch.float32, torch.float64 if number % 2 else torch.bfloat16):
             absent = tuple(name for name, tensor in zip(formula.tensors, tensors) if tensor is None)
             program = formula._program("triton", dtype, absent, keywords)
-            for kernel in (program.single, program.list):
+            for kernel in (program.kernel,) if hasattr(program, "kernel") else (program.single, program.list):
                 run = kernel._run(dtype is torch.float64)
                 types = dict.fromkeys(run.arg_names, "fp32")
                 types |= {n: pointers[dtype] for n in run.arg_names if n.startswith("p_")}
                 types |= {n: "*fp64" for n in run.arg_names if n == "scalars"}
+                kinds = getattr(formula, "kinds", {})
+                types |= {f"p_{n}": "*i64" for n, kind in kinds.items() if kind == "label" and f"p_{n}" in types}
                 types |= {n: "*i64" for n in ("addresses", "tensor", "start", "length") if n in types}
                 types |= {n: "i64" for n in ("count", "columns") if n in types}
-                sizes = {"BLOCK": cuda.BLOCK, "CHUNK": cuda.CHUNK}
+                sizes = {"BLOCK": cuda.BLOCK, "CHUNK": cuda_text.CHUNK}
                 sizes = {n: v for n, v in sizes.items() if n in run.arg_names}
                 types |= dict.fromkeys(sizes, "constexpr")
                 source = ASTSource(run, types, constexprs={(run.arg_names.index(n),): v for n, v in sizes.items()})

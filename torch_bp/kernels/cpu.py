@@ -1,12 +1,7 @@
-"""Numba: emits the text of a CPU kernel from an expression, compiles it or finds it on disk, and runs it.
+"""Numba on the CPU: loads it, compiles the text of a kernel or finds it on disk, and runs it on torch's threads.
 
-Two shapes: one pass over one tensor, and one pass over a whole list of tensors given by a table of addresses. Both are
-split into chunks that run on as many threads as torch uses. Traps that shaped the text:
-
-- Memory is reached through typed pointers that start at the chunk: an index computed in the loop blocks vectorisation.
-- `fastmath` allows contraction only. Reciprocals turn 1e-39 into Inf, the full set drops NaN.
-- GNU OpenMP kills a forked child that runs parallel code after its parent did, and Numba's own thread pool aborts when
-  two threads enter it: in both cases the serial kernel serves.
+GNU OpenMP kills a forked child that runs parallel code after its parent did, and Numba's own thread pool aborts when
+two threads enter it: in both cases the serial kernel serves.
 """
 
 from __future__ import annotations
@@ -28,74 +23,11 @@ import torch
 from torch_bp.kernels import cache
 from torch_bp.kernels.expression import Expression
 
-DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-CHUNK = 8192  # elements a thread takes at a time: four float32 streams of it fit the second-level cache
 PARALLEL_FROM = 32768  # elements below which waking threads costs more than it brings
 
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
 _state = {"parallel_ran": False, "serial_only": False, "threads": 1}
-
-_SPELLING = {
-    "constant": "real({0})",
-    "add": "{0} + {1}",
-    "sub": "{0} - {1}",
-    "mul": "{0} * {1}",
-    "div": "{0} / {1}",
-    "pow": "{0} ** {1}",
-    "neg": "-{0}",
-    "abs": "abs({0})",
-    "sqrt": "math.sqrt({0})",
-    "exp": "math.exp({0})",
-    "log": "math.log({0})",
-    "tanh": "math.tanh({0})",
-    "erf": "math.erf({0})",
-    "sign": "real(({0} > real(0)) - ({0} < real(0)))",
-    "number": "(real(1) if {0} else real(0))",
-    "where": "({1} if {0} else {2})",
-    "maximum": "({0} if ({0} > {1}) | ({0} != {0}) else {1})",
-    "minimum": "({0} if ({0} < {1}) | ({0} != {0}) else {1})",
-    "lt": "{0} < {1}",
-    "le": "{0} <= {1}",
-    "gt": "{0} > {1}",
-    "ge": "{0} >= {1}",
-    "eq": "{0} == {1}",
-    "ne": "{0} != {1}",
-    "and": "{0} & {1}",
-    "or": "{0} | {1}",
-    "not": "not {0}",
-}
-
-POINTER = '''
-def pointer_to(kind):
-    """Make the intrinsic that turns an address into a pointer to `kind`."""
-
-    @intrinsic
-    def pointer(typing_context, address):
-        def code(context, builder, signature, arguments):
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(types.int64), code
-
-    return pointer
-'''
-
-_HEAD = '''"""{name}: made by torch_bp from a formula."""
-import math
-from numba import njit, prange, types
-from numba.extending import intrinsic
-
-{pointer}
-
-real = types.{dtype}
-pointer = pointer_to(real)
-# Numba's functions of these names, which it declares in a way that keeps the code out of the cache
-get_num_threads = types.ExternalFunction("get_num_threads", types.intp())
-set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.intp))
-
-
-@njit("void({signature})", cache=ON_DISK, nogil=True, parallel={parallel}, fastmath={{"contract"}}, error_model="numpy")
-'''
 
 
 @functools.cache
@@ -165,65 +97,6 @@ def _start_threads(threads: int) -> bool:
     _state["serial_only"] = numba.threading_layer() == "workqueue"
     _state["parallel_ran"], _state["threads"] = True, numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     return not _state["serial_only"]
-
-
-def _loop(expression: Expression, targets: Sequence[str], count: str, indent: str) -> str:
-    """The loop over one stretch of memory: load what is read, compute, store to `targets`."""
-    lines, results = expression.statements(_SPELLING)
-    used = expression.used_inputs()
-    body = [f"in_{name} = p_{name}[i]" for name in expression.inputs if name in used]
-    body += lines
-    body += [f"p_{t} [i] = {r}".replace(" [", "[") for t, r in zip(targets, results) if r != f"in_{t}"]
-    return f"{indent}for i in range({count}):\n" + "".join(f"{indent}    {line}\n" for line in body or ["pass"])
-
-
-def _pointers(names: Sequence[str], address: str, indent: str) -> str:
-    return "".join(f"{indent}p_{n} = pointer({address.format(n=n, i=i)})\n" for i, n in enumerate(names))
-
-
-def _function(arguments: Sequence[str], signature: Sequence[str], parallel: bool, **named: str) -> str:
-    """The module up to the body of `run`; a parallel one takes the number of threads first."""
-    text = _HEAD.format(
-        pointer=POINTER, signature=", ".join(["int64"] * parallel + [*signature]), parallel=parallel, **named
-    )
-    if not parallel:
-        return text + f"def run({', '.join(arguments)}):\n"
-    text += f"def run({', '.join(['threads', *arguments])}):\n"
-    return text + "    before = get_num_threads()\n    set_num_threads(threads)\n"
-
-
-def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
-    """The module of a kernel `run(count, address..., scalar...)` over one tensor."""
-    names = expression.operands(targets)
-    scalars = [f"s{i}" for i in range(len(expression.scalars))]
-    signature = ["int64"] * (1 + len(names)) + [DTYPES[dtype]] * len(scalars)
-    arguments = ["count", *(f"a_{n}" for n in names), *scalars]
-    text = _function(arguments, signature, parallel, name=expression.name, dtype=DTYPES[dtype])
-    if not parallel:
-        return text + _pointers(names, "a_{n}", "    ") + _loop(expression, targets, "count", "    ")
-    text += f"    for chunk in prange((count + {CHUNK - 1}) // {CHUNK}):\n"
-    text += f"        start = chunk * {CHUNK}\n"
-    text += _pointers(names, f"a_{{n}} + start * {dtype.itemsize}", "        ")
-    text += _loop(expression, targets, f"min({CHUNK}, count - start)", "        ")
-    return text + "    set_num_threads(before)\n"
-
-
-def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
-    """The module of a kernel `run(addresses, tensor, start, length, scalar...)` over a list of tensors.
-
-    `addresses[r, k]` is where argument r of tensor k begins; chunk c is `length[c]` elements of tensor `tensor[c]`
-    from element `start[c]` on.
-    """
-    names = expression.operands(targets)
-    scalars = [f"s{i}" for i in range(len(expression.scalars))]
-    signature = ["int64[:, ::1]", *["int64[::1]"] * 3, *[DTYPES[dtype]] * len(scalars)]
-    arguments = ["addresses", "tensor", "start", "length", *scalars]
-    text = _function(arguments, signature, parallel, name=expression.name, dtype=DTYPES[dtype])
-    text += f"    for chunk in {'prange' if parallel else 'range'}(tensor.shape[0]):\n"
-    text += f"        k = tensor[chunk]\n        first = start[chunk] * {dtype.itemsize}\n"
-    text += _pointers(names, "addresses[{i}, k] + first", "        ")
-    text += _loop(expression, targets, "length[chunk]", "        ")
-    return text + "    set_num_threads(before)\n" * parallel
 
 
 def compiled(name: str, text: str) -> ModuleType:

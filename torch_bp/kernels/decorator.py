@@ -11,6 +11,7 @@ import torch
 
 from torch_bp.kernels.formula import Formula
 from torch_bp.kernels.program import as_torch
+from torch_bp.kernels.row_formula import RowFormula
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
@@ -28,10 +29,20 @@ class FormulaFunction(Protocol):
 def formula(function: Callable[..., Any], /) -> FormulaFunction: ...
 @overload
 def formula(
-    *, updates: Sequence[str] = ..., static: Sequence[str] = ...
+    *,
+    updates: Sequence[str] = ...,
+    static: Sequence[str] = ...,
+    per_row: Sequence[str] | None = ...,
+    labels: Sequence[str] = ...,
 ) -> Callable[[Callable[..., Any]], FormulaFunction]: ...
 def formula(
-    function: Callable[..., Any] | None = None, /, *, updates: Sequence[str] = (), static: Sequence[str] = ()
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    updates: Sequence[str] = (),
+    static: Sequence[str] = (),
+    per_row: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
 ) -> Any:
     """Make a function of plain arithmetic run as torch operations, as a Numba kernel and as a Triton kernel.
 
@@ -44,6 +55,11 @@ def formula(
             results are returned as new tensors.
         static: names of keyword-only arguments that a plain Python `if` in the body may ask; each combination of
             their values becomes a kernel of its own.
+        per_row: makes it a formula over rows: tensors are then matrices (R, C), but for the positional arguments named
+            here, columns (R, 1). `row_sum(x)` and `row_max(x)` give one value per row; a result may be per element or
+            per row. `()` if all are matrices. Goes without `updates`.
+        labels: names of positional arguments of a formula over rows that are class indices, int64 (R, 1): for
+            `one_hot(label, x)` and comparisons.
 
     Raises:
         TypeError: the signature has `*args` or `**kwargs`, or `updates` or `static` name no argument. When a kernel
@@ -51,7 +67,7 @@ def formula(
 
     Example:
         >>> import torch
-        >>> from torch_bp.kernels import formula
+        >>> from torch_bp.kernels import formula, row_sum
         >>> @formula
         ... def sigmoid_backward(dy, y):
         ...     return dy * y * (1 - y)
@@ -64,9 +80,18 @@ def formula(
         >>> gradient_descent(weight, torch.ones(2), lr=0.25)
         >>> weight
         tensor([0.7500, 0.7500])
+        >>> @formula(per_row=())
+        ... def softmax_backward(dy, y):
+        ...     return y * (dy - row_sum(dy * y))
+        >>> softmax_backward(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))
+        tensor([[ 0.2500, -0.2500]])
     """
     if function is None:
-        return lambda function: formula_function(Formula(function, updates, static))
+        if per_row is None and not labels:
+            return lambda function: formula_function(Formula(function, updates, static))
+        if updates:
+            raise TypeError("formula: per_row and labels go without updates.")
+        return lambda function: formula_function(RowFormula(function, per_row or (), labels, static))
     return formula_function(Formula(function))
 
 

@@ -11,6 +11,7 @@ Python numbers in `tensor * number`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,11 +39,9 @@ class Expression:
         """Return the names of all memory a kernel touches: the inputs, then targets that are not inputs."""
         return [*self.inputs, *(t for t in targets if t not in self.inputs)]
 
-    def used_inputs(self) -> set[str]:
-        """Return the tensor inputs that some output reads."""
-        return {n.arguments[0] for n in self._order() if n.operation == "input"}
-
-    def _order(self) -> list[Symbol]:
+    @functools.cached_property
+    def order(self) -> list[Symbol]:
+        """The nodes that outputs need, but for scalars, each after what it is computed from."""
         order: list[Symbol] = []
         seen: set[int] = set()
 
@@ -59,29 +58,47 @@ class Expression:
             visit(output)
         return order
 
-    def statements(self, spelling: Mapping[str, str]) -> tuple[list[str], list[str]]:
-        """Spell the computation in a kernel language: assignments in order, and the name of each output.
+    @property
+    def operations(self) -> set[str]:
+        """What the kernel computes."""
+        return {node.operation for node in self.order}
 
-        `spelling` maps an operation to a format string of its operands, "{0}" and "{1}"; an input tensor `x` is the
-        value `in_x`, scalar number i is `s{i}`, a number is spelled by `spelling["constant"]`.
-        """
-        names = {id(s): f"s{i}" for i, s in enumerate(self.scalars)}
+    @property
+    def by_rows(self) -> bool:
+        """True if something is computed per row."""
+        return any(node.kind in ("row", "label") for node in self.order)
 
-        def operand(node: Symbol) -> str:
-            return spelling["constant"].format(_number(node)) if node.operation == "constant" else names[id(node)]
+    def used_inputs(self) -> set[str]:
+        """Return the inputs that some output reads."""
+        return {n.arguments[0] for n in self.order if n.operation == "input"}
 
-        lines: list[str] = []
-        for node in self._order():
-            if node.operation == "input":
-                names[id(node)] = f"in_{node.arguments[0]}"
-                continue
-            operands = [operand(a) for a in node.arguments]
-            names[id(node)] = f"t{len(lines)}"
-            operation = node.operation
-            if operation == "pow" and _is_constant(node.arguments[1], 2):
-                operation, operands = "mul", [operands[0], operands[0]]
-            lines.append(f"t{len(lines)} = {spelling[operation].format(*operands)}")
-        return lines, [names[id(o)] for o in self.outputs]
+
+class Speller:
+    """The nodes of an expression in a kernel language.
+
+    `spelling` maps an operation to a format string of its operands, "{0}" and "{1}"; an input `x` is the value `in_x`,
+    scalar number i is `s{i}`, a number is spelled by `spelling["constant"]`. Node number k of the order is `t{k}`.
+    """
+
+    def __init__(self, expression: Expression, spelling: Mapping[str, str]) -> None:
+        self._spelling = spelling
+        self._names = {id(s): f"s{i}" for i, s in enumerate(expression.scalars)}
+        for k, node in enumerate(expression.order):
+            self._names[id(node)] = f"in_{node.arguments[0]}" if node.operation == "input" else f"t{k}"
+
+    def name(self, node: Symbol) -> str:
+        """Return the name of a node's value."""
+        return (
+            self._spelling["constant"].format(_number(node)) if node.operation == "constant" else self._names[id(node)]
+        )
+
+    def line(self, node: Symbol) -> str:
+        """Return the assignment that computes a node."""
+        operands = [self.name(a) for a in node.arguments]
+        operation = node.operation
+        if operation == "pow" and _is_constant(node.arguments[1], 2):
+            operation, operands = "mul", [operands[0], operands[0]]
+        return f"{self.name(node)} = {self._spelling[operation].format(*operands)}"
 
 
 def _is_constant(node: Symbol, value: float) -> bool:
@@ -96,7 +113,7 @@ def _number(node: Symbol) -> str:
 def trace(
     function: Callable[..., Any],
     name: str,
-    tensors: Sequence[str],
+    tensors: Mapping[str, str],
     absent: Iterable[str],
     scalars: Iterable[str],
     static: Mapping[str, Any],
@@ -105,6 +122,7 @@ def trace(
     """Call `function` once with symbols.
 
     Args:
+        tensors: names of the tensor arguments, and which kind of `Symbol` each is.
         absent: tensor arguments that are None.
         scalars: keyword arguments that become numbers of the kernel.
         static: keyword arguments that are fixed, and their values.
@@ -112,7 +130,7 @@ def trace(
     """
     record = Trace(name)
     absent = set(absent)
-    arguments = [None if n in absent else record.input(n, "tensor") for n in tensors]
+    arguments = [None if n in absent else record.input(n, kind) for n, kind in tensors.items()]
     keywords = {n: record.input(n, "scalar") for n in scalars}
     try:
         result = function(*arguments, **keywords, **static)
@@ -126,7 +144,7 @@ def trace(
     results = result if isinstance(result, tuple) else (result,)
     outputs = tuple(r for r in results if r is not None)
     for position, output in enumerate(outputs):
-        if not isinstance(output, Symbol) or output.kind != "tensor":
+        if not isinstance(output, Symbol) or output.kind not in ("tensor", "row"):
             raise FormulaError(
                 f"formula {name}: result {position} must be a value per element, got "
                 f"{output.kind if isinstance(output, Symbol) else type(output).__name__}; "

@@ -24,7 +24,7 @@ _MISSING: Any = object()
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 
-def _numbers(values: Collection[Any]) -> bool:
+def numbers(values: Collection[Any]) -> bool:
     """True if the tensors among the keyword values are single numbers that may be read on the host or by a kernel."""
     if PLAIN_NUMBERS.issuperset(map(type, values)):
         return True
@@ -47,7 +47,7 @@ def _global_text(namespace: Mapping[str, Any], name: str) -> str:
     return repr(namespace.get(name))
 
 
-def _outer_numbers(function: Callable[..., Any]) -> list[Callable[[], Any]]:
+def _outernumbers(function: Callable[..., Any]) -> list[Callable[[], Any]]:
     """Return readers of the numbers in a function's closure and module, which a trace would freeze."""
     readers: list[Callable[[], Any]] = []
     for cell in function.__closure__ or ():
@@ -99,20 +99,21 @@ class Formula:
         self.updates = tuple(updates)
         self._defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
         self._programs: dict[Any, Program | None] = {}
-        self._outer = _outer_numbers(function)
+        self._outer = _outernumbers(function)
         self._by_tensors = not (self.static or self._outer or self.updates)  # they alone choose the kernel
-        for kind, names, allowed in (
-            ("updates", self.updates, self.tensors),
-            ("static", self.static, [p.name for p in keywords]),
-        ):
-            unknown = [n for n in names if n not in allowed]
-            if unknown:
-                raise TypeError(
-                    f"formula {self.name}: {kind} must name arguments of the function ({', '.join(allowed)}), "
-                    f"got {', '.join(map(repr, unknown))}."
-                )
+        self.check_names("updates", self.updates, self.tensors)
+        self.check_names("static", self.static, [p.name for p in keywords])
         if not self.tensors:
             raise TypeError(f"formula {self.name}: it must have a positional argument, the tensor it computes with.")
+
+    def check_names(self, kind: str, names: Sequence[str], allowed: Sequence[str]) -> None:
+        """Refuse an option of the decorator that names no argument."""
+        unknown = [n for n in names if n not in allowed]
+        if unknown:
+            raise TypeError(
+                f"formula {self.name}: {kind} must name arguments of the function ({', '.join(allowed)}), "
+                f"got {', '.join(map(repr, unknown))}."
+            )
 
     def __repr__(self) -> str:
         return f"<formula {self.name}({', '.join(self.tensors)}; {', '.join((*self.scalars, *self.static))})>"
@@ -122,7 +123,7 @@ class Formula:
         served = self._served(tensors, keywords)
         if served is None:
             if len(tensors) < len(self.tensors):
-                tensors = self._padded(tensors)
+                tensors = self.padded(tensors)
             return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
         program, first, addresses = served
         if program.simple and not keywords:
@@ -141,7 +142,7 @@ class Formula:
         addresses = plain.addresses(tensors)
         if addresses is None or (grad_enabled() and plain.recording(tensors)):
             return None
-        if keywords and not _numbers(keywords.values()):
+        if keywords and not numbers(keywords.values()):
             return None
         count = len(self.tensors)
         if self._by_tensors and len(tensors) == len(addresses) == count and not keywords:
@@ -150,7 +151,7 @@ class Formula:
             if program is not _MISSING:
                 return None if program is None else (program, first, addresses)
         if len(tensors) < count:
-            tensors = self._padded(tensors)
+            tensors = self.padded(tensors)
         if len(tensors) != count or (self.updates and not _may_write(tensors, addresses)):
             return None
         absent: tuple[str, ...] = ()
@@ -161,7 +162,7 @@ class Formula:
         program = self._prepare(first, absent, keywords)
         return None if program is None else (program, first, addresses)
 
-    def _padded(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    def padded(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """Add the optional arguments that were left out, which are None."""
         if len(tensors) < self._required:
             return tuple(tensors)
@@ -198,10 +199,16 @@ class Formula:
         self, serving: str, dtype: torch.dtype, absent: tuple[str, ...], keywords: Mapping[str, Any]
     ) -> Program:
         """Make the kernels of one engine."""
-        static = {n: keywords[n] if n in keywords else self._default(n) for n in self.static}
+        static = self.static_values(keywords)
         defaults = {n: v for n, v in self._defaults.items() if n in self.scalars}
-        expression = trace(self.function, self.name, self.tensors, absent, self.scalars, static, defaults)
+        expression = trace(
+            self.function, self.name, dict.fromkeys(self.tensors, "tensor"), absent, self.scalars, static, defaults
+        )
         return Program(expression, self.tensors, self.updates, serving, dtype)
+
+    def static_values(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of the static keywords of a call."""
+        return {n: keywords[n] if n in keywords else self._default(n) for n in self.static}
 
     def _default(self, name: str) -> Any:
         if name not in self._defaults:
@@ -244,7 +251,7 @@ class Formula:
         """Run the list kernel if one may serve; False means that nothing was done. Arguments as of `foreach_`."""
         self._check_updates()
         if len(lists) < len(self.tensors):
-            lists = self._padded(lists)
+            lists = self.padded(lists)
         present = [row for row in lists if row is not None]
         if not present[0]:
             return True
@@ -253,7 +260,7 @@ class Formula:
             return False
         if first.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # a replay would read the addresses from memory that has been given back
-        if not _numbers(keywords.values()) or (grad_enabled() and any(map(plain.recording, present))):
+        if not numbers(keywords.values()) or (grad_enabled() and any(map(plain.recording, present))):
             return False
         absent: tuple[str, ...] = ()
         if len(present) != len(lists):

@@ -69,6 +69,26 @@ where = _dispatch("where", _where, lambda condition, a, b: a if condition else b
 maximum = _dispatch("maximum", _as_tensors(torch.maximum), _nan_aware(max))
 minimum = _dispatch("minimum", _as_tensors(torch.minimum), _nan_aware(min))
 
+
+def _one_hot(label: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    # not scatter, which vmap cannot do with a label of its own
+    return (label == torch.arange(like.shape[-1], device=like.device)).to(like.dtype)
+
+
+def _of_rows(operation: str, of_tensor: Callable[..., torch.Tensor], text: str) -> Callable[..., Any]:
+    function = _dispatch(operation, of_tensor, _no_row)
+    function.__doc__ = text
+    return function
+
+
+def _no_row(*arguments: Any) -> Any:
+    raise FormulaError("row_sum, row_max and one_hot take tensors, and in a formula arguments that are tensors.")
+
+
+row_sum = _of_rows("row_sum", lambda x: x.sum(-1, keepdim=True), "The sum of each row of (R, C): (R, 1).")
+row_max = _of_rows("row_max", lambda x: x.amax(-1, keepdim=True), "The maximum of each row of (R, C): (R, 1).")
+one_hot = _of_rows("one_hot", _one_hot, "1 in the column that `label` (R, 1) names, else 0: like the second argument.")
+
 FUNCTIONS: dict[str, Callable[..., Any]] = dict(
     zip(FUNCTION_NAMES, (sqrt, exp, log, tanh, erf, where, maximum, minimum, abs, sign), strict=True)
 )

@@ -8,23 +8,19 @@ object behind it (`Tensor._cdata`); an array of handles is an array of what thos
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
 
-from torch_bp.kernels import cpu
+from torch_bp.kernels import cpu, cpu_text, library
 
 CHANGED, SAME, MOVED = range(3)  # what `check` answers
 
 _ANSWERS = ("layout", "dtype", "device_type", "device_index", "data_ptr", "dim", "sizes", "strides")
-_LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
 _handle_of = torch.Tensor._cdata.__get__  # type: ignore[attr-defined]
 _log = logging.getLogger(__name__)
 
@@ -137,14 +133,9 @@ def functions() -> ModuleType | None:
     if not cpu.usable():
         return None
     try:
-        import llvmlite.binding
-
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / _LIBRARY.get(sys.platform, "libtorch_cpu.so")))
-        for answer in _ANSWERS:
-            address = ctypes.cast(getattr(library, f"aoti_torch_get_{answer}"), ctypes.c_void_p).value
-            llvmlite.binding.add_symbol(f"aoti_torch_get_{answer}", address)
+        library.export(f"aoti_torch_get_{a}" for a in _ANSWERS)
         declared = [f'get_{a} = types.ExternalFunction("aoti_torch_get_{a}", ask)' for a in _ANSWERS]
-        return cpu.compiled("native", _TEXT.format(functions="\n".join(declared), pointer=cpu.POINTER))
+        return cpu.compiled("native", _TEXT.format(functions="\n".join(declared), pointer=cpu_text.POINTER))
     except Exception as error:
         _log.info("tensors are checked one by one (%s: %s)", type(error).__name__, error)
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torch_bp.kernels import cpu, cuda
+from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text
 from torch_bp.kernels.expression import Expression
 from torch_bp.kernels.table import Table
 
@@ -34,14 +34,14 @@ def as_torch(
                 f"formula {function.__name__}: positional arguments ({', '.join(names)}) must be tensors, got "
                 f"{type(tensor).__name__}; numbers are keyword-only arguments, after a * in the signature."
             )
-    dtypes = {t.dtype for t in tensors if t is not None}
+    dtypes = {t.dtype for t in tensors if t is not None and t.dtype is not torch.int64}  # class indices stay
     given = tensors
     if updates and torch.is_grad_enabled():  # what is written must not be what autograd saved
         tensors = [t.clone() if n in updates and t is not None else t for n, t in zip(names, given)]
         tensors += given[len(names) :]
     half = dtypes and dtypes <= HALF
     if half:
-        results = function(*[None if t is None else t.float() for t in tensors], **keywords)
+        results = function(*[t.float() if t is not None and t.dtype in HALF else t for t in tensors], **keywords)
     else:
         results = function(*tensors, **keywords)
     if not half and not updates:
@@ -61,6 +61,13 @@ def as_torch(
     for target, result in writes:
         target.copy_(result)
     return None
+
+
+def host_values(expression: Expression, keywords: Mapping[str, Any], on_cpu: bool) -> Sequence[Any]:
+    """Compute the scalars of a kernel from the keyword arguments."""
+    if on_cpu and not PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
+        keywords = {n: v.item() if hasattr(v, "item") else v for n, v in keywords.items()}
+    return expression.host(**keywords)
 
 
 class Program:
@@ -90,19 +97,15 @@ class Program:
             targets = [f"out{i}" for i in range(len(expression.outputs))]
         self.numba = engine == "numba"
         module: Any = cpu if self.numba else cuda
-        self.chunk = module.CHUNK
-        self.single = module.Kernel(module.text_single, expression, targets, dtype)
-        self.list = module.Kernel(module.text_list, expression, targets, dtype)
+        text: Any = cpu_text if self.numba else cuda_text
+        self.chunk = text.CHUNK
+        self.single = module.Kernel(text.text_single, expression, targets, dtype)
+        self.list = module.Kernel(text.text_list, expression, targets, dtype)
         self.writes = [n in targets for n in expression.inputs]
         self.written = [i for i, write in enumerate(self.writes) if write]
         self.scalars = bool(expression.scalars)
         self.created = 0 if self.updates else len(expression.outputs)
         self.simple = self.numba and self.created == 1 and not self.scalars  # `serial` may be called as it is
-
-    def _values(self, keywords: Mapping[str, Any]) -> Sequence[Any]:
-        if self.numba and not PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
-            keywords = {n: v.item() if hasattr(v, "item") else v for n, v in keywords.items()}
-        return self.expression.host(**keywords)
 
     def simply(self, first: torch.Tensor, addresses: list[int]) -> torch.Tensor:
         """Run over tensors on the CPU, to one result and without scalars: what the call of most formulas comes to."""
@@ -122,7 +125,7 @@ class Program:
         self, tensors: Sequence[Any], first: torch.Tensor, addresses: list[int], keywords: Mapping[str, Any]
     ) -> Any:
         """Run over tensors that a kernel may serve, `first` the first that is not None; `addresses` are theirs."""
-        values = self._values(keywords) if keywords or self.scalars else ()
+        values = host_values(self.expression, keywords, self.numba) if keywords or self.scalars else ()
         results = [torch.empty_like(first) for _ in range(self.created)]
         if self.numba:
             addresses += map(_address_of, results)
@@ -138,7 +141,7 @@ class Program:
 
     def foreach(self, table: Table, device: torch.device, keywords: Mapping[str, Any]) -> None:
         """Run over the lists of tensors that a table holds."""
-        values = self._values(keywords)
+        values = host_values(self.expression, keywords, self.numba)
         torch._C._increment_version(table.written)  # first: the tensors were just looked at
         if self.numba:
             self.list.run(table.elements, table.addresses, table.tensor, table.start, table.length, *values)

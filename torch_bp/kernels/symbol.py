@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 
 FUNCTION_NAMES = ("sqrt", "exp", "log", "tanh", "erf", "where", "maximum", "minimum", "abs", "sign")
+REDUCTIONS = ("row_sum", "row_max")
 COMPARE = {"lt", "le", "gt", "ge", "eq", "ne"}
 LOGIC = {"and", "or", "not"}
 
@@ -24,7 +25,8 @@ class FormulaError(TypeError):
 class Symbol:
     """One node of the graph: an input, a constant or an operation on other nodes.
 
-    `kind` is "tensor" (one value per element), "scalar" (one value per call) or "mask" (true or false per element).
+    `kind` is "tensor" (one value per element), "scalar" (one value per call) or "mask" (true or false per element). In
+    a formula over rows there are also "row" (one value per row), "row mask" and "label" (a class index per row).
     """
 
     __slots__ = ("arguments", "kind", "operation", "trace")
@@ -158,22 +160,41 @@ class Trace:
     def operate(self, operation: str, *arguments: Any) -> Symbol:
         """Enter `operation` on symbols and numbers, and say which kind of value it gives."""
         symbols = tuple(self._symbol(a) for a in arguments)
-        kinds = [s.kind for s in symbols]
+        if operation in REDUCTIONS:
+            return self._reduce(operation, symbols[0])
+        if operation == "one_hot":
+            if symbols[0].kind != "label":
+                symbols[0]._refuse(f"one_hot of a {symbols[0].kind}", "name its argument in @formula(labels=...)")
+            return self._enter(operation, symbols[:1], "tensor")
         values = symbols[1:] if operation == "where" else symbols
         if operation in LOGIC or operation == "where":
             logical = symbols if operation in LOGIC else symbols[:1]
-            if any(s.kind != "mask" for s in logical):
+            if not all("mask" in s.kind for s in logical):
                 symbols[0]._refuse(f"`{operation}` on a number", "compare it first: where(x > 0, a, b)")
         if operation == "where" and all(s.kind == "scalar" for s in values):
             raise FormulaError(WHERE_OF_NUMBERS)
-        if operation not in LOGIC and "mask" in [s.kind for s in values]:
-            if not any(s.kind == "tensor" for s in values):
+        if operation not in COMPARE and any(s.kind == "label" for s in symbols):
+            symbols[0]._refuse("arithmetic on class indices", "compare them, or use one_hot(label, x)")
+        if operation not in LOGIC and any("mask" in s.kind for s in values):
+            if not any(s.kind in ("tensor", "row") for s in values):
                 symbols[0]._refuse("arithmetic on comparisons alone", "write where(condition, x, 0)")
-            numbers = [self._enter("number", (s,), "tensor") if s.kind == "mask" else s for s in values]
+            numbers = [self._number(s) if "mask" in s.kind else s for s in values]
             symbols = (*symbols[: len(symbols) - len(values)], *numbers)
+        kinds = {s.kind for s in symbols}
+        per_row = "tensor" not in kinds and "mask" not in kinds and kinds != {"scalar"}
         if operation in COMPARE or operation in LOGIC:
-            return self._enter(operation, symbols, "mask")
-        return self._enter(operation, symbols, "scalar" if set(kinds) == {"scalar"} else "tensor")
+            return self._enter(operation, symbols, "row mask" if per_row else "mask")
+        return self._enter(operation, symbols, "scalar" if kinds == {"scalar"} else "row" if per_row else "tensor")
+
+    def _number(self, mask: Symbol) -> Symbol:
+        return self._enter("number", (mask,), "row" if mask.kind == "row mask" else "tensor")
+
+    def _reduce(self, operation: str, value: Symbol) -> Symbol:
+        if value.kind == "mask":
+            value = self._number(value)
+        if value.kind != "tensor":
+            value._refuse(f"{operation} of a {value.kind}", "it takes one value per element")
+        return self._enter(operation, (value,), "row")
 
     def _symbol(self, value: Any) -> Symbol:
         if isinstance(value, Symbol):

@@ -1,84 +1,111 @@
-"""Losses along a class dimension: cross-entropy on logits (eq. 4) and the negative log likelihood it contains.
+"""Cross-entropy on logits, eq. 4.
 
-Shapes: z (N, C, d1, ..., dk) or (C); a target of class indices (N, d1, ..., dk) or (), or of probabilities like z.
-With row weights r, which hold the class weight of the target, the reduction and what comes from above, and with p the
-softmax of z over classes, the gradient is the report's "difference between predicted and true":
+Shapes: logits z (N, C, d1, ..., dk) or (C); a target of class indices (N, d1, ..., dk) or (), or of probabilities
+like z. With row weights r, which hold the class weight of the target, the reduction and what comes from above, and with
+p the softmax of z over classes, the gradient is the report's "difference between predicted and true":
 
     indices         dz = r (p - onehot)        smoothed by e:  r (1 - e) (p - onehot) + r' e/C (p sum(w) - w)
     probabilities   dz = r (p sum(q) - q),  q = w ((1 - e) t + e/C)
 
 Saved: z and the target, no softmax: it is computed again in backward, which spares a tensor of the size of z and keeps
-double backward. `ignore_index` rows have r = 0.
+double backward. Where kernels serve, also two numbers a row, the maximum and the sum of exp(z - max): apart, since the
+logarithm of the second would be rounded away beside the first at large logits. Rows of `ignore_index` have r = 0.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, cast_apply, connected, save, transformed, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, transformed, under_autocast
+from torch_bp.kernels import exp, formula, log, one_hot, row_max, row_sum, where
 from torch_bp.kernels.plain import reusable
 from torch_bp.kernels.program import HALF
+from torch_bp.ops.class_loss import (
+    ClassLoss,
+    along_classes,
+    class_dim,
+    column,
+    from_above,
+    label_tangent,
+    ones,
+    tangent,
+    total_weight,
+)
 from torch_bp.ops.reduction import MEAN, NONE, SUM, no_gradient, reduction_code
+from torch_bp.ops.rows import from_rows, to_rows
 
 _Optional = torch.Tensor | None
 
 
-def _class_dim(z: torch.Tensor) -> int:
-    return 0 if z.dim() == 1 else 1
+@formula(per_row=("picked",), labels=("target",), static=("smoothed",))
+def label_losses(z, target, picked, *, ignored, hit, spread, smoothed):
+    """eq. 4 per row, with the row's maximum and sum of exp(z - maximum); `picked` is z at the target's class."""
+    top = row_max(z)
+    total = row_sum(exp(z - top))
+    loss = log(total) - (hit * (picked - top) + spread * row_sum(z - top) if smoothed else picked - top)
+    return where(target == ignored, 0, loss), top, total
 
 
-def _along_classes(weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """Shape the weights (C) so that they broadcast over z."""
-    return weight.view([-1 if d == _class_dim(z) else 1 for d in range(z.dim())])
+@formula(per_row=("rows", "factor", "top", "total"), labels=("target",))
+def label_slope(z, target, rows=None, factor=None, top=None, total=None, *, scale=1.0, hit=1.0, spread=0.0, ignored):
+    """eq. 4: the gradient at the logits for class indices, softmax minus one-hot. NaN in ignored rows stays."""
+    if top is None:
+        top = row_max(z)
+        total = row_sum(exp(z - top))
+    p = exp(z - top) / total
+    true = hit * one_hot(target, z) + spread
+    if factor is not None:
+        return factor * p - rows * true
+    if rows is not None:
+        return rows * (p - true)
+    return scale * ((target != ignored) * (p - true))
 
 
-def _rows(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: int, ignored: int) -> tuple[Any, ...]:
-    """Return per row: the class (0 where ignored), dy times the target's class weight, and dy or 0 where ignored."""
-    target = target.long()  # torch takes uint8 targets, in which -100 would be class 156
-    counted = target != ignored
-    classes = torch.where(counted, target, 0)
-    if weight is None:
-        # 0 also where all rows are ignored and dy is therefore Inf
-        rows = even_rows = torch.where(counted, dy / counted.sum() if reduction == MEAN else dy, 0)
-    else:
-        weights = torch.where(counted, weight.to(z.dtype)[classes], 0)
-        dy = dy / weights.sum() if reduction == MEAN else dy
-        rows, even_rows = torch.where(counted, dy * weights, 0), torch.where(counted, dy, 0)
-    dim = _class_dim(z)
-    return classes.unsqueeze(dim), rows.unsqueeze(dim), even_rows.unsqueeze(dim)
-
-
-def nll_backward(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: int, ignored: int) -> Any:
-    """The gradient at log-probabilities: minus the row weight at the target class, 0 elsewhere."""
-    dtype = z.dtype
-    if dtype in HALF:
-        z, dy = z.float(), dy.float()
-    classes, rows, _ = _rows(dy, z, target, weight, reduction, ignored)
-    zeros = rows.new_zeros(z.shape)  # of `rows`, whose batch dimension it then has under `is_grads_batched`
-    scatter = zeros.scatter_ if reusable() else zeros.scatter
-    return scatter(_class_dim(z), classes, -rows.expand_as(classes)).to(dtype)
+@formula(per_row=("rows",))
+def soft_slope(z, target, rows=None, *, scale=1.0, hit=1.0, spread=0.0):
+    """eq. 4: the gradient at the logits for target probabilities, which need not sum to one."""
+    top = row_max(z)
+    p = exp(z - top)
+    p = p / row_sum(p)
+    true = hit * target + spread
+    slope = p * row_sum(true) - true
+    return scale * slope if rows is None else rows * slope
 
 
 def cross_entropy_backward(
-    dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: int, ignored: int, smoothing: float
+    dy: Any,
+    z: torch.Tensor,
+    target: Any,
+    weight: _Optional,
+    reduction: int,
+    ignored: int,
+    smoothing: float,
+    top: _Optional = None,
+    total: _Optional = None,
 ) -> torch.Tensor:
-    """eq. 4: the gradient at the logits for class indices, softmax minus one-hot."""
-    dim, dtype = _class_dim(z), z.dtype
+    """The gradient at logits of any shape for class indices."""
+    dim, dtype = class_dim(z), z.dtype
+    classes = z.shape[dim]
+    if not classes:
+        return z.clone()
     if dtype in HALF:
         z, dy = z.float(), dy.float()
-    classes, rows, even_rows = _rows(dy, z, target, weight, reduction, ignored)
-    rows = rows if smoothing == 0 else rows * (1 - smoothing)
-    factor = rows
-    if smoothing != 0:
-        even = even_rows * (smoothing / z.shape[dim])
-        factor = rows + even * (z.shape[dim] if weight is None else weight.sum())
-    dz = torch.softmax(z, dim) * factor
-    if smoothing != 0:
-        dz = dz - (even if weight is None else even * _along_classes(weight, z))
-    # dz is a new tensor and nothing has saved it
-    return dz.scatter_add_(dim, classes, -rows.expand_as(classes)).to(dtype)
+    spread = smoothing / classes
+    rows, scale, even = from_above(dy, target, weight, reduction, ignored)
+    options = {"scale": 1.0 if scale is None else scale, "hit": 1 - smoothing, "ignored": ignored}
+    factor = None
+    if weight is None:
+        options["spread"] = spread
+    elif smoothing:
+        even = spread * even  # rounded once for both terms, which cancel
+        factor = (1 - smoothing) * rows + even * weight.to(dy.dtype).sum()
+    slope = label_slope(to_rows(z, dim), column(target), rows, factor, top, total, **options)
+    dz = from_rows(slope, z, dim)
+    if factor is not None:
+        even = even.reshape(z.select(dim, 0).shape).unsqueeze(dim)
+        dz = dz - even * along_classes(weight, z)  # type: ignore[arg-type]
+    return dz.to(dtype)
 
 
 def soft_cross_entropy_backward(
@@ -91,79 +118,39 @@ def soft_cross_entropy_backward(
     wanted: tuple[bool, ...],
 ) -> tuple[_Optional, ...]:
     """eq. 4: the gradients at the logits, at the target and at the class weights for target probabilities."""
-    dim, dtypes = _class_dim(z), (z.dtype, target.dtype)
+    dim, dtypes = class_dim(z), (z.dtype, target.dtype)
     wide = torch.promote_types(*dtypes)
     wide = torch.float32 if wide in HALF else wide
     z, target, dy = z.to(wide), target.to(wide), dy.to(wide)
     classes = z.shape[dim]
+    spread = smoothing / max(classes, 1)
     if reduction == MEAN:
         dy = dy / (z.numel() // max(classes, 1))
     rows = dy.unsqueeze(dim) if reduction == NONE else dy
     dz = dt = dw = None
-    smoothed = target if smoothing == 0 else target * (1 - smoothing) + smoothing / max(classes, 1)
-    if wanted[0]:
-        true = smoothed if weight is None else smoothed * _along_classes(weight, z)
-        dz = (rows * (torch.softmax(z, dim) * true.sum(dim, keepdim=True) - true)).to(dtypes[0])
+    if wanted[0] and classes:
+        options = {} if reduction == NONE else {"scale": dy}
+        options |= {"hit": 1 - smoothing, "spread": spread}
+        true = target
+        if weight is not None:
+            true = ((1 - smoothing) * target + spread) * along_classes(weight, z)
+            options |= {"hit": 1.0, "spread": 0.0}
+        column_of_rows = to_rows(rows, dim) if reduction == NONE else None
+        dz = from_rows(soft_slope(to_rows(z, dim), to_rows(true, dim), column_of_rows, **options), z, dim)
+        dz = dz.to(dtypes[0])
+    elif wanted[0]:
+        dz = z.to(dtypes[0])
     if wanted[1]:
         slope = -(1 - smoothing) * torch.log_softmax(z, dim)
-        dt = (rows * (slope if weight is None else slope * _along_classes(weight, z))).to(dtypes[1])
+        dt = (rows * (slope if weight is None else slope * along_classes(weight, z))).to(dtypes[1])
     if wanted[2]:
         others = [d for d in range(z.dim()) if d != dim]
-        terms = -rows * smoothed * torch.log_softmax(z, dim)
+        terms = -rows * ((1 - smoothing) * target + spread) * torch.log_softmax(z, dim)
         dw = terms.sum(others) if others else terms
     return dz, dt, dw
 
 
-def _tangent(slope: torch.Tensor, tangent: torch.Tensor, z: torch.Tensor, reduction: int) -> torch.Tensor:
-    """The change of the loss: row-wise or total product of the gradient for dy = 1 with a tangent."""
-    product = slope * tangent
-    return product.sum(_class_dim(z)) if reduction == NONE else product.sum()
-
-
-def _total_weight(z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, ignored: int) -> torch.Tensor:
-    """The sum of the class weights of all counted rows, which a mean is divided by."""
-    return NegativeLogLikelihood.forward(-torch.ones_like(z), target, weight, SUM, ignored)
-
-
-def _ones(ctx: Any, z: torch.Tensor) -> torch.Tensor:
-    """A dy of ones for the loss of logits z."""
-    if ctx.options[0] != NONE:
-        return z.new_ones(())
-    return torch.ones_like(z.select(_class_dim(z), 0))
-
-
-def _label_tangent(
-    forward: Callable[..., torch.Tensor], backward: Callable[..., torch.Tensor], ctx: Any, dz: _Optional, dw: _Optional
-) -> Any:
-    """The change of a loss of class indices with its input and with its class weights.
-
-    With the weights a sum is linear, and a mean the ratio of two sums.
-    """
-    (z, target, weight), (reduction, ignored, *smoothing) = ctx.saved_tensors, ctx.options
-    change: Any = 0
-    if dz is not None:
-        slope = backward(_ones(ctx, z), z, target, weight, *ctx.options)
-        change = _tangent(slope, dz, z, reduction)
-    if dw is not None:
-        by_weight = forward(z, target, dw, SUM if reduction == MEAN else reduction, ignored, *smoothing)
-        if reduction == MEAN:
-            loss = forward(z, target, weight, MEAN, ignored, *smoothing)
-            by_weight = by_weight - loss * _total_weight(z, target, dw, ignored)
-            by_weight = by_weight / _total_weight(z, target, weight, ignored)
-        change = change + by_weight
-    return change
-
-
-class _ClassLoss(Function):
-    """What the losses here keep: input, target, class weights and the options."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        save(ctx, *inputs[:3])
-        ctx.options = inputs[3:]
-
-
-class CrossEntropy(_ClassLoss):
+class CrossEntropy(ClassLoss):
     """eq. 4 with class indices."""
 
     @staticmethod
@@ -178,7 +165,7 @@ class CrossEntropy(_ClassLoss):
         if reduction == MEAN and weight is not None and smoothing and transformed():
             # torch selects the counted rows there, which vmap cannot: the mean is the ratio of two sums
             total = CrossEntropy.forward(z, target, weight, SUM, ignored, smoothing)
-            return total / _total_weight(z, target, weight, ignored)
+            return total / total_weight(z, target, weight, ignored)
         return torch._C._nn.cross_entropy_loss(z, target, weight, reduction, ignored, smoothing)  # type: ignore[arg-type]
 
     @staticmethod
@@ -187,10 +174,47 @@ class CrossEntropy(_ClassLoss):
 
     @staticmethod
     def jvp(ctx: Any, dz: _Optional, _: None, dw: _Optional, *__: Any) -> Any:
-        return _label_tangent(CrossEntropy.forward, cross_entropy_backward, ctx, dz, dw)
+        return label_tangent(CrossEntropy.forward, cross_entropy_backward, ctx, dz, dw)
 
 
-class SoftCrossEntropy(_ClassLoss):
+class RowCrossEntropy(Function):
+    """eq. 4 with class indices, from one kernel over the rows, where nobody watches; else `CrossEntropy`."""
+
+    @staticmethod
+    def forward(
+        z: torch.Tensor, target: torch.Tensor, reduction: int, ignored: int, smoothing: float
+    ) -> tuple[torch.Tensor, ...]:
+        dim = class_dim(z)
+        rows = to_rows(z, dim)
+        labels = column(target)
+        # Checks the labels as torch checks them; 0 for rows that are ignored.
+        picked = -torch._C._nn.nll_loss_nd(rows, labels.view(-1), None, NONE, ignored)  # type: ignore[arg-type]
+        options = {"hit": 1 - smoothing, "spread": smoothing / z.shape[dim], "smoothed": smoothing != 0}
+        losses, top, total = label_losses(rows, labels, picked.view(-1, 1), ignored=ignored, **options)
+        if reduction == NONE:
+            return losses.reshape(target.shape), top, total
+        loss = losses.sum()
+        return loss / torch.count_nonzero(labels != ignored) if reduction == MEAN else loss, top, total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        _, *statistics = output
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:2], *statistics)
+        ctx.options = inputs[2:]
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor | None, *_: None) -> tuple[_Optional, ...]:
+        if dy is None:
+            return None, None, None, None, None
+        z, target, *statistics = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the statistics depend on z
+            statistics = []
+        return cross_entropy_backward(dy, z, target, None, *ctx.options, *statistics), None, None, None, None
+
+
+class SoftCrossEntropy(ClassLoss):
     """eq. 4 with target probabilities."""
 
     @staticmethod
@@ -214,30 +238,25 @@ class SoftCrossEntropy(_ClassLoss):
             by_weight = SoftCrossEntropy.forward(z, target, dw, *ctx.options)
         wanted = (dz is not None, dt is not None, False)
         reduction, smoothing = ctx.options
-        slopes = soft_cross_entropy_backward(_ones(ctx, z), z, target, weight, reduction, smoothing, wanted)
-        terms = [_tangent(s, t, z, ctx.options[0]) for s, t in zip(slopes, (dz, dt)) if s is not None and t is not None]
+        slopes = soft_cross_entropy_backward(ones(z, reduction), z, target, weight, reduction, smoothing, wanted)
+        terms = [tangent(s, t, z, ctx.options[0]) for s, t in zip(slopes, (dz, dt)) if s is not None and t is not None]
         terms += [by_weight] if dw is not None else []
         return sum(terms[1:], terms[0])
 
 
-class NegativeLogLikelihood(_ClassLoss):
-    """The loss on log-probabilities that eq. 4 ends with."""
-
-    @staticmethod
-    def forward(
-        logp: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: int, ignored: int
-    ) -> torch.Tensor:
-        return torch._C._nn.nll_loss_nd(logp, target, weight, reduction, ignored)  # type: ignore[arg-type]
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
-        logp, target, weight = ctx.saved_tensors
-        slope = nll_backward(dy, logp, target, weight, *ctx.options)
-        return connected(slope, logp), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dlogp: _Optional, _: None, dw: _Optional, *__: Any) -> Any:
-        return _label_tangent(NegativeLogLikelihood.forward, nll_backward, ctx, dlogp, dw)
+def _by_rows(z: torch.Tensor, target: torch.Tensor, ignored: int) -> bool:
+    """True if `RowCrossEntropy` may serve: nobody watches, and torch would take these arguments."""
+    return (
+        reusable()
+        and z.dtype in (torch.float32, torch.float64)
+        and target.dtype in (torch.int64, torch.uint8)
+        and z.dim() > 0
+        and z.numel() > 0
+        and z.device == target.device
+        and target.shape == (z.shape[:1] + z.shape[2:] if z.dim() > 1 else ())
+        and abs(ignored) < 2**24  # a kernel compares it in float32
+        and not under_autocast(z)
+    )
 
 
 def cross_entropy(
@@ -283,41 +302,8 @@ def cross_entropy(
     else:
         function, args = CrossEntropy, (input, target, weight, code, ignore_index, label_smoothing)
         no_gradient("cross_entropy", weight=weight)
+        if weight is None and _by_rows(input, target, ignore_index) and label_smoothing <= 1:
+            return RowCrossEntropy.apply(input, target, code, ignore_index, label_smoothing)[0]
     if under_autocast(input):
         return cast_apply(function, torch.float32, *args)
     return function.apply(*args)
-
-
-def nll_loss(
-    input: torch.Tensor,
-    target: torch.Tensor,
-    weight: _Optional = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> torch.Tensor:
-    """As `torch.nn.functional.nll_loss`, on log-probabilities.
-
-    Example:
-        >>> nll_loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
-        tensor(2.)
-    """
-    if has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(
-            nll_loss,
-            (input, target, weight),
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-        )
-    code = reduction_code(size_average, reduce, reduction)
-    no_gradient("nll_loss", weight=weight)
-    args = (input, target, weight, code, ignore_index)
-    if under_autocast(input):
-        return cast_apply(NegativeLogLikelihood, torch.float32, *args)
-    return NegativeLogLikelihood.apply(*args)

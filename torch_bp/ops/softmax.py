@@ -7,6 +7,7 @@ Sums run along the dimension. Shapes: z, y and dy alike. Saved: the output. Both
 per row; softmax's is symmetric, so forward mode is the same line with a tangent in the place of dy.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,26 +15,30 @@ from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
-from torch_bp.kernels.plain import reusable
-from torch_bp.kernels.program import HALF
+from torch_bp.kernels import exp, formula, row_sum
+from torch_bp.ops.rows import from_rows, to_rows
 
 
-def softmax_backward(dy: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
-    """eq. 16: the error signal at z from the one at softmax(z). Half precision is summed in float32, as in torch."""
-    if y.dtype in HALF:
-        return softmax_backward(dy.float(), y.float(), dim).to(y.dtype)
-    product = dy * y
-    total = product.sum(dim, keepdim=True)
-    if reusable():  # the product is new and nothing has saved it: another tensor of its size costs more than a pass
-        return product.addcmul_(y, total, value=-1)
-    return torch.addcmul(product, y, total, value=-1)
+@formula(per_row=())
+def softmax_backward(dy, y):
+    """eq. 16: the error signal at z from the one at softmax(z)."""
+    return y * (dy - row_sum(dy * y))
 
 
-def log_softmax_backward(dy: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
+@formula(per_row=())
+def log_softmax_backward(dy, y):
     """The error signal at z from the one at log_softmax(z)."""
-    if y.dtype in HALF:
-        return log_softmax_backward(dy.float(), y.float(), dim).to(y.dtype)
-    return torch.addcmul(dy, y.exp(), dy.sum(dim, keepdim=True), value=-1)
+    return dy - exp(y) * row_sum(dy)
+
+
+@formula(per_row=())
+def log_softmax_tangent(dz, y):
+    """The change of log_softmax(z) with z."""
+    return dz - row_sum(exp(y) * dz)
+
+
+def _by_rows(slope: Callable[..., torch.Tensor], d: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
+    return from_rows(slope(to_rows(d, dim), to_rows(y, dim)), y, dim)
 
 
 class _AlongDimension(Function):
@@ -55,12 +60,12 @@ class Softmax(_AlongDimension):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
         (y,) = ctx.saved_tensors
-        return softmax_backward(dy, y, ctx.dim), None
+        return _by_rows(softmax_backward, dy, y, ctx.dim), None
 
     @staticmethod
     def jvp(ctx: Any, dz: torch.Tensor, _: None) -> torch.Tensor:
         (y,) = ctx.saved_tensors
-        return softmax_backward(dz, y, ctx.dim)
+        return _by_rows(softmax_backward, dz, y, ctx.dim)
 
 
 class LogSoftmax(_AlongDimension):
@@ -73,13 +78,12 @@ class LogSoftmax(_AlongDimension):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
         (y,) = ctx.saved_tensors
-        return log_softmax_backward(dy, y, ctx.dim), None
+        return _by_rows(log_softmax_backward, dy, y, ctx.dim), None
 
     @staticmethod
     def jvp(ctx: Any, dz: torch.Tensor, _: None) -> torch.Tensor:
         (y,) = ctx.saved_tensors
-        wide = y.float() if y.dtype in HALF else y
-        return (dz - (wide.exp() * dz).sum(ctx.dim, keepdim=True)).to(y.dtype)
+        return _by_rows(log_softmax_tangent, dz, y, ctx.dim)
 
 
 def _along(

@@ -1,0 +1,256 @@
+"""Triton's text of a CUDA kernel, from an expression.
+
+Three shapes, as on the CPU: one pass over one tensor, one pass over a list of tensors given by a table of addresses,
+and loops over the rows of matrices. float16 and bfloat16 are loaded and stored as they are and computed in float32.
+Square roots and divisions round to nearest, as IEEE and torch do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from torch_bp.kernels import rows
+from torch_bp.kernels.expression import Expression, Speller
+from torch_bp.kernels.symbol import Symbol
+
+DTYPES = {
+    torch.float16: ("float16", "float32"),
+    torch.bfloat16: ("bfloat16", "float32"),
+    torch.float32: ("float32", "float32"),
+    torch.float64: ("float64", "float64"),
+}  # how it is stored, how it is computed
+
+CHUNK = 4096  # elements of a list that one program takes
+
+_SPELLING = {
+    "constant": "tl.full((), {0}, REAL)",
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "divide({0}, {1})",
+    "pow": "power({0}, {1})",
+    "neg": "-{0}",
+    "abs": "tl.abs({0})",
+    "sqrt": "root({0})",
+    "exp": "tl.exp({0})",
+    "log": "tl.log({0})",
+    "tanh": "tanh({0})",
+    "erf": "tl.erf({0})",
+    "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0)).to(REAL)",
+    "number": "tl.where({0}, 1.0, 0.0).to(REAL)",
+    "where": "tl.where({0}, {1}, {2})",
+    "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "and": "{0} & {1}",
+    "or": "{0} | {1}",
+    "not": "({0} == 0)",
+    "one_hot": "tl.where(place == {0}, 1.0, 0.0).to(REAL)",
+}
+_REDUCE = {
+    "row_sum": ("0.0", "{0} + {1}", "tl.sum({0}, 0)"),
+    "row_max": ("float('-inf')", "larger({0}, {1})", "tl.reduce({0}, 0, larger)"),
+}
+
+_ROUNDED = """
+@triton.jit
+def divide(a, b):
+    a, b = tl.broadcast(a, b)
+    return tl.div_rn(a, b)
+
+
+@triton.jit
+def root(a):
+    return tl.sqrt_rn(a)
+"""
+
+_DOUBLE = """
+@triton.jit
+def divide(a, b):
+    return a / b
+
+
+@triton.jit
+def root(a):
+    return tl.sqrt(a)
+"""
+
+_LIBRARY = """
+@triton.jit
+def power(a, b):
+    a, b = tl.broadcast(a, b)
+    return libdevice.pow(a, b)
+
+
+@triton.jit
+def tanh(a):
+    return libdevice.tanh(a)
+"""
+
+_LARGER = """
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+"""
+
+# The interpreter has no libdevice: these stand in for it on the CPU alone.
+_INTERPRETED_LIBRARY = """
+@triton.jit
+def power(a, b):
+    magnitude = tl.exp(b * tl.log(tl.abs(a)))
+    whole = tl.where(tl.floor(b) == b, 1.0, float("nan"))
+    even = tl.where(tl.floor(b / 2) * 2 == b, 1.0, -1.0)
+    signed = tl.where(a < 0, magnitude * whole * even, magnitude)
+    at_zero = tl.where(b > 0, 0.0, float("inf"))
+    return tl.where(b == 0, 1.0, tl.where(a == 0, at_zero, signed)).to(a.dtype)
+
+
+@triton.jit
+def tanh(a):
+    e = tl.exp(-2 * tl.abs(a))
+    small = a - a * a * a / 3
+    size = tl.where(tl.abs(a) < 1e-3, tl.abs(small), (1 - e) / (1 + e))
+    return tl.where(a < 0, -size, tl.where(a != a, a, size))
+"""
+
+_HEAD = '''"""{name}: made by torch_bp from a formula."""
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+REAL = tl.constexpr(tl.{real})
+STORED = tl.constexpr(tl.{stored})
+{library}
+
+@triton.jit
+def run({arguments}, BLOCK: tl.constexpr):
+'''
+
+
+def interpreted() -> bool:
+    """True where Triton interprets kernels on the CPU instead of compiling them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _library(real: str) -> str:
+    return (_ROUNDED if real == "float32" else _DOUBLE) + (_INTERPRETED_LIBRARY if interpreted() else _LIBRARY)
+
+
+def _load(node: Symbol, place: str, mask: str) -> str:
+    name = node.arguments[0]
+    return f"in_{name} = tl.load(p_{name} + {place}, mask={mask}).to(REAL)"
+
+
+def _stores(spell: Speller, results: Iterable[tuple[str, Symbol]], place: str, mask: str) -> list[str]:
+    mask = f", mask={mask}" if mask else ""
+    return [
+        f"tl.store(p_{t} + {place}, {spell.name(r)}.to(STORED){mask})" for t, r in results if spell.name(r) != f"in_{t}"
+    ]
+
+
+def _body(expression: Expression, targets: Sequence[str], place: str, mask: str, indent: str) -> str:
+    spell = Speller(expression, _SPELLING)
+    body = [_load(n, place, mask) if n.operation == "input" else spell.line(n) for n in expression.order]
+    body += _stores(spell, zip(targets, expression.outputs), place, mask)
+    return "".join(f"{indent}{line}\n" for line in body)
+
+
+def _scalars(expression: Expression, from_table: bool) -> tuple[list[str], str]:
+    """The arguments that bring the scalars in, and the lines that read them."""
+    count = len(expression.scalars)
+    if not count:
+        return [], ""
+    if from_table:
+        return ["scalars"], "".join(f"    s{i} = tl.load(scalars + {i}).to(REAL)\n" for i in range(count))
+    return [f"v{i}" for i in range(count)], "".join(f"    s{i} = tl.full((), v{i}, REAL)\n" for i in range(count))
+
+
+def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
+    """The module of a kernel `run(count, tensor..., scalar...)` over one tensor."""
+    stored, real = DTYPES[dtype]
+    arguments, reading = _scalars(expression, from_table)
+    names = [f"p_{n}" for n in expression.operands(targets)]
+    text = _HEAD.format(
+        name=expression.name,
+        real=real,
+        stored=stored,
+        library=_library(real),
+        arguments=", ".join(["count", *names, *arguments]),
+    )
+    text += reading
+    text += "    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)\n    inside = place < count\n"
+    return text + _body(expression, targets, "place", "inside", "    ")
+
+
+def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
+    """The module of a kernel `run(addresses, columns, tensor, start, length, scalar...)` over a list of tensors."""
+    stored, real = DTYPES[dtype]
+    arguments, reading = _scalars(expression, from_table)
+    text = _HEAD.format(
+        name=expression.name,
+        real=real,
+        stored=stored,
+        library=_library(real),
+        arguments=", ".join(["addresses", "columns", "tensor", "start", "length", *arguments, "CHUNK: tl.constexpr"]),
+    )
+    text += reading
+    text += "    chunk = tl.program_id(0)\n    k = tl.load(tensor + chunk)\n"
+    text += "    first = tl.load(start + chunk)\n    count = tl.load(length + chunk)\n"
+    for row, name in enumerate(expression.operands(targets)):
+        text += f"    p_{name} = tl.load(addresses + {row} * columns + k).to(tl.pointer_type(STORED)) + first\n"
+    text += "    for step in range(0, CHUNK, BLOCK):\n"
+    text += "        place = step + tl.arange(0, BLOCK)\n        inside = place < count\n"
+    return text + _body(expression, targets, "place", "inside", "        ")
+
+
+def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
+    """The module of a kernel `run(columns, tensor..., scalar...)` over matrices and columns, one program a row."""
+    stored, real = DTYPES[dtype]
+    spell, results = Speller(expression, _SPELLING), list(zip(targets, expression.outputs))
+    arguments, reading = _scalars(expression, from_table)
+    names = [f"p_{n}" for n in expression.operands(targets)]
+    text = _HEAD.format(
+        name=expression.name,
+        real=real,
+        stored=stored,
+        library=_library(real) + _LARGER,
+        arguments=", ".join(["columns", *names, *arguments]),
+    )
+    lines = ["row = tl.program_id(0).to(tl.int64)"]
+    for node in expression.order:
+        if node.operation == "input":
+            name = node.arguments[0]
+            if not rows.per_row(node):
+                lines.append(f"p_{name} += row * columns")
+            else:
+                kept = "" if node.kind == "label" else ".to(REAL)"
+                lines.append(f"in_{name} = tl.load(p_{name} + row){kept}")
+    lines += [f"p_{t} += row * columns" for t, r in results if not rows.per_row(r)]
+    for step in rows.steps(expression):
+        lines += [spell.line(n) for n in step.before]
+        body = [_load(n, "place", "inside") if n.operation == "input" else spell.line(n) for n in step.elements]
+        for r in step.reductions:
+            start, gather, _ = _REDUCE[r.operation]
+            lines.append(f"many_{spell.name(r)} = tl.full((BLOCK,), {start}, REAL)")
+            value = f"tl.where(inside, {spell.name(r.arguments[0])}, {start})"
+            body.append(f"many_{spell.name(r)} = {gather.format(f'many_{spell.name(r)}', value)}")
+        if step.stores:
+            body += _stores(spell, [(t, r) for t, r in results if not rows.per_row(r)], "place", "inside")
+        if body:
+            lines.append("for first in range(0, columns, BLOCK):")
+            lines += [
+                f"    {line}" for line in ("place = first + tl.arange(0, BLOCK)", "inside = place < columns", *body)
+            ]
+        lines += [
+            f"{spell.name(r)} = {_REDUCE[r.operation][2].format('many_' + spell.name(r))}" for r in step.reductions
+        ]
+    lines += _stores(spell, [(t, r) for t, r in results if rows.per_row(r)], "row", "")
+    return text + reading + "".join(f"    {line}\n" for line in lines)

@@ -1,0 +1,26 @@
+"""The C functions that torch's library exports, made known to the compiler of CPU kernels by name."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+_LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / _LIBRARY.get(sys.platform, "libtorch_cpu.so")))
+
+
+def export(names: Iterable[str]) -> None:
+    """Let compiled code call these functions; AttributeError or OSError where torch has them not."""
+    import llvmlite.binding
+
+    for name in names:
+        llvmlite.binding.add_symbol(name, ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value)

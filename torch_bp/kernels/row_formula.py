@@ -1,0 +1,102 @@
+"""A formula over the rows of matrices: what `@formula(per_row=...)` makes of a function.
+
+Arguments are matrices (R, C), columns (R, 1) that hold one value per row, and columns of class indices. `row_sum` and
+`row_max` turn one value per element into one per row. As torch operations these are sums with `keepdim` and
+broadcasting; as a kernel each row is read as often as there are sums that wait for another, and stays in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text, plain, rows
+from torch_bp.kernels.expression import Expression, trace
+from torch_bp.kernels.formula import Formula, numbers
+from torch_bp.kernels.program import as_torch, host_values
+
+_address_of = torch.Tensor.data_ptr
+
+
+class RowProgram:
+    """The kernel of a row formula for one engine, dtype and choice of absent arguments."""
+
+    def __init__(self, expression: Expression, engine: str, dtype: torch.dtype) -> None:
+        self.expression = expression
+        self.numba = engine == "numba"
+        module, text = (cpu, cpu_text) if self.numba else (cuda, cuda_text)
+        targets = [f"out{i}" for i in range(len(expression.outputs))]
+        self.kernel: Any = module.Kernel(text.text_rows, expression, targets, dtype)  # type: ignore[attr-defined]
+        self.per_row = [rows.per_row(output) for output in expression.outputs]
+
+    def __call__(self, tensors: Sequence[Any], first: torch.Tensor, keywords: Mapping[str, Any]) -> Any:
+        """Run over tensors that a kernel may serve; `first` is a matrix."""
+        count, columns = first.shape
+        values = host_values(self.expression, keywords, self.numba)
+        results = [first.new_empty((count, 1)) if row else torch.empty_like(first) for row in self.per_row]
+        operands = [t for t in tensors if t is not None] + results
+        if self.numba:
+            self.kernel.run(first.numel(), count, columns, *map(_address_of, operands), *values)
+        else:
+            self.kernel.run_rows(count, columns, operands, values)
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+class RowFormula(Formula):
+    """As `Formula`, over rows.
+
+    Attributes:
+        kinds: for each positional argument "tensor" (R, C), "row" (R, 1) or "label", class indices (R, 1) of int64.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], per_row: Sequence[str], labels: Sequence[str], static: Sequence[str] = ()
+    ) -> None:
+        super().__init__(function, (), static)
+        self.check_names("per_row", per_row, self.tensors)
+        self.check_names("labels", labels, self.tensors)
+        self.kinds = {n: "label" if n in labels else "row" if n in per_row else "tensor" for n in self.tensors}
+        if "tensor" not in self.kinds.values():
+            raise TypeError(f"formula {self.name}: an argument must be a matrix, but per_row and labels name them all.")
+
+    def __call__(self, *tensors: Any, **keywords: Any) -> Any:
+        """Compute the formula on matrices and columns; return its results."""
+        if len(tensors) < len(self.tensors):
+            tensors = self.padded(tensors)
+        served = self._matrices(tensors, keywords)
+        if served is None:
+            return as_torch(self.function, (), self.tensors, tensors, keywords)
+        program, first = served
+        return program(tensors, first, keywords)
+
+    def _matrices(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[RowProgram, torch.Tensor] | None:
+        """Decide whether a kernel serves: it, and the first matrix; None for torch."""
+        if not plain.unwatched() or len(tensors) != len(self.tensors) or not numbers(keywords.values()):
+            return None
+        if plain.recording(tensors):
+            return None
+        first: Any = next((t for t, k in zip(tensors, self.kinds.values()) if k == "tensor" and t is not None), None)
+        if type(first) not in plain.PLAIN_TYPES or first.dim() != 2 or not first.numel():
+            return None
+        column = (first.shape[0], 1)
+        try:
+            for tensor, kind in zip(tensors, self.kinds.values()):
+                if tensor is None:
+                    continue
+                shape = first.shape if kind == "tensor" else column
+                dtype = torch.int64 if kind == "label" else first.dtype
+                if not plain.contiguous(tensor, first.device, dtype, shape):
+                    return None
+        except RuntimeError:  # a tensor inside `is_grads_batched` has no address to ask for
+            return None
+        absent = tuple(n for n, t in zip(self.tensors, tensors) if t is None)
+        program: Any = self._prepare(first, absent, keywords)
+        return None if program is None else (program, first)
+
+    def _program(self, serving: str, dtype: torch.dtype, absent: tuple[str, ...], keywords: Mapping[str, Any]) -> Any:
+        static = self.static_values(keywords)
+        defaults = {n: v for n, v in self._defaults.items() if n in self.scalars}
+        expression = trace(self.function, self.name, self.kinds, absent, self.scalars, static, defaults)
+        return RowProgram(expression, serving, dtype)

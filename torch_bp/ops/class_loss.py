@@ -1,0 +1,95 @@
+"""What the losses over classes have in common.
+
+Shapes: z (N, C, d1, ..., dk) or (C); a target of class indices (N, d1, ..., dk) or (). Formulas see z as a matrix of
+one row per target, and the target as a column.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torch_bp.autograd.function import Function, save
+from torch_bp.ops.reduction import MEAN, NONE, SUM
+
+_Optional = torch.Tensor | None
+
+
+def class_dim(z: torch.Tensor) -> int:
+    """Return the dimension of classes."""
+    return 0 if z.dim() == 1 else 1
+
+
+def along_classes(weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Shape the weights (C) so that they broadcast over z."""
+    return weight.view([-1 if d == class_dim(z) else 1 for d in range(z.dim())])
+
+
+def column(target: torch.Tensor) -> torch.Tensor:
+    """Return class indices as a column (R, 1); torch takes uint8 ones, in which -100 would be class 156."""
+    return target.long().reshape(-1, 1)
+
+
+def from_above(
+    dy: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: int, ignored: int
+) -> tuple[Any, Any, Any]:
+    """Return what multiplies the loss of each row: per row, as a number, and per row before class weights.
+
+    None in the place of ones. Rows that are ignored have 0; where there is a number for all rows, formulas see to it.
+    """
+    labels = column(target)
+    counted = labels != ignored
+    if weight is None:
+        if reduction == NONE:
+            return torch.where(counted, dy.reshape(-1, 1), 0), None, None
+        return None, dy / counted.sum().clamp(min=1) if reduction == MEAN else dy, None
+    weights = torch.where(counted, weight.to(dy.dtype)[torch.where(counted, labels, 0)], 0)
+    rows = dy.reshape(-1, 1) if reduction == NONE else dy / weights.sum() if reduction == MEAN else dy
+    return torch.where(counted, rows * weights, 0), None, torch.where(counted, rows, 0)
+
+
+def ones(z: torch.Tensor, reduction: int) -> torch.Tensor:
+    """Return a dy of ones for the loss of logits z."""
+    return torch.ones_like(z.select(class_dim(z), 0)) if reduction == NONE else z.new_ones(())
+
+
+def tangent(slope: torch.Tensor, change: torch.Tensor, z: torch.Tensor, reduction: int) -> torch.Tensor:
+    """The change of the loss: row-wise or total product of the gradient for dy = 1 with a tangent."""
+    product = slope * change
+    return product.sum(class_dim(z)) if reduction == NONE else product.sum()
+
+
+def total_weight(z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, ignored: int) -> torch.Tensor:
+    """The sum of the class weights of all counted rows, which a mean is divided by."""
+    return torch._C._nn.nll_loss_nd(-torch.ones_like(z), target, weight, SUM, ignored)  # type: ignore[arg-type]
+
+
+def label_tangent(
+    forward: Callable[..., torch.Tensor], backward: Callable[..., torch.Tensor], ctx: Any, dz: _Optional, dw: _Optional
+) -> Any:
+    """The change of a loss of class indices with its input and with its class weights.
+
+    With the weights a sum is linear, and a mean the ratio of two sums.
+    """
+    (z, target, weight), (reduction, ignored, *smoothing) = ctx.saved_tensors, ctx.options
+    change: Any = 0
+    if dz is not None:
+        slope = backward(ones(z, reduction), z, target, weight, *ctx.options)
+        change = tangent(slope, dz, z, reduction)
+    if dw is not None:
+        by_weight = forward(z, target, dw, SUM if reduction == MEAN else reduction, ignored, *smoothing)
+        if reduction == MEAN:
+            loss = forward(z, target, weight, MEAN, ignored, *smoothing)
+            by_weight = by_weight - loss * total_weight(z, target, dw, ignored)
+            by_weight = by_weight / total_weight(z, target, weight, ignored)
+        change = change + by_weight
+    return change
+
+
+class ClassLoss(Function):
+    """What is kept: input, target, class weights and the options."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        save(ctx, *inputs[:3])
+        ctx.options = inputs[3:]
