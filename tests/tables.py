@@ -4,6 +4,7 @@ A row names the function of `torch_bp.nn.functional`, which is also its twin's i
 makers what its arguments are. Makers of real tensors are differentiated, unless they are `fixed`.
 """
 
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import torch
 
 import torch_bp.nn.functional as ours
 
+linear_activation = sys.modules["torch_bp.ops.linear_activation"]  # the name in the package is the function's
 LOGITS = (0.0, -0.0, 1.0, -1.0, 1e4, -1e4, 1e-30, 40.0, inf, -inf, nan)
 UNIT = (0.0, 1.0, 0.5, 1e-30, 1 - 2.0**-24, 0.25)
 
@@ -76,7 +78,19 @@ def _half_mse_loss(input, target):
     return torch.nn.functional.mse_loss(input, target, reduction="sum") / (2 * n)
 
 
-TWINS = {"half_mse_loss": _half_mse_loss}
+def _linear_activation(activation):
+    return lambda input, weight, bias=None, **values: activation(
+        torch.nn.functional.linear(input, weight, bias), *values.values()
+    )
+
+
+TWINS = {
+    "half_mse_loss": _half_mse_loss,
+    **{
+        f"linear_{name}": _linear_activation(getattr(torch.nn.functional, name))
+        for name in ("sigmoid", "tanh", "relu", "leaky_relu")
+    },
+}
 
 
 class Row:
@@ -84,7 +98,7 @@ class Row:
 
     def __init__(self, name: str, case: str = "", **arguments: Any) -> None:
         self.name, self.id = name, f"{name}-{case}" if case else name
-        self.ours = getattr(ours, name)
+        self.ours = getattr(ours, name, None) or getattr(linear_activation, name)
         self.theirs = TWINS.get(name) or getattr(torch.nn.functional, name)
         self.arguments = arguments
         makers = {k: v for k, v in arguments.items() if isinstance(v, Maker)}
@@ -128,6 +142,17 @@ def _pointwise(name, **parameters):
 def _linear(case, *lead, inputs=3, outputs=2, bias=True):
     bias = {"bias": normal(outputs)} if bias else {}
     return Row("linear", case, input=normal(*lead, inputs), weight=normal(outputs, inputs), **bias)
+
+
+def _linear_activations():
+    for name in ("linear_sigmoid", "linear_tanh", "linear_relu"):
+        yield Row(name, "batch", input=normal(4, 3), weight=normal(2, 3), bias=normal(2))
+    shapes = {"no bias": (4, 3), "one example": (3,), "leading dimensions": (2, 1, 3, 3), "empty": (0, 3)}
+    for case, shape in shapes.items():
+        bias = {"bias": normal(2)} if case == "one example" else {}
+        yield Row("linear_tanh", case, input=normal(*shape), weight=normal(2, 3), **bias)
+        values = {"negative_slope": 0.1}
+        yield Row("linear_leaky_relu", case, input=normal(*shape), weight=normal(2, 3), bias=normal(2), **values)
 
 
 def _softmax(name):
@@ -186,6 +211,7 @@ ROWS = [
     _linear("no inputs with leading dimensions", 2, 2, inputs=0),
     _linear("no outputs with leading dimensions", 2, 2, outputs=0),
     Row("linear", "weight vector", input=normal(4, 3), weight=normal(3)),
+    *_linear_activations(),
     *_softmax("softmax"),
     *_softmax("log_softmax"),
     *_elementwise_loss("mse_loss", normal, normal),

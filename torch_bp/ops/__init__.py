@@ -3,6 +3,7 @@
 from torch_bp.ops.binary_cross_entropy import binary_cross_entropy, binary_cross_entropy_with_logits
 from torch_bp.ops.cross_entropy import cross_entropy
 from torch_bp.ops.linear import linear
+from torch_bp.ops.linear_activation import linear_activation
 from torch_bp.ops.nll_loss import nll_loss
 from torch_bp.ops.pointwise import activation, leaky_relu, relu, saves_input, saves_output, sigmoid, tanh
 from torch_bp.ops.softmax import log_softmax, softmax
@@ -16,6 +17,7 @@ __all__ = [
     "half_mse_loss",
     "leaky_relu",
     "linear",
+    "linear_activation",
     "log_softmax",
     "mse_loss",
     "nll_loss",

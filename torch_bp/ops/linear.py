@@ -17,6 +17,46 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, cast_apply, tangents_possible, under_autocast
 
+_Optional = torch.Tensor | None
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """See any leading dimensions as one."""
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # -1 cannot be told from no features
+
+
+def _conjugate(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.conj() if tensor.is_complex() else tensor
+
+
+def linear_backward(
+    dz: torch.Tensor, a: Any, weight: Any, wanted: tuple[bool, bool, bool]
+) -> tuple[_Optional, _Optional, _Optional]:
+    """Algorithm 1, lines 8 and 9: the gradients at a, W and b, where `wanted`; a and W may be None where not needed."""
+    rows = _rows(dz)
+    da = dw = db = None
+    if wanted[0]:
+        da = dz @ _conjugate(weight)
+    if wanted[1]:
+        dw = rows.t() @ _conjugate(_rows(a))
+    if wanted[2]:
+        db = rows.sum(0)
+    return da, dw, db
+
+
+def linear_tangent(a: torch.Tensor, weight: torch.Tensor, da: _Optional, dw: _Optional, db: _Optional) -> Any:
+    """The change of z with a, W and b."""
+    terms = []
+    if da is not None:
+        terms.append(torch.nn.functional.linear(da, weight))
+    if dw is not None:
+        terms.append(torch.nn.functional.linear(a, dw))
+    if db is not None:
+        terms.append(db.expand(*a.shape[:-1], -1))
+    return sum(terms[1:], terms[0])
+
 
 class Linear(Function):
     """z = a W^T + b."""
@@ -36,39 +76,12 @@ class Linear(Function):
     @staticmethod
     def backward(ctx: Any, dz: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         a, weight = ctx.saved_tensors
-        needs_da, needs_dw, needs_db = ctx.needs_input_grad
-        rows = _rows(dz)
-        da = dw = db = None
-        if needs_da:
-            da = dz @ _conjugate(weight)
-        if needs_dw:
-            dw = rows.t() @ _conjugate(_rows(a))
-        if needs_db:
-            db = rows.sum(0)
-        return da, dw, db
+        return linear_backward(dz, a, weight, ctx.needs_input_grad)
 
     @staticmethod
     def jvp(ctx: Any, da: torch.Tensor | None, dw: torch.Tensor | None, db: torch.Tensor | None) -> Any:
         a, weight = ctx.saved_tensors
-        terms = []
-        if da is not None:
-            terms.append(torch.nn.functional.linear(da, weight))
-        if dw is not None:
-            terms.append(torch.nn.functional.linear(a, dw))
-        if db is not None:
-            terms.append(db.expand(*a.shape[:-1], -1))
-        return sum(terms[1:], terms[0])
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """See any leading dimensions as one."""
-    if tensor.dim() == 2:
-        return tensor
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # -1 cannot be told from no features
-
-
-def _conjugate(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.conj() if tensor.is_complex() else tensor
+        return linear_tangent(a, weight, da, dw, db)
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,6 +10,7 @@ torch operation, or a formula) and the derivative.
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,17 @@ def saves_output(output: torch.Tensor, input: torch.Tensor, *parameters: float) 
 def saves_input(output: torch.Tensor, input: torch.Tensor, *parameters: float) -> torch.Tensor:
     """Keep the pre-activation for backward."""
     return input
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """What an activation is made of, for operations that contain it; `activation` explains the fields."""
+
+    name: str
+    value: Callable[..., torch.Tensor]
+    derivative: Callable[..., torch.Tensor]
+    saves: Saves
+    parameters: tuple[str, ...]
 
 
 def activation(
@@ -73,7 +85,7 @@ def activation(
     no_gradients = (None,) * len(parameters)
     by_name = hasattr(value, "formula")
 
-    class Pointwise(Function):
+    class Node(Function):
         @staticmethod
         def forward(z: torch.Tensor, *values: float) -> torch.Tensor:
             return value(z, **dict(zip(parameters, values))) if by_name else value(z, *values)
@@ -98,14 +110,15 @@ def activation(
             keywords = ctx.keywords if parameters else {}
             return derivative(dz, *ctx.saved_tensors, **keywords)
 
-    Pointwise.rename(name)
-    apply = Pointwise.apply
+    Node.rename(name)
+    apply = Node.apply
 
     def function(input: torch.Tensor, *values: float) -> torch.Tensor:
         if has_torch_function_unary(input):
             return handle_torch_function(function, (input,), input, *values)
         return apply(input, *values)
 
+    function.pointwise = Pointwise(name, value, derivative, saves, parameters)  # type: ignore[attr-defined]
     function.__name__ = function.__qualname__ = name
     function.__module__ = sys._getframe(1).f_globals.get("__name__", __name__)  # so that models with it can be pickled
     return function
