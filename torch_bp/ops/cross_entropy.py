@@ -20,6 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch_bp.autograd.function import Function, cast_apply, connected, save, transformed, under_autocast
 from torch_bp.kernels.plain import reusable
 from torch_bp.kernels.program import HALF
+from torch_bp.ops import pairing
 from torch_bp.ops.reduction import MEAN, NONE, SUM, no_gradient, reduction_code
 
 _Optional = torch.Tensor | None
@@ -272,6 +273,8 @@ def cross_entropy(
             reduction,
             label_smoothing,
         )
+    if pairing.enabled:
+        pairing.check("cross_entropy", input)
     code = reduction_code(size_average, reduce, reduction)
     label_smoothing = max(label_smoothing, 0.0)  # torch takes what is negative for none
     args: tuple[Any, ...]
@@ -315,6 +318,8 @@ def nll_loss(
             reduce,
             reduction,
         )
+    if pairing.enabled:
+        pairing.check("nll_loss", input)
     code = reduction_code(size_average, reduce, reduction)
     no_gradient("nll_loss", weight=weight)
     args = (input, target, weight, code, ignore_index)
