@@ -205,7 +205,7 @@ def test_devices_and_kinds_of_layers():
     assert init.auto_(nn.ReLU()).rows == ()
     with pytest.raises(ValueError, match="auto_: layer '0' must have weights, got a lazy one"):
         init.auto_(torch.nn.Sequential(torch.nn.LazyLinear(3)))
-    with pytest.raises(ValueError, match="auto_: method must be one of 'auto'.* got 'he'"):
+    with pytest.raises(ValueError, match=r"auto_: method must be one of 'auto'.* got 'he'"):
         init.auto_(nn.Linear(6, 2), "he")
 
 
@@ -251,12 +251,12 @@ def test_a_look_leaves_everything_as_it_is(look):
             layer.weight.data.zero_()
             layer.bias.data.zero_()
             weight_norm(layer)
-    before = state_of(model)
+    before, wanted = state_of(model), [p.requires_grad for p in model.parameters()]
     look(model, given)
     assert_untouched(model, before)
     assert given.grad is None
     assert torch.equal(given, x)
-    assert [p.requires_grad for p in model.parameters()].count(False) == (look is init.report)
+    assert [p.requires_grad for p in model.parameters()] == wanted
 
 
 def by_hooks(model, x, layers, activations):
@@ -366,9 +366,11 @@ def test_layers_without_an_error_signal():
     found = init.report(Cut(), x)
     assert [row.error_variance > 0 for row in found.rows] == [False, False, True]
     assert found.verdict == "healthy"
-    assert "-" in str(found).splitlines()[2]
+    assert "nan" not in str(found)
     with torch.no_grad():
-        assert str(init.report(network(nn.ReLU()), x)).count("-") == 4  # first and last ratios, and what never idles
+        found = init.report(network(nn.ReLU()), x)  # a graph of its own
+    assert all(row.error_variance > 0 for row in found.rows)
+    assert "nan" not in str(found)
 
 
 def test_models_that_cannot_be_measured():

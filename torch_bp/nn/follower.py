@@ -103,8 +103,9 @@ def in_order(model: nn.Module) -> dict[nn.Module, Follower]:
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that run one after the other."""
     if type(module).forward is nn.Sequential.forward:
-        for child in module.children():
-            yield from _parts(child)
+        for child in module._modules.values():  # `children` leaves out what comes a second time
+            if child is not None:
+                yield from _parts(child)
     else:
         yield module
 

@@ -10,6 +10,7 @@ For layer l, with z = W a + b (eq. 1) and a = s(z) (eq. 2):
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,18 +51,18 @@ class SignalReport:
     @property
     def forward_change(self) -> float:
         """The activation variance of the last hidden layer over the first's; the output is the loss's business."""
-        return math.prod(row.forward_ratio for row in self.rows[1:-1])
+        return _product(row.forward_ratio for row in self.rows[1:-1])
 
     @property
     def backward_change(self) -> float:
         """The squared length of the error signal at the first layer over that at the last one."""
-        return math.prod(row.backward_ratio for row in self.rows[:-1])
+        return _product(row.backward_ratio for row in self.rows[:-1])
 
     @property
     def verdict(self) -> str:
         """ "exploding" or "vanishing" if a signal changes by more than a thousand from end to end, else "healthy"."""
         changes = [self.forward_change, self.backward_change]
-        if any(not change <= EXPLODING for change in changes):  # NaN included: Inf over Inf
+        if any(change > EXPLODING for change in changes):
             return "exploding"
         return "vanishing" if any(change < VANISHING for change in changes) else "healthy"
 
@@ -75,8 +76,8 @@ class SignalReport:
         for row in self.rows:
             lines.append(
                 f"{row.name or '(model)':24} {row.layer:8} {row.activation:12}"
-                f"  {row.activation_variance:10.3g} {_text(row.forward_ratio):>8}"
-                f"  {row.error_variance:10.3g} {_text(row.backward_ratio):>8}  {_text(row.idle, '.0%'):>5}"
+                f"  {_text(row.activation_variance):>10} {_text(row.forward_ratio):>8}"
+                f"  {_text(row.error_variance):>10} {_text(row.backward_ratio):>8}  {_text(row.idle, '.0%'):>5}"
             )
         lines.append(
             f"{self.verdict}: from end to end the variance of the activations changes by {self.forward_change:.2g}, "
@@ -156,16 +157,31 @@ def _error_signals(calls: list[Call], outputs: list[Tensor]) -> list[Tensor | No
 
 
 def _variance(tensor: Tensor) -> float:
-    return tensor.double().var(correction=0).item() if tensor.numel() else _NAN
+    return _measured(tensor.double().var(correction=0)) if tensor.numel() else _NAN
 
 
 def _square(tensor: Tensor) -> float:
-    return tensor.double().square().sum().item()
+    return _measured(tensor.double().square().sum())
+
+
+def _measured(value: Tensor) -> float:
+    """Infinite where there is no finite value: NaN is what was not measured."""
+    return value.nan_to_num(math.inf, math.inf).item()
 
 
 def _ratio(a: float, b: float) -> float:
-    """a / b, where 0 / 0 is 0: nothing arrives."""
-    return a / b if b else (math.inf if a else 0.0)
+    """a / b; of zeros 0, since nothing arrives, and infinite from where a is."""
+    if math.isnan(a) or math.isnan(b):
+        return _NAN
+    if math.isinf(a) or b == 0:
+        return math.inf if a else 0.0
+    return a / b
+
+
+def _product(ratios: Iterable[float]) -> float:
+    """Of those that were measured; infinite if one is."""
+    known = [ratio for ratio in ratios if not math.isnan(ratio)]
+    return math.inf if math.inf in known else math.prod(known)
 
 
 def _idle(output: Tensor, follower: Follower | None) -> float:
