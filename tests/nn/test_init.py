@@ -383,3 +383,28 @@ def test_models_that_cannot_be_measured():
 
     with pytest.raises(ValueError, match="a floating-point output, got none in Sequential"):
         init.report(torch.nn.Sequential(nn.Linear(6, 6), Hidden([Classes(6, 3)])), x)
+
+
+def test_inputs_are_not_written_to():
+    given = x.clone()
+    model = torch.nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 3))
+    init.report(model, given)
+    assert torch.equal(given, x)
+
+
+def test_frozen_models_are_measured_too():
+    model = network(nn.ReLU())
+    expected = str(init.report(model, x))
+    assert str(init.report(model.requires_grad_(False), x)) == expected
+
+
+def test_the_output_is_not_judged():
+    """A softmax over many classes has little variance, and that is as it should be."""
+    model = torch.nn.Sequential(
+        *(nn.Linear(6, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 3000), nn.Softmax(1))
+    )
+    init.auto_(model)
+    found = init.report(model, x)
+    assert found.rows[-1].forward_ratio < 1e-4
+    assert found.forward_change == found.rows[1].forward_ratio
+    assert found.verdict == "healthy"
