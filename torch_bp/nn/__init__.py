@@ -14,5 +14,6 @@ from torch_bp.nn.loss import (
     MSELoss,
     NLLLoss,
 )
+from torch_bp.ops import pairing
 
 __getattr__, __dir__, __all__ = mirror(globals(), torch.nn)

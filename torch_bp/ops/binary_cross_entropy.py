@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import under_autocast
 from torch_bp.kernels import formula, log, maximum
+from torch_bp.ops import pairing
 from torch_bp.ops.elementwise_loss import apply, elementwise_loss
 from torch_bp.ops.reduction import no_gradient, reduction_code
 
@@ -104,6 +105,8 @@ def binary_cross_entropy(
             reduce,
             reduction,
         )
+    if pairing.enabled:
+        pairing.check("binary_cross_entropy", input)
     code = reduction_code(size_average, reduce, reduction)
     if target.size() != input.size():
         raise ValueError(
@@ -150,6 +153,8 @@ def binary_cross_entropy_with_logits(
             reduction,
             pos_weight,
         )
+    if pairing.enabled:
+        pairing.check("binary_cross_entropy_with_logits", input)
     code = reduction_code(size_average, reduce, reduction)
     if target.size() != input.size():
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")

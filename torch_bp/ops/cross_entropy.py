@@ -21,6 +21,7 @@ from torch_bp.autograd.function import Function, cast_apply, transformed, under_
 from torch_bp.kernels import exp, formula, log, one_hot, row_max, row_sum, where
 from torch_bp.kernels.plain import reusable
 from torch_bp.kernels.program import HALF
+from torch_bp.ops import pairing
 from torch_bp.ops.class_loss import (
     ClassLoss,
     along_classes,
@@ -291,6 +292,8 @@ def cross_entropy(
             reduction,
             label_smoothing,
         )
+    if pairing.enabled:
+        pairing.check("cross_entropy", input)
     code = reduction_code(size_average, reduce, reduction)
     label_smoothing = max(label_smoothing, 0.0)  # torch takes what is negative for none
     args: tuple[Any, ...]

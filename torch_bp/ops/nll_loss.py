@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch_bp.autograd.function import cast_apply, connected, under_autocast
 from torch_bp.kernels import formula, one_hot, where
 from torch_bp.kernels.program import HALF
+from torch_bp.ops import pairing
 from torch_bp.ops.class_loss import ClassLoss, class_dim, column, from_above, label_tangent
 from torch_bp.ops.reduction import no_gradient, reduction_code
 from torch_bp.ops.rows import from_rows, to_rows
@@ -85,6 +86,8 @@ def nll_loss(
             reduce,
             reduction,
         )
+    if pairing.enabled:
+        pairing.check("nll_loss", input)
     code = reduction_code(size_average, reduce, reduction)
     no_gradient("nll_loss", weight=weight)
     args = (input, target, weight, code, ignore_index)
