@@ -8,15 +8,18 @@ Each activation is one formula and one line. `activation` makes a function of tw
 torch operation, or a formula) and the derivative.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torch_bp.autograd.function import Function, connected, save
 from torch_bp.kernels import formula, where
+from torch_bp.kernels.program import HALF
 
 Saves = Callable[..., torch.Tensor]
 
@@ -37,6 +40,7 @@ def activation(
     derivative: Callable[..., torch.Tensor],
     saves: Saves = saves_output,
     parameters: tuple[str, ...] = (),
+    beside: Callable[..., tuple[torch.Tensor, ...]] | None = None,
 ) -> Callable[..., torch.Tensor]:
     """Make a differentiable pointwise function of its value and its derivative.
 
@@ -49,6 +53,8 @@ def activation(
         saves: `saves_output` (default), `saves_input`, or a function `(output, input, *parameters)` of your own:
             what `derivative` gets as its second argument.
         parameters: names of numbers that the function takes after the tensor, all needed.
+        beside: torch operations `(saved, *parameters)` whose results, a tuple of tensors, `derivative` takes after
+            what is saved. For exponentials and their like, which torch computes several times faster than a kernel.
 
     Returns:
         A function `f(input, *parameters)`, differentiable any number of times in reverse and forward mode, usable
@@ -73,6 +79,14 @@ def activation(
     no_gradients = (None,) * len(parameters)
     by_name = hasattr(value, "formula")
 
+    def slope(d: torch.Tensor, saved: torch.Tensor, keywords: dict[str, float]) -> torch.Tensor:
+        """`derivative`, half precision and what stands beside it in float32."""
+        if beside is None:
+            return derivative(d, saved, **keywords)
+        if saved.dtype in HALF:
+            return slope(d.float(), saved.float(), keywords).to(saved.dtype)
+        return derivative(d, saved, *beside(saved, *keywords.values()), **keywords)
+
     class Pointwise(Function):
         @staticmethod
         def forward(z: torch.Tensor, *values: float) -> torch.Tensor:
@@ -81,22 +95,20 @@ def activation(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
             save(ctx, saves(output, *inputs))
-            if parameters:
-                ctx.keywords = dict(zip(parameters, inputs[1:]))
+            ctx.keywords = dict(zip(parameters, inputs[1:]))
 
         @staticmethod
         def backward(ctx: Any, dy: torch.Tensor) -> Any:
             (saved,) = ctx.saved_tensors
             if saved.is_complex():  # autograd wants the conjugate of the derivative there; forward mode does not
                 saved = saved.conj()
-            if parameters:
-                return connected(derivative(dy, saved, **ctx.keywords), saved), *no_gradients
-            return connected(derivative(dy, saved), saved)
+            dz = connected(slope(dy, saved, ctx.keywords), saved)
+            return (dz, *no_gradients) if parameters else dz
 
         @staticmethod
         def jvp(ctx: Any, dz: torch.Tensor, *_: None) -> torch.Tensor:
-            keywords = ctx.keywords if parameters else {}
-            return derivative(dz, *ctx.saved_tensors, **keywords)
+            (saved,) = ctx.saved_tensors
+            return slope(dz, saved, ctx.keywords)
 
     Pointwise.rename(name)
     apply = Pointwise.apply
@@ -135,13 +147,79 @@ def leaky_relu_backward(dy, z, *, negative_slope):
     return where(z > 0, dy, negative_slope * dy)
 
 
+@formula
+def hardtanh_backward(dy, y, *, min_val, max_val):
+    """1 strictly between the bounds, else 0, at both kinks too, as in torch. Holds for the input and the output."""
+    return where((y <= min_val) | (y >= max_val), 0, dy)
+
+
+@formula
+def elu_backward(dy, z, power, *, alpha):
+    """alpha e^z for z <= 0, else 1, also for NaN. The output alpha (e^z - 1) has lost e^z where that is small."""
+    return where(z <= 0, dy * alpha * power, dy)
+
+
+@formula
+def softplus_backward(dy, z, gate, *, beta, threshold):
+    """s(beta z), and 1 where beta z passes the threshold: the value there is z."""
+    return where(beta * z > threshold, dy, dy * gate)
+
+
+@formula
+def silu_backward(dy, z, gate):
+    """(z s(z))' = s(z) (1 + z (1 - s(z)))."""
+    return dy * gate * (1 + z * (1 - gate))
+
+
+@formula
+def gelu_backward(dy, z, error, bell):
+    """(z P(z))' = P(z) + z p(z): P = (1 + erf(z / sqrt 2)) / 2, its density p = e^(-z^2 / 2) / sqrt(2 pi)."""
+    return dy * (0.5 * (1 + error) + z * bell / math.sqrt(2 * math.pi))
+
+
+@formula
+def gelu_tanh_inner(z):
+    """u(z) = sqrt(2 / pi) (z + 0.044715 z^3): tanh u is close to erf(z / sqrt 2)."""
+    return math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
+
+
+@formula
+def gelu_tanh_backward(dy, z, t):
+    """(z (1 + t) / 2)' = (1 + t) / 2 + z (1 - t^2) u' / 2, with t = tanh u."""
+    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+    return dy * 0.5 * (1 + t + z * (1 - t * t) * slope)
+
+
 sigmoid = activation("sigmoid", torch.sigmoid, sigmoid_backward)
 tanh = activation("tanh", torch.tanh, tanh_backward)
 relu = activation("relu", torch.relu, relu_backward)
-leaky_relu = activation(
-    "leaky_relu", torch.nn.functional.leaky_relu, leaky_relu_backward, saves_input, ("negative_slope",)
+leaky_relu = activation("leaky_relu", F.leaky_relu, leaky_relu_backward, saves_input, ("negative_slope",))
+# For a slope of 0 or more the output has the sign of the input: what writes over its input saves the output. So it does
+# with bounds in order, outside of which the output is at one.
+leaky_relu_from_output = activation("leaky_relu", F.leaky_relu, leaky_relu_backward, saves_output, ("negative_slope",))
+hardtanh = activation("hardtanh", F.hardtanh, hardtanh_backward, saves_input, ("min_val", "max_val"))
+hardtanh_from_output = activation("hardtanh", F.hardtanh, hardtanh_backward, saves_output, ("min_val", "max_val"))
+elu = activation("elu", F.elu, elu_backward, saves_input, ("alpha",), lambda z, alpha: (torch.exp(z.clamp(max=0)),))
+softplus = activation(
+    "softplus",
+    F.softplus,
+    softplus_backward,
+    saves_input,
+    ("beta", "threshold"),
+    lambda z, beta, threshold: (torch.sigmoid(beta * z),),
 )
-# For a slope of 0 or more the output has the sign of the input: what writes over its input saves the output.
-leaky_relu_from_output = activation(
-    "leaky_relu", torch.nn.functional.leaky_relu, leaky_relu_backward, saves_output, ("negative_slope",)
+silu = activation("silu", F.silu, silu_backward, saves_input, beside=lambda z: (torch.sigmoid(z),))
+gelu = activation(
+    "gelu",
+    F.gelu,
+    gelu_backward,
+    saves_input,
+    beside=lambda z: (torch.erf(z * math.sqrt(0.5)), torch.exp(z * z * -0.5)),
+)
+gelu_tanh = activation(
+    "gelu_tanh",
+    lambda z: F.gelu(z, approximate="tanh"),
+    gelu_tanh_backward,
+    saves_input,
+    beside=lambda z: (torch.tanh(gelu_tanh_inner(z)),),
 )
