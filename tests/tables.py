@@ -18,6 +18,10 @@ import torch_bp.nn.functional as ours
 
 linear_activation = sys.modules["torch_bp.ops.linear_activation"]  # the name in the package is the function's
 LOGITS = (0.0, -0.0, 1.0, -1.0, 1e4, -1e4, 1e-30, 40.0, inf, -inf, nan)
+# Input and parameters of what is standardised: beside 1e4 float32 has no digits left for the rest, and what becomes of
+# an infinite weight depends on the order of multiplication.
+SPREAD = (0.0, -0.0, 1.0, -1.0, 1e-30, 40.0, inf, -inf, nan)
+FINITE = (0.0, -0.0, 1.0, -1.0, 1e-30, 40.0)
 UNIT = (0.0, 1.0, 0.5, 1e-30, 1 - 2.0**-24, 0.25)
 
 
@@ -53,6 +57,16 @@ def normal(*shape):
     return Maker(_normal, shape)
 
 
+def spread(*shape):
+    """Any real numbers, to be standardised."""
+    return Maker(_normal, shape, SPREAD)
+
+
+def finite(*shape):
+    """Any real numbers, to scale and shift with."""
+    return Maker(_normal, shape, FINITE)
+
+
 def unit(*shape):
     """Numbers in [0, 1]: probabilities and their targets, weights."""
     return Maker(_unit, shape, UNIT)
@@ -78,6 +92,24 @@ def _half_mse_loss(input, target):
     return torch.nn.functional.mse_loss(input, target, reduction="sum") / (2 * n)
 
 
+def _standardized(x, over, eps):
+    variance, mean = torch.var_mean(x, over, correction=0, keepdim=True)
+    return (x - mean) / (variance + eps).sqrt()
+
+
+def _batch_norm_in_steps(input, running_mean, running_var, weight=None, bias=None, training=False, eps=1e-5):
+    if not training:
+        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
+    y = _standardized(input, [d for d in range(input.dim()) if d != 1], eps).movedim(1, -1)
+    return (y if weight is None else y * weight + bias).movedim(-1, 1)
+
+
+def _layer_norm_in_steps(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    y = _standardized(input, tuple(range(-len(normalized_shape), 0)), eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
 def _linear_activation(activation):
     return lambda input, weight, bias=None, **values: activation(
         torch.nn.functional.linear(input, weight, bias), *values.values()
@@ -91,6 +123,8 @@ TWINS = {
         for name in ("sigmoid", "tanh", "relu", "leaky_relu")
     },
 }
+# Under `torch.func` torch's second derivatives of these are wrong, and without a weight `layer_norm` has none at all.
+TWICE = {"batch_norm": _batch_norm_in_steps, "layer_norm": _layer_norm_in_steps}
 
 
 class Row:
@@ -100,6 +134,7 @@ class Row:
         self.name, self.id = name, f"{name}-{case}" if case else name
         self.ours = getattr(ours, name, None) or getattr(linear_activation, name)
         self.theirs = TWINS.get(name) or getattr(torch.nn.functional, name)
+        self.theirs_twice = TWICE.get(name) or self.theirs
         self.arguments = arguments
         makers = {k: v for k, v in arguments.items() if isinstance(v, Maker)}
         self.differentiable = [k for k, v in makers.items() if not v.fixed]
@@ -120,11 +155,12 @@ class Row:
         """`which` (`row.ours` or `row.theirs`) as a function of the differentiable tensors alone."""
         return lambda *tensors: which(**{**arguments, **dict(zip(self.differentiable, tensors))})
 
-    def pair(self, dtype=torch.float64, requires_grad=False):
-        """Both functions of the differentiable tensors, and these tensors."""
+    def pair(self, dtype=torch.float64, requires_grad=False, twice=False):
+        """Both functions of the differentiable tensors, theirs to be differentiated twice or not, and these tensors."""
         drawn = self.draw(dtype, requires_grad)
         tensors = tuple(drawn[k] for k in self.differentiable)
-        return self.function(self.ours, drawn), self.function(self.theirs, drawn), tensors
+        theirs = self.theirs_twice if twice else self.theirs
+        return self.function(self.ours, drawn), self.function(theirs, drawn), tensors
 
 
 def _reduced(name, case, **arguments):
@@ -153,6 +189,22 @@ def _linear_activations():
         yield Row("linear_tanh", case, input=normal(*shape), weight=normal(2, 3), **bias)
         values = {"negative_slope": 0.1}
         yield Row("linear_leaky_relu", case, input=normal(*shape), weight=normal(2, 3), bias=normal(2), **values)
+
+
+def _batch_norm(case, *shape, affine=True, **options):
+    """In training without running statistics, which change at every call: they have tests of their own."""
+    training = options.setdefault("training", True)
+    channels = shape[1]
+    running = {"running_mean": fixed(finite(channels)), "running_var": fixed(unit(channels))}
+    options |= {"running_mean": None, "running_var": None} if training else running
+    options |= {"weight": finite(channels), "bias": finite(channels)} if affine else {}
+    return Row("batch_norm", case, input=spread(*shape), **options)
+
+
+def _layer_norm(case, lead, *shape, weight=True, bias=True):
+    options = {"weight": finite(*shape)} if weight else {}
+    options |= {"bias": finite(*shape)} if bias else {}
+    return Row("layer_norm", case, input=spread(*lead, *shape), normalized_shape=shape, **options)
 
 
 def _softmax(name):
@@ -201,6 +253,33 @@ ROWS = [
     *_pointwise("leaky_relu"),
     *_pointwise("leaky_relu", negative_slope=0.0),
     *_pointwise("leaky_relu", negative_slope=-0.5),
+    *_pointwise("hardtanh"),
+    *_pointwise("hardtanh", min_val=-0.3, max_val=1.0),
+    *_pointwise("elu"),
+    *_pointwise("elu", alpha=-0.5),
+    *_pointwise("softplus"),
+    *_pointwise("softplus", beta=2.0, threshold=1.5),
+    *_pointwise("silu"),
+    *_pointwise("gelu"),
+    *_pointwise("gelu", approximate="tanh"),
+    *_pointwise("dropout", p=1.0)[:-1],  # nothing is drawn, nor done with no elements
+    _batch_norm("batch", 4, 3),
+    _batch_norm("length", 2, 3, 4),
+    _batch_norm("images", 2, 2, 2, 2),
+    _batch_norm("one example", 1, 3, 4),
+    _batch_norm("without parameters", 2, 3, 4, affine=False),
+    _batch_norm("empty", 0, 3),
+    _batch_norm("evaluation", 4, 3, training=False),
+    _batch_norm("evaluation of one value", 1, 3, training=False),
+    _batch_norm("evaluation length", 2, 3, 4, training=False, eps=0.1),
+    _batch_norm("evaluation without parameters", 4, 3, training=False, affine=False),
+    _layer_norm("rows", (4,), 3),
+    _layer_norm("one example", (), 3),
+    _layer_norm("two dimensions", (2, 2), 3, 2),
+    _layer_norm("without bias", (4,), 3, bias=False),
+    _layer_norm("without weight", (4,), 3, weight=False),
+    _layer_norm("without parameters", (2, 3), 4, weight=False, bias=False),
+    _layer_norm("empty", (0,), 3),
     _linear("batch", 4),
     _linear("without bias", 4, bias=False),
     _linear("one example"),

@@ -38,13 +38,16 @@ def run(module_class, sample):
     return dict(module.state_dict()), output, torch.autograd.grad(output.sin().sum(), wanted)
 
 
+WITHOUT_DATA = {"Dropout"}  # torch ships samples for none of the random ones
+
+
 def test_all_our_classes_of_torchs_are_there():
     mirrored = {
         name
         for name, found in vars(ours).items()
         if inspect.isclass(found) and issubclass(found, getattr(torch.nn, name, ()))
     }
-    assert mirrored == {info.module_cls.__name__ for info in INFOS}
+    assert mirrored - WITHOUT_DATA == {info.module_cls.__name__ for info in INFOS}
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from torch.func import functional_call
+from torch.func import functional_call, grad, jvp, vmap
 
 import torch_bp.nn as ours
 
@@ -22,6 +22,24 @@ ROWS = [
     ("ReLU", {"inplace": True}, (x,)),
     ("LeakyReLU", {}, (x,)),
     ("LeakyReLU", {"negative_slope": 0.2, "inplace": True}, (x,)),
+    ("Hardtanh", {"min_val": -0.5, "max_val": 2.0}, (x,)),
+    ("Hardtanh", {"inplace": True}, (x,)),
+    ("ELU", {"alpha": 0.5}, (x,)),
+    ("ELU", {"inplace": True}, (x,)),
+    ("Softplus", {"beta": 2.0, "threshold": 1.5}, (x,)),
+    ("SiLU", {}, (x,)),
+    ("SiLU", {"inplace": True}, (x,)),
+    ("GELU", {}, (x,)),
+    ("GELU", {"approximate": "tanh"}, (x,)),
+    ("BatchNorm1d", {"num_features": 3}, (x,)),
+    ("BatchNorm1d", {"num_features": 3, "momentum": 0.3, "bias": False, "eps": 0.1}, (x,)),
+    ("BatchNorm1d", {"num_features": 3, "affine": False, "track_running_stats": False}, (x,)),
+    ("LayerNorm", {"normalized_shape": 3}, (x,)),
+    ("LayerNorm", {"normalized_shape": (4, 3), "bias": False}, (x,)),
+    ("LayerNorm", {"normalized_shape": [3], "elementwise_affine": False, "eps": 0.1}, (x,)),
+    ("Dropout", {"p": 0.0}, (x,)),
+    ("Dropout", {"p": 1.0}, (x,)),
+    ("Dropout", {"p": 1.0, "inplace": True}, (x,)),
     ("Softmax", {"dim": 1}, (x,)),
     ("LogSoftmax", {"dim": -1}, (x,)),
     ("MSELoss", {}, (x, unit)),
@@ -87,7 +105,7 @@ def test_it_is_one_of_torchs(name, kwargs, inputs):
 def test_state_dicts_go_both_ways(name, kwargs, inputs):
     mine, other = build(ours, name, kwargs), build(theirs, name, kwargs)
     torch.manual_seed(1)
-    source = {k: torch.rand_like(v) for k, v in mine.state_dict().items()}
+    source = {k: torch.rand_like(v) if v.is_floating_point() else v + 7 for k, v in mine.state_dict().items()}
     mine.load_state_dict(source, strict=True)
     other.load_state_dict(mine.state_dict(), strict=True)
     mine = build(ours, name, kwargs)
@@ -169,7 +187,7 @@ def test_dtype_moves_and_modes(name, kwargs, inputs):
     assert {t.dtype for t in (output, *slopes)} == {torch.float64}
 
 
-@pytest.mark.parametrize("name", ["ReLU", "LeakyReLU"])
+@pytest.mark.parametrize("name", ["ReLU", "LeakyReLU", "Hardtanh", "ELU", "SiLU", "Dropout"])
 def test_in_place_on_a_leaf_raises_torchs_error(name):
     messages = []
     for module in (ours, theirs):
@@ -180,7 +198,7 @@ def test_in_place_on_a_leaf_raises_torchs_error(name):
     assert messages[0] == messages[1]
 
 
-@pytest.mark.parametrize("name", ["ReLU", "LeakyReLU"])
+@pytest.mark.parametrize("name", ["ReLU", "LeakyReLU", "Hardtanh", "ELU", "SiLU", "Dropout"])
 def test_in_place_after_a_layer_that_saved_its_output_raises(name):
     """As torch: sigmoid's output is needed by its backward; linear's is not."""
     for module in (ours, theirs):
@@ -211,3 +229,15 @@ def test_legacy_arguments(name, legacy):
         results.append((loss.reduction, loss(*inputs)))
     assert results[0][0] == results[1][0]
     assert_same(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("name", ["ReLU", "LeakyReLU", "Hardtanh", "ELU", "SiLU"])
+def test_in_place_inside_of_transforms(name):
+    """Also where the graph is recorded around `vmap`, whose tensors do not say that they are part of it."""
+    found = []
+    for module in (ours, theirs):
+        in_place = getattr(module, name)(inplace=True)
+        loss = lambda z, f=in_place: f(z * 1).sin().sum()  # noqa: E731
+        around = grad(lambda z, f=in_place: vmap(lambda row: f(row * 1))(z).sin().sum())
+        found.append((around(x), vmap(grad(loss))(x), jvp(loss, (x,), (x,))[1]))
+    torch.testing.assert_close(*found)

@@ -40,7 +40,7 @@ def test_finite_differences_in_batches_and_forward_over_reverse(row):
 
 @filled_rows
 def test_forward_over_reverse_equals_reverse_over_reverse(row):
-    mine, other, tensors = row.pair(requires_grad=True)
+    mine, other, tensors = row.pair(requires_grad=True, twice=True)
     tangents = tuple(torch.randn_like(t) for t in tensors)
     with forward_ad.dual_level():
         duals = tuple(map(forward_ad.make_dual, tensors, tangents))
@@ -53,7 +53,7 @@ def test_forward_over_reverse_equals_reverse_over_reverse(row):
 
 @filled_rows
 def test_functional_transforms_equal_torch(row):
-    mine, other, tensors = row.pair()
+    mine, other, tensors = row.pair(twice=True)
     numbers = tuple(range(len(tensors)))
 
     def total(*tensors, function=mine):

@@ -19,6 +19,40 @@ AS_TORCH = [
     ("linear", (torch.tensor(1.0), torch.ones(2, 3))),
     ("leaky_relu", (x.long(),)),
     ("leaky_relu", (x, "slope")),
+    ("hardtanh", (x, 1.0, -1.0)),
+    ("hardtanh", (x, "low", 1.0)),
+    ("elu", (x, "alpha")),
+    ("elu", (x.long(),)),
+    ("softplus", (x, "beta")),
+    ("softplus", (x.long(),)),
+    ("silu", (x.long(),)),
+    ("gelu", (x.long(),)),
+    ("batch_norm", (x, None, None)),
+    ("batch_norm", (x, row, None)),
+    ("batch_norm", (x, row[:2], row[:2])),
+    ("batch_norm", (x, row, row, torch.ones(2))),
+    ("batch_norm", (x, row, row, None, torch.ones(2), True)),
+    ("batch_norm", (x[:1], None, None, None, None, True)),
+    ("batch_norm", (x, None, None, None, None, True, 0.1, 0.0)),
+    ("batch_norm", (x, row, row, None, None, False, 0.1, -1.0)),
+    ("batch_norm", (x, row.double(), row.double())),
+    ("batch_norm", (x, row, row, row.double(), row.double())),
+    ("batch_norm", (x, None, None, row.double(), row.double(), True)),
+    ("batch_norm", (x.long(), row, row)),
+    ("batch_norm", (row, row, row)),
+    ("batch_norm", (torch.tensor(1.0), row, row)),
+    ("layer_norm", (x, (4,))),
+    ("layer_norm", (x, ())),
+    ("layer_norm", (x, 3)),
+    ("layer_norm", (x, (2, 4, 3))),
+    ("layer_norm", (x, ("three",))),
+    ("layer_norm", (x, (3,), torch.ones(4))),
+    ("layer_norm", (x, (3,), row, torch.ones(3, 1))),
+    ("layer_norm", (x, (3,), row.double(), row.double())),
+    ("layer_norm", (x.long(), (3,))),
+    ("dropout", (x, 2.0)),
+    ("dropout", (x, "half")),
+    ("dropout", (x.long(),)),
     ("softmax", (x, 2)),
     ("softmax", (x.long(), 1)),
     ("log_softmax", (x, -3)),
@@ -92,6 +126,12 @@ def test_weights_have_no_gradient(name, target, weights):
                 getattr(module, name)(x, target, **tracked)
             with torch.no_grad():
                 assert getattr(module, name)(x, target, **tracked).isfinite()
+
+
+def test_gelu_names_its_approximations():
+    for module in (ours, torch.nn.functional):
+        with pytest.raises(RuntimeError, match="approximate argument must be either none or tanh"):
+            module.gelu(x, approximate="erf")
 
 
 def test_half_mse_loss_names_both_shapes():

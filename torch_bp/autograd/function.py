@@ -81,7 +81,7 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         """Run forward, recorded for backward. Dynamo knows this method by name and never enters it."""
         if _transforms_active():
-            if _forward_over_forward():
+            if forward_over_forward():
                 return cls.forward(*args)
             return custom_function_call(cls._eager, *args)
         if _tracing() is not None:  # torch.jit cannot save a call to Python: it records the forward's operations
@@ -137,12 +137,19 @@ def tangents_possible() -> bool:
     return _transforms_active() or forward_ad._current_level >= 0
 
 
-def _forward_over_forward() -> bool:
+def recomputing() -> bool:
+    """True inside a backward: what runs forward there, activation checkpointing, has run forward before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def forward_over_forward() -> bool:
     """True inside two forward-mode transforms (`jacfwd(jacfwd(f))`).
 
     A custom jvp is not differentiated again there: functorch would return zeros without a word. The forward itself is
     made of torch operations, which are.
     """
+    if torch.compiler.is_compiling():  # Dynamo cannot trace the question
+        return False
     return [level.key() for level in retrieve_all_functorch_interpreters()].count(TransformType.Jvp) > 1
 
 

@@ -35,6 +35,7 @@ _SPELLING = {
     "log": "log({0})",
     "tanh": "tanh({0})",
     "erf": "erf({0})",
+    "sigmoid": "real(1) / (real(1) + exp(-{0}))",
     "sign": "real(({0} > real(0)) - ({0} < real(0)))",
     "number": "(real(1) if {0} else real(0))",
     "where": "({1} if {0} else {2})",

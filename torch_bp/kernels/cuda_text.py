@@ -39,6 +39,7 @@ _SPELLING = {
     "log": "tl.log({0})",
     "tanh": "tanh({0})",
     "erf": "tl.erf({0})",
+    "sigmoid": "divide(tl.full((), 1.0, REAL), 1 + tl.exp(-{0}))",
     "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0)).to(REAL)",
     "number": "tl.where({0}, 1.0, 0.0).to(REAL)",
     "where": "tl.where({0}, {1}, {2})",

@@ -48,7 +48,7 @@ def formula(
 
     Positional arguments are tensors of one shape (or None, if the function can do without). Keyword-only arguments are
     numbers, or one-element tensors. The body may use `+ - * / **`, comparisons, `& | ~`, and `sqrt exp log tanh erf
-    where maximum minimum abs sign` from `torch_bp.kernels`, which follow torch in NaN and Inf.
+    sigmoid where maximum minimum abs sign` from `torch_bp.kernels`, which follow torch in NaN and Inf.
 
     Args:
         updates: names of positional arguments that the results, in this order, are written to in place. Default: the

@@ -218,5 +218,5 @@ _PYTHON = {
     "div": "{0} / {1}",
     "pow": "{0} ** {1}",
     "neg": "-{0}",
-} | {name: f"_{name}({{0}})" for name in ("abs", "sqrt", "exp", "log", "tanh", "erf", "sign")}
+} | {name: f"_{name}({{0}})" for name in ("abs", "sqrt", "exp", "log", "tanh", "erf", "sigmoid", "sign")}
 _PYTHON |= {name: f"_{name}({{0}}, {{1}})" for name in ("maximum", "minimum")}

@@ -64,6 +64,7 @@ exp = _dispatch("exp", torch.exp, _exp)
 log = _dispatch("log", torch.log, _log)
 tanh = _dispatch("tanh", torch.tanh, math.tanh)
 erf = _dispatch("erf", torch.erf, math.erf)
+sigmoid = _dispatch("sigmoid", torch.sigmoid, lambda a: 1 / (1 + _exp(-a)))
 sign = _dispatch("sign", torch.sign, lambda a: (a > 0) - (a < 0))
 where = _dispatch("where", _where, lambda condition, a, b: a if condition else b)
 maximum = _dispatch("maximum", _as_tensors(torch.maximum), _nan_aware(max))
@@ -90,5 +91,5 @@ row_max = _of_rows("row_max", lambda x: x.amax(-1, keepdim=True), "The maximum o
 one_hot = _of_rows("one_hot", _one_hot, "1 in the column that `label` (R, 1) names, else 0: like the second argument.")
 
 FUNCTIONS: dict[str, Callable[..., Any]] = dict(
-    zip(FUNCTION_NAMES, (sqrt, exp, log, tanh, erf, where, maximum, minimum, abs, sign), strict=True)
+    zip(FUNCTION_NAMES, (sqrt, exp, log, tanh, erf, sigmoid, where, maximum, minimum, abs, sign), strict=True)
 )

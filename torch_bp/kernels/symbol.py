@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 
-FUNCTION_NAMES = ("sqrt", "exp", "log", "tanh", "erf", "where", "maximum", "minimum", "abs", "sign")
+FUNCTION_NAMES = ("sqrt", "exp", "log", "tanh", "erf", "sigmoid", "where", "maximum", "minimum", "abs", "sign")
 REDUCTIONS = ("row_sum", "row_max")
 COMPARE = {"lt", "le", "gt", "ge", "eq", "ne"}
 LOGIC = {"and", "or", "not"}

@@ -92,7 +92,8 @@ def _lanes(dtype: torch.dtype) -> tuple[int, ...]:
 
 def definitions(operations: Iterable[str], dtype: torch.dtype) -> str:
     """Return the text that defines those of `operations` which are functions here; it needs `real` and `intrinsic`."""
-    names = sorted(set(operations) & set(FUNCTIONS))
+    operations = {"exp" if operation == "sigmoid" else operation for operation in operations}
+    names = sorted(operations & set(FUNCTIONS))
     lanes = _lanes(dtype) if names else ()
     if not lanes:
         return "".join(f"{name} = math.{name}\n" for name in names)

@@ -1,4 +1,4 @@
-"""Activations, eq. 12 to 16, as modules."""
+"""Activations, eq. 12 to 16 and the smooth and bounded ones that came after, as modules."""
 
 import torch
 
@@ -31,6 +31,41 @@ class LeakyReLU(torch.nn.LeakyReLU):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.leaky_relu(input, self.negative_slope, self.inplace)
+
+
+class Hardtanh(torch.nn.Hardtanh):
+    """As `torch.nn.Hardtanh`, with 0 as the derivative at both bounds."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class ELU(torch.nn.ELU):
+    """As `torch.nn.ELU`, with `alpha` as the derivative at 0."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.elu(input, self.alpha, self.inplace)
+
+
+class Softplus(torch.nn.Softplus):
+    """As `torch.nn.Softplus`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.softplus(input, self.beta, self.threshold)
+
+
+class SiLU(torch.nn.SiLU):
+    """As `torch.nn.SiLU`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.silu(input, self.inplace)
+
+
+class GELU(torch.nn.GELU):
+    """As `torch.nn.GELU`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.gelu(input, approximate=self.approximate)
 
 
 class Softmax(torch.nn.Softmax):

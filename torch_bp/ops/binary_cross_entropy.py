@@ -12,7 +12,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import under_autocast
-from torch_bp.kernels import formula, log, maximum
+from torch_bp.kernels import formula, log, maximum, sigmoid
 from torch_bp.ops import pairing
 from torch_bp.ops.elementwise_loss import apply, elementwise_loss
 from torch_bp.ops.reduction import no_gradient, reduction_code
@@ -35,8 +35,9 @@ def bce_target_backward(dy, x, t, *, scale):
 
 
 @formula
-def bce_logits_backward(dy, s, t, p, *, scale):
-    """eq. 5 after eq. 12: dl/dz, from s = sigmoid(z). Without class weight p it is s - t."""
+def bce_logits_backward(dy, z, t, p, *, scale):
+    """eq. 5 after eq. 12: dl/dz, with s = sigmoid(z). Without class weight p it is s - t."""
+    s = sigmoid(z)
     slope = scale * (s - t) if p is None else scale * ((1 + (p - 1) * t) * s - p * t)
     return slope if dy is None else slope * dy
 
@@ -59,7 +60,7 @@ def _bce_logits_slopes(dy: _Optional, z: Any, t: Any, p: _Optional, scale: Any, 
     dz = dt = None
     if wanted[0]:
         weight = None if p is None else p.expand_as(z)
-        dz = bce_logits_backward(dy, torch.sigmoid(z), t, weight, scale=scale)
+        dz = bce_logits_backward(dy, z, t, weight, scale=scale)
     if wanted[1]:
         log_s = torch.nn.functional.logsigmoid
         positive, negative = (None, None) if p is None else (log_s(z), log_s(-z))

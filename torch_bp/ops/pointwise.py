@@ -8,16 +8,20 @@ Each activation is one formula and one line. `activation` makes a function of tw
 torch operation, or a formula) and the derivative.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torch_bp.autograd.function import Function, connected, save
-from torch_bp.kernels import formula, where
+from torch_bp.kernels import erf, exp, formula, minimum, where
+from torch_bp.kernels import sigmoid as logistic
+from torch_bp.kernels import tanh as tanh_of
 
 Saves = Callable[..., torch.Tensor]
 
@@ -93,22 +97,20 @@ def activation(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
             save(ctx, saves(output, *inputs))
-            if parameters:
-                ctx.keywords = dict(zip(parameters, inputs[1:]))
+            ctx.keywords = dict(zip(parameters, inputs[1:]))
 
         @staticmethod
         def backward(ctx: Any, dy: torch.Tensor) -> Any:
             (saved,) = ctx.saved_tensors
             if saved.is_complex():  # autograd wants the conjugate of the derivative there; forward mode does not
                 saved = saved.conj()
-            if parameters:
-                return connected(derivative(dy, saved, **ctx.keywords), saved), *no_gradients
-            return connected(derivative(dy, saved), saved)
+            dz = connected(derivative(dy, saved, **ctx.keywords), saved)
+            return (dz, *no_gradients) if parameters else dz
 
         @staticmethod
         def jvp(ctx: Any, dz: torch.Tensor, *_: None) -> torch.Tensor:
-            keywords = ctx.keywords if parameters else {}
-            return derivative(dz, *ctx.saved_tensors, **keywords)
+            (saved,) = ctx.saved_tensors
+            return derivative(dz, saved, **ctx.keywords)
 
     Node.rename(name)
     apply = Node.apply
@@ -148,13 +150,56 @@ def leaky_relu_backward(dy, z, *, negative_slope):
     return where(z > 0, dy, negative_slope * dy)
 
 
+@formula
+def hardtanh_backward(dy, y, *, min_val, max_val):
+    """1 strictly between the bounds, else 0, at both kinks too, as in torch. Holds for the input and the output."""
+    return where((y <= min_val) | (y >= max_val), 0, dy)
+
+
+@formula
+def elu_backward(dy, z, *, alpha):
+    """alpha e^z for z <= 0, else 1, also for NaN. The output alpha (e^z - 1) has lost e^z where that is small."""
+    return where(z <= 0, dy * alpha * exp(minimum(z, 0)), dy)
+
+
+@formula
+def softplus_backward(dy, z, *, beta, threshold):
+    """s(beta z), and 1 where beta z passes the threshold: the value there is z."""
+    return where(beta * z > threshold, dy, dy * logistic(beta * z))
+
+
+@formula
+def silu_backward(dy, z):
+    """(z s(z))' = s(z) (1 + z (1 - s(z)))."""
+    gate = logistic(z)
+    return dy * gate * (1 + z * (1 - gate))
+
+
+@formula
+def gelu_backward(dy, z):
+    """(z P(z))' = P(z) + z p(z): P = (1 + erf(z / sqrt 2)) / 2, its density p = e^(-z^2 / 2) / sqrt(2 pi)."""
+    return dy * (0.5 * (1 + erf(z * math.sqrt(0.5))) + z * exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
+
+
+@formula
+def gelu_tanh_backward(dy, z):
+    """(z (1 + t) / 2)' = (1 + t) / 2 + z (1 - t^2) u' / 2, with t = tanh u and u = sqrt(2 / pi) (z + 0.044715 z^3)."""
+    t = tanh_of(math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z))
+    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+    return dy * 0.5 * (1 + t + z * (1 - t * t) * slope)
+
+
 sigmoid = activation("sigmoid", torch.sigmoid, sigmoid_backward)
 tanh = activation("tanh", torch.tanh, tanh_backward)
 relu = activation("relu", torch.relu, relu_backward)
-leaky_relu = activation(
-    "leaky_relu", torch.nn.functional.leaky_relu, leaky_relu_backward, saves_input, ("negative_slope",)
-)
-# For a slope of 0 or more the output has the sign of the input: what writes over its input saves the output.
-leaky_relu_from_output = activation(
-    "leaky_relu", torch.nn.functional.leaky_relu, leaky_relu_backward, saves_output, ("negative_slope",)
-)
+leaky_relu = activation("leaky_relu", F.leaky_relu, leaky_relu_backward, saves_input, ("negative_slope",))
+# For a slope of 0 or more the output has the sign of the input: what writes over its input saves the output. So it does
+# with bounds in order, outside of which the output is at one.
+leaky_relu_from_output = activation("leaky_relu", F.leaky_relu, leaky_relu_backward, saves_output, ("negative_slope",))
+hardtanh = activation("hardtanh", F.hardtanh, hardtanh_backward, saves_input, ("min_val", "max_val"))
+hardtanh_from_output = activation("hardtanh", F.hardtanh, hardtanh_backward, saves_output, ("min_val", "max_val"))
+elu = activation("elu", F.elu, elu_backward, saves_input, ("alpha",))
+softplus = activation("softplus", F.softplus, softplus_backward, saves_input, ("beta", "threshold"))
+silu = activation("silu", F.silu, silu_backward, saves_input)
+gelu = activation("gelu", F.gelu, gelu_backward, saves_input)
+gelu_tanh = activation("gelu_tanh", lambda z: F.gelu(z, approximate="tanh"), gelu_tanh_backward, saves_input)

@@ -1,0 +1,123 @@
+"""Layer normalisation: each example is standardised over its own last dimensions, then scaled and shifted.
+
+    y = w x^ + b        x^ = (x - m) r        r = 1 / sqrt(v + eps)
+
+Shapes: x, x^ and y (*, S), with S the normalised shape, of any number of dimensions; w and b S; m and v (*, 1, ..., 1):
+the mean and the biased variance of each example. With <.> the mean over S, and g = w dy the error signal at x^:
+
+    db = sum of dy        dw = sum of dy x^        dx = r (g - <g> - x^ <x^ g>)
+
+where the sums run over examples. Saved: x, w, m and r; x^ is computed again. m and r are results of the operation
+beside y, so that derivatives of the derivative see them change with x (`torch_bp.ops.standardize`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from torch_bp.autograd.function import Function, cast_apply, forward_over_forward, save, under_autocast
+from torch_bp.kernels.program import HALF
+from torch_bp.ops.standardize import (
+    affine,
+    affine_tangent,
+    centred,
+    standardize_backward,
+    statistics,
+    statistics_backward,
+    tangents,
+    wide,
+)
+
+_Optional = torch.Tensor | None
+
+
+def _over(count: int) -> tuple[int, ...]:
+    """The last `count` dimensions."""
+    return tuple(range(-count, 0))
+
+
+def _sum_of_examples(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Sum over all but the last `count` dimensions."""
+    leading = tuple(range(values.dim() - count))
+    return values.sum(leading) if leading else values
+
+
+class LayerNorm(Function):
+    """y, m and r of examples of `dims` dimensions."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, weight: _Optional, bias: _Optional, dims: int, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        y, mean, inverse = torch.native_layer_norm(x, x.shape[x.dim() - dims :], weight, bias, eps)
+        if forward_over_forward():
+            mean, inverse = statistics(x, _over(dims), eps)
+            return affine((wide(x) - mean) * inverse, weight, bias).to(x.dtype), mean, inverse
+        if mean.dtype in HALF:
+            return y, *statistics(x, _over(dims), eps)
+        return y, mean, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        x, weight, bias, ctx.dims, _ = inputs
+        save(ctx, x, *output[1:], weight)
+        ctx.bias = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: _Optional, d_mean: _Optional, d_inverse: _Optional) -> tuple[_Optional, ...]:
+        x, mean, inverse, weight = ctx.saved_tensors
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
+        standard = (wide(x) - mean) * inverse
+        dy = torch.zeros_like(standard) if dy is None else wide(dy)
+        dx = dw = db = None
+        if needs_dx:
+            over = _over(ctx.dims)
+            g = centred(affine(dy, weight, None), over)
+            product_mean = (g * standard).mean(over, keepdim=True)
+            by_statistics = statistics_backward(d_mean, d_inverse, inverse, x.numel() // max(mean.numel(), 1))
+            dx = standardize_backward(g, standard, inverse, product_mean, by_statistics).to(x.dtype)
+        if needs_dw:
+            dw = _sum_of_examples(dy * standard, ctx.dims).to(weight.dtype)
+        if needs_db:
+            db = _sum_of_examples(dy, ctx.dims).to(ctx.bias)
+        return dx, dw, db, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: _Optional, dw: _Optional, db: _Optional, *_: None) -> tuple[torch.Tensor, ...]:
+        x, mean, inverse, weight = ctx.saved_tensors
+        standard = (wide(x) - mean) * inverse
+        d_mean, d_inverse = torch.zeros_like(mean), torch.zeros_like(inverse)
+        change = None
+        if dx is not None:
+            change, d_mean, d_inverse = tangents(wide(dx), standard, inverse, _over(ctx.dims))
+        return affine_tangent(change, standard, weight, dw, db).to(x.dtype), d_mean, d_inverse
+
+
+def layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """As `torch.nn.functional.layer_norm`: `input` (*, S), `weight` and `bias` S or None, `normalized_shape` S.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit, in torch's words.
+
+    Example:
+        >>> layer_norm(torch.tensor([[1.0, 3.0]]), (2,), eps=1e-12)
+        tensor([[-1.,  1.]])
+    """
+    tensors = (input, weight, bias)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(layer_norm, tensors, input, normalized_shape, weight=weight, bias=bias, eps=eps)
+    dims = len(normalized_shape) if isinstance(normalized_shape, Sequence) else 0
+    if not dims or tuple(input.shape[-dims:]) != tuple(normalized_shape):  # torch's error about it
+        return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+    if input.is_cuda and under_autocast(input):  # on the CPU torch leaves the dtype as it is
+        return cast_apply(LayerNorm, torch.float32, input, weight, bias, dims, eps)[0]
+    return LayerNorm.apply(input, weight, bias, dims, eps)[0]
