@@ -72,6 +72,9 @@ def kernels():
     for formula in (*PURE, pointwise.sigmoid_backward, pointwise.tanh_backward, pointwise.relu_backward):
         yield formula.formula, [torch.ones(2)] * len(formula.formula.tensors), {}
     yield pointwise.leaky_relu_backward.formula, [torch.ones(2)] * 2, {"negative_slope": 0.1}
+    yield pointwise.softplus_backward.formula, [torch.ones(2)] * 2, {"beta": 1.0, "threshold": 20.0}
+    for formula in (pointwise.gelu_backward, pointwise.gelu_tanh_backward, pointwise.silu_backward):
+        yield formula.formula, [torch.ones(2)] * 2, {}
     for formula in (squared_error_backward, bce_backward, bce_target_backward):
         yield formula.formula, [None, torch.ones(2), torch.ones(2)], {"scale": 1.0}
     yield bce_logits_backward.formula, [torch.ones(2)] * 4, {"scale": 1.0}

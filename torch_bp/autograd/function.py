@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,12 @@ class Function(torch.autograd.Function):
         for twin in {cls, cls._eager}:
             twin.__name__ = twin.__qualname__ = camel
             twin._backward_cls.__name__ = camel + "Backward"  # type: ignore[attr-defined]
+
+    @classmethod
+    def name_arguments(cls, *names: str) -> None:
+        """State the arguments of a `forward` that takes any number of them: Dynamo counts them to know its way."""
+        named = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
+        cls.forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
 
     @classmethod
     def apply(cls, *args: Any) -> Any:

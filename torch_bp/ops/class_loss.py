@@ -42,7 +42,7 @@ def from_above(
     if weight is None:
         if reduction == NONE:
             return torch.where(counted, dy.reshape(-1, 1), 0), None, None
-        return None, dy / counted.sum().clamp(min=1) if reduction == MEAN else dy, None
+        return None, dy / counted.sum() if reduction == MEAN else dy, None
     weights = torch.where(counted, weight.to(dy.dtype)[torch.where(counted, labels, 0)], 0)
     rows = dy.reshape(-1, 1) if reduction == NONE else dy / weights.sum() if reduction == MEAN else dy
     return torch.where(counted, rows * weights, 0), None, torch.where(counted, rows, 0)

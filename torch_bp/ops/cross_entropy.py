@@ -60,7 +60,7 @@ def label_slope(z, target, rows=None, factor=None, top=None, total=None, *, scal
         return factor * p - rows * true
     if rows is not None:
         return rows * (p - true)
-    return scale * ((target != ignored) * (p - true))
+    return where(target == ignored, 0 * p, scale * (p - true))
 
 
 @formula(per_row=("rows",))

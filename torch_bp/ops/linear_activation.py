@@ -99,6 +99,7 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
             dy = derivative(dz, kept, **dict(zip(parameters, ctx.values)))
             return dy if from_output else (dy, None)
 
+    LinearActivation.name_arguments("a", "weight", "bias", *parameters)
     LinearActivation.rename(f"linear_{spec.name}")
 
     def function(

@@ -24,6 +24,7 @@ _MADE_BY = {
     "SoftmaxBackward": "softmax",
     "SigmoidBackward": "sigmoid",
     "LinearBackward": "linear",
+    "LinearSigmoidBackward": "sigmoid",
     "AddmmBackward": "linear",
     "MmBackward": "product",
     "ConvolutionBackward": "product",

@@ -112,6 +112,7 @@ def activation(
             (saved,) = ctx.saved_tensors
             return derivative(dz, saved, **ctx.keywords)
 
+    Node.name_arguments("z", *parameters)
     Node.rename(name)
     apply = Node.apply
 
