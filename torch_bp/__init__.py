@@ -15,8 +15,21 @@ _FUNCTIONS = {  # and the modules they are in
     "conversion": "nn.convert",
     "convert": "nn.convert",
     "to_torch": "nn.convert",
+    "verify": "certificate",
 }
-__all__ = ["__version__", "autograd", "conversion", "convert", "kernels", "nn", "ops", "optim", "to_torch"]
+__all__ = [
+    "__version__",
+    "autograd",
+    "certificate",
+    "conversion",
+    "convert",
+    "kernels",
+    "nn",
+    "ops",
+    "optim",
+    "to_torch",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -291,9 +291,7 @@ def test_the_summary_reads_well():
     assert text.split("\n") == [
         "torch_bp's: Linear (0, 1, 2, 3, 4, 5 and 2 more)",
         "torch's, to be swapped by convert: none",
-        "left alone:",
-        "  8: torch_bp has no Dropout of its own",
-        "  9: Doubled is a subclass of torch.nn.Linear",
+        "left alone: Doubled is a subclass of torch.nn.Linear (9), torch_bp has no Dropout of its own (8)",
     ]
     assert "Linear (the model itself)" in str(torch_bp.conversion(nn.Linear(3, 2)))
     assert str(torch_bp.conversion(nn.Linear(3, 2))).endswith("left alone: none")

@@ -65,8 +65,7 @@ def convert(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module
         >>> print(conversion(model))
         torch_bp's: Linear (0), ReLU (1)
         torch's, to be swapped by convert: none
-        left alone:
-          2: torch_bp has no Dropout of its own
+        left alone: torch_bp has no Dropout of its own (2)
     """
     return _swap("convert", model, twins(), inplace)
 
@@ -100,12 +99,11 @@ class Conversion:
     kept: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [
-            f"torch_bp's: {_by_value(self.ours)}",
-            f"torch's, to be swapped by convert: {_by_value(self.torchs)}",
-            "left alone:" if self.kept else "left alone: none",
-        ]
-        return "\n".join([*lines, *(f"  {_named(path)}: {reason}" for path, reason in self.kept.items())])
+        return (
+            f"torch_bp's: {_by_value(self.ours)}\n"
+            f"torch's, to be swapped by convert: {_by_value(self.torchs)}\n"
+            f"left alone: {_by_value(self.kept)}"
+        )
 
 
 def conversion(model: torch.nn.Module) -> Conversion:
@@ -191,17 +189,13 @@ def _require_module(name: str, model: object) -> None:
         )
 
 
-def _by_value(classes: Mapping[str, str]) -> str:
-    """List paths by class: "Linear (0, 2), ReLU (1)"."""
+def _by_value(named: Mapping[str, str]) -> str:
+    """List paths by class or reason: "Linear (0, 2), ReLU (1)"."""
     paths: dict[str, list[str]] = {}
-    for path, name in classes.items():
-        paths.setdefault(name, []).append(_named(path))
+    for path, name in named.items():
+        paths.setdefault(name, []).append(path or "the model itself")
     return ", ".join(f"{name} ({_shortened(found)})" for name, found in sorted(paths.items())) or "none"
 
 
 def _shortened(paths: list[str], most: int = 6) -> str:
     return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
-
-
-def _named(path: str) -> str:
-    return path or "the model itself"
