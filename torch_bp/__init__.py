@@ -1,19 +1,40 @@
 """torch_bp: PyTorch layers, optimizers and schedules with hand-written backward and update rules.
 
 `torch_bp.nn`, `torch_bp.nn.functional`, `torch_bp.optim` and `torch_bp.optim.lr_scheduler` mirror torch's modules of
-the same name. Sub-packages load when they are first used: importing `torch_bp` alone imports neither them nor Numba,
+the same name. `convert` and `to_torch` swap the modules of a model, `conversion` tells whose they are, and `verify`
+compares both. All of it loads when it is first used: importing `torch_bp` alone imports neither sub-packages nor Numba,
 Triton, Lightning or TensorBoard.
 """
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from torch_bp._version import __version__
 
-__all__ = ["__version__", "autograd", "kernels", "nn", "ops", "optim"]
+_FUNCTIONS = {  # and the modules they are in
+    "conversion": "nn.convert",
+    "convert": "nn.convert",
+    "to_torch": "nn.convert",
+    "verify": "certificate",
+}
+__all__ = [
+    "__version__",
+    "autograd",
+    "certificate",
+    "conversion",
+    "convert",
+    "kernels",
+    "nn",
+    "ops",
+    "optim",
+    "to_torch",
+    "verify",
+]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"torch_bp.{_FUNCTIONS[name]}"), name)
     if name in __all__:
         return importlib.import_module(f"torch_bp.{name}")
     raise AttributeError(f"module 'torch_bp' has no attribute {name!r}")
