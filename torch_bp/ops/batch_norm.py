@@ -46,6 +46,33 @@ def _per_channel(values: Any, x: torch.Tensor) -> Any:
     return None if values is None else wide(values).view(1, -1, *[1] * (x.dim() - 2))
 
 
+def batch_norm_backward(
+    dy: _Optional,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    inverse: torch.Tensor,
+    weight: Any,
+    bias_dtype: Any,
+    wanted: tuple[bool, bool, bool],
+    d_mean: _Optional = None,
+    d_inverse: _Optional = None,
+) -> tuple[_Optional, _Optional, _Optional]:
+    """The gradients at x, w and b, where `wanted`, of a batch with these statistics."""
+    rows, standard = _rows(x), (wide(x) - mean) * inverse
+    dy = torch.zeros_like(standard) if dy is None else wide(dy)
+    dx: Any = None
+    dw: Any = None
+    n, db = x.numel() // mean.numel(), dy.sum(rows)
+    if wanted[0] or wanted[1]:
+        d = dy - _per_channel(db / n, x)
+        dw = (d * standard).sum(rows)
+    if wanted[0]:
+        slope = affine(inverse, _per_channel(weight, x), None)
+        by_statistics = statistics_backward(d_mean, d_inverse, inverse, n)
+        dx = standardize_backward(d, standard, slope, _per_channel(dw / n, x), by_statistics).to(x.dtype)
+    return dx, dw.to(weight.dtype) if wanted[1] else None, db.to(bias_dtype) if wanted[2] else None
+
+
 class BatchNorm(Function):
     """y, m and r of a batch. The running statistics are updated on the way."""
 
@@ -77,21 +104,9 @@ class BatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, dy: _Optional, d_mean: _Optional, d_inverse: _Optional) -> tuple[_Optional, ...]:
         x, mean, inverse, weight = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        rows, standard = _rows(x), (wide(x) - mean) * inverse
-        dy = torch.zeros_like(standard) if dy is None else wide(dy)
-        dx: Any = None
-        dw: Any = None
-        n, db = x.numel() // mean.numel(), dy.sum(rows)
-        if needs_dx or needs_dw:
-            d = dy - _per_channel(db / n, x)
-            dw = (d * standard).sum(rows)
-        if needs_dx:
-            slope = affine(inverse, _per_channel(weight, x), None)
-            by_statistics = statistics_backward(d_mean, d_inverse, inverse, n)
-            dx = standardize_backward(d, standard, slope, _per_channel(dw / n, x), by_statistics).to(x.dtype)
-        dw = dw.to(weight.dtype) if needs_dw else None
-        return dx, dw, db.to(ctx.bias) if needs_db else None, None, None, None, None
+        wanted = ctx.needs_input_grad[:3]
+        slopes = batch_norm_backward(dy, x, mean, inverse, weight, ctx.bias, wanted, d_mean, d_inverse)
+        return *slopes, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: _Optional, dw: _Optional, db: _Optional, *_: None) -> tuple[torch.Tensor, ...]:
@@ -144,7 +159,7 @@ class FixedBatchNorm(Function):
         return affine_tangent(None if dx is None else wide(dx) / root, standard, *parameters).to(x.dtype)
 
 
-def _served(x: torch.Tensor, per_channel: tuple[_Optional, ...], training: bool, eps: float) -> bool:
+def normalizable(x: torch.Tensor, per_channel: tuple[_Optional, ...], training: bool, eps: float) -> bool:
     """True where the equations hold; the rest is torch's: its errors, and batches without a number."""
     if x.dim() < 2 or not x.numel() or eps < 0:
         return False
@@ -183,7 +198,7 @@ def batch_norm(
     if has_torch_function_variadic(*tensors):
         more = {"weight": weight, "bias": bias, "training": training, "momentum": momentum, "eps": eps}
         return handle_torch_function(batch_norm, tensors, *tensors[:3], **more)  # type: ignore[arg-type]
-    if not _served(input, tensors[1:], training, eps):
+    if not normalizable(input, tensors[1:], training, eps):
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
         return FixedBatchNorm.apply(input, weight, bias, running_mean, running_var, eps)
