@@ -136,7 +136,7 @@ def test_batch_norm_activation(activation, shape):
 def test_an_activation_that_cannot_be_joined(kind):
     sizes = (4, 3) if kind is ours.LinearActivation else (4,)
     with pytest.raises(
-        TypeError, match=r"activation must be one of Sigmoid, .* got torch\.nn\.modules\.activation\.ReLU"
+        TypeError, match=r"activation must be one of Sigmoid, .* got .*activation.ReLU"
     ):
         kind(*sizes, torch.nn.ReLU())
 
