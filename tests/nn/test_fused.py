@@ -135,9 +135,7 @@ def test_batch_norm_activation(activation, shape):
 @pytest.mark.parametrize("kind", [ours.LinearActivation, ours.BatchNormActivation])
 def test_an_activation_that_cannot_be_joined(kind):
     sizes = (4, 3) if kind is ours.LinearActivation else (4,)
-    with pytest.raises(
-        TypeError, match=r"activation must be one of Sigmoid, .* got .*activation.ReLU"
-    ):
+    with pytest.raises(TypeError, match=r"activation must be one of Sigmoid, .* got .*activation.ReLU"):
         kind(*sizes, torch.nn.ReLU())
 
 
