@@ -1,8 +1,9 @@
 """A formula over the rows of matrices: what `@formula(per_row=...)` makes of a function.
 
-Arguments are matrices (R, C), columns (R, 1) that hold one value per row, and columns of class indices. `row_sum` and
-`row_max` turn one value per element into one per row. As torch operations these are sums with `keepdim` and
-broadcasting; as a kernel each row is read as often as there are sums that wait for another, and stays in the cache.
+Arguments are matrices (R, C), columns (R, 1) that hold one value per row, rows (C) that hold one per column, and
+columns of class indices. `row_sum` and `row_max` turn one value per element into one per row. As torch operations these
+are sums with `keepdim` and broadcasting; as a kernel each row is read as often as there are sums that wait for another,
+and stays in the cache.
 """
 
 from __future__ import annotations
@@ -49,19 +50,29 @@ class RowFormula(Formula):
     """As `Formula`, over rows.
 
     Attributes:
-        kinds: for each positional argument "tensor" (R, C), "row" (R, 1) or "label", class indices (R, 1) of int64.
+        kinds: for each positional argument "tensor" (R, C), "row" (R, 1), "column" (C) or "label", class indices
+            (R, 1) of int64.
     """
 
     def __init__(
-        self, function: Callable[..., Any], per_row: Sequence[str], labels: Sequence[str], static: Sequence[str] = ()
+        self,
+        function: Callable[..., Any],
+        per_row: Sequence[str],
+        per_column: Sequence[str],
+        labels: Sequence[str],
+        static: Sequence[str] = (),
     ) -> None:
         super().__init__(function, (), static)
         self.check_names("per_row", per_row, self.tensors)
+        self.check_names("per_column", per_column, self.tensors)
         self.check_names("labels", labels, self.tensors)
-        self.kinds = {n: "label" if n in labels else "row" if n in per_row else "tensor" for n in self.tensors}
+        named = {"row": per_row, "column": per_column, "label": labels}
+        self.kinds = {n: next((k for k, names in named.items() if n in names), "tensor") for n in self.tensors}
         self._kinds = tuple(self.kinds.values())
         if "tensor" not in self._kinds:
-            raise TypeError(f"formula {self.name}: an argument must be a matrix, but per_row and labels name them all.")
+            raise TypeError(
+                f"formula {self.name}: an argument must be a matrix, but per_row, per_column and labels name them all."
+            )
 
     def __call__(self, *tensors: Any, **keywords: Any) -> Any:
         """Compute the formula on matrices and columns; return its results."""
@@ -85,7 +96,8 @@ class RowFormula(Formula):
         if type(first) not in plain.PLAIN_TYPES or first.dim() != 2:
             return None
         shape, dtype, device = first.shape, first.dtype, first.device
-        column, addresses = (shape[0], 1), []
+        shapes = {"tensor": shape, "row": (shape[0], 1), "label": (shape[0], 1), "column": shape[1:]}
+        addresses = []
         try:
             for tensor, kind in zip(tensors, self._kinds):
                 if tensor is None:
@@ -93,7 +105,7 @@ class RowFormula(Formula):
                 if (
                     type(tensor) not in plain.PLAIN_TYPES
                     or tensor.layout is not torch.strided
-                    or tensor.shape != (shape if kind == "tensor" else column)
+                    or tensor.shape != shapes[kind]
                     or tensor.dtype is not (torch.int64 if kind == "label" else dtype)
                     or not tensor.is_contiguous()
                     or tensor.is_neg()

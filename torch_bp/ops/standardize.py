@@ -33,11 +33,6 @@ def statistics(x: torch.Tensor, over: tuple[int, ...], eps: float) -> tuple[torc
     return mean, (variance + eps).rsqrt()
 
 
-def centred(d: torch.Tensor, over: tuple[int, ...]) -> torch.Tensor:
-    """d - <d>."""
-    return d - d.mean(over, keepdim=True)
-
-
 def standardize_backward(
     d: torch.Tensor,
     standard: torch.Tensor,
