@@ -114,11 +114,7 @@ def few(pairs: int) -> int:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes in words.
-
-    >>> size(5120)
-    '5.1 kB'
-    """
+    """Return a number of bytes in words: "5.12 kB"."""
     power = min(3, int(math.log10(max(count, 1)) / 3))
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"
 
