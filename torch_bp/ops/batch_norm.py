@@ -22,11 +22,11 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, forward_over_forward, recomputing, save, tangents_possible
+from torch_bp.kernels import formula
 from torch_bp.kernels.program import HALF
 from torch_bp.ops.standardize import (
     affine,
     affine_tangent,
-    standardize_backward,
     statistics,
     statistics_backward,
     tangents,
@@ -46,6 +46,24 @@ def _per_channel(values: Any, x: torch.Tensor) -> Any:
     return None if values is None else wide(values).view(1, -1, *[1] * (x.dim() - 2))
 
 
+def _fitting(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One value per channel as formulas over rows take it beside a matrix, and as (1, C, *) beside more dimensions."""
+    return values.reshape(-1) if x.dim() == 2 else values.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+@formula(per_column=("mean", "inverse", "db"))
+def weight_terms(dy, x, mean, inverse, db, *, count):
+    """What dw is the sum of: d x^."""
+    return (dy - db / count) * ((x - mean) * inverse)
+
+
+@formula(per_column=("mean", "inverse", "db", "dw", "weight"))
+def batch_norm_slope(dy, x, mean, inverse, db, dw, weight=None, *, count):
+    """dx for given statistics: w r (d - x^ dw / n)."""
+    slope = inverse if weight is None else weight * inverse
+    return slope * (dy - db / count - (x - mean) * inverse * (dw / count))
+
+
 def batch_norm_backward(
     dy: _Optional,
     x: torch.Tensor,
@@ -58,18 +76,22 @@ def batch_norm_backward(
     d_inverse: _Optional = None,
 ) -> tuple[_Optional, _Optional, _Optional]:
     """The gradients at x, w and b, where `wanted`, of a batch with these statistics."""
-    rows, standard = _rows(x), (wide(x) - mean) * inverse
-    dy = torch.zeros_like(standard) if dy is None else wide(dy)
+    rows, n = _rows(x), x.numel() // mean.numel()
+    dy, wide_x = torch.zeros_like(wide(x)) if dy is None else wide(dy), wide(x)
+    mean_of, inverse_of = _fitting(mean, x), _fitting(inverse, x)
     dx: Any = None
     dw: Any = None
-    n, db = x.numel() // mean.numel(), dy.sum(rows)
+    db = dy.sum(rows)
     if wanted[0] or wanted[1]:
-        d = dy - _per_channel(db / n, x)
-        dw = (d * standard).sum(rows)
+        dw = weight_terms(dy, wide_x, mean_of, inverse_of, _fitting(db, x), count=float(n)).sum(rows)
     if wanted[0]:
-        slope = affine(inverse, _per_channel(weight, x), None)
+        sums = _fitting(db, x), _fitting(dw, x)
+        scale = None if weight is None else _fitting(wide(weight), x)
+        dx = batch_norm_slope(dy, wide_x, mean_of, inverse_of, *sums, scale, count=float(n))
         by_statistics = statistics_backward(d_mean, d_inverse, inverse, n)
-        dx = standardize_backward(d, standard, slope, _per_channel(dw / n, x), by_statistics).to(x.dtype)
+        if by_statistics is not None:
+            dx = dx + by_statistics[0] - (wide_x - mean) * inverse * by_statistics[1]
+        dx = dx.to(x.dtype)
     return dx, dw.to(weight.dtype) if wanted[1] else None, db.to(bias_dtype) if wanted[2] else None
 
 
