@@ -53,16 +53,16 @@ def layer_norm_slope(dy, x, mean, inverse, weight=None, *, count):
     return inverse * (g - standard * (row_sum(g * standard) / count))
 
 
-def _slope(dy: Any, x: torch.Tensor, mean: Any, inverse: Any, weight: Any, dims: int) -> torch.Tensor:
-    """`layer_norm_slope` of examples of any shape."""
-    count = math.prod(x.shape[x.dim() - dims :])
-    if not x.numel():
-        return dy * x
+@formula(per_row=("mean", "inverse"))
+def weight_terms(dy, x, mean, inverse):
+    """What dw is the sum of: dy x^."""
+    return dy * ((x - mean) * inverse)
+
+
+def _as_matrices(dy: Any, x: torch.Tensor, mean: Any, inverse: Any, count: int) -> tuple[torch.Tensor, ...]:
+    """See examples of any shape as rows of `count` numbers, and their statistics as columns."""
     rows = x.numel() // count
-    matrices = (t.reshape(rows, count) for t in (dy, x))
-    columns = (t.reshape(rows, 1) for t in (mean, inverse))
-    weight = None if weight is None else weight.reshape(-1)
-    return layer_norm_slope(*matrices, *columns, weight, count=float(count)).view(x.shape)
+    return *(t.reshape(rows, count) for t in (dy, x)), *(t.reshape(rows, 1) for t in (mean, inverse))
 
 
 class LayerNorm(Function):
@@ -93,15 +93,22 @@ class LayerNorm(Function):
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         dy = torch.zeros_like(x) if dy is None else dy
         wide_x, dy = wide(x), wide(dy)
-        by_statistics = statistics_backward(d_mean, d_inverse, inverse, x.numel() // max(mean.numel(), 1))
-        standard: Any = (wide_x - mean) * inverse if needs_dw or by_statistics else None
-        dx = dw = db = None
-        if needs_dx:
-            dx = _slope(dy, wide_x, mean, inverse, None if weight is None else wide(weight), ctx.dims)
-            dx = dx if by_statistics is None else dx + by_statistics[0] - standard * by_statistics[1]
-            dx = dx.to(x.dtype)
-        if needs_dw:
-            dw = _sum_of_examples(dy * standard, ctx.dims).to(weight.dtype)
+        count = math.prod(x.shape[x.dim() - ctx.dims :])
+        dx: Any = None
+        dw = db = None
+        if not x.numel():
+            dx, dw = dy * wide_x, _sum_of_examples(dy * wide_x, ctx.dims) if needs_dw else None
+        else:
+            matrices = _as_matrices(dy, wide_x, mean, inverse, count)
+            if needs_dx:
+                scale = None if weight is None else wide(weight).reshape(-1)
+                dx = layer_norm_slope(*matrices, scale, count=float(count)).view(x.shape)
+            if needs_dw:
+                dw = weight_terms(*matrices).sum(0).view(weight.shape)
+        by_statistics = statistics_backward(d_mean, d_inverse, inverse, count)
+        if needs_dx and by_statistics is not None:
+            dx = dx + by_statistics[0] - (wide_x - mean) * inverse * by_statistics[1]
+        dx, dw = dx.to(x.dtype) if needs_dx else None, dw.to(weight.dtype) if dw is not None else None
         if needs_db:
             db = _sum_of_examples(dy, ctx.dims).to(ctx.bias)
         return dx, dw, db, None, None
