@@ -116,7 +116,7 @@ def load(path: str) -> Any:
         raise UsageError(f"path: {path!r} must be MODULE:NAME, such as my_package.models:make.")
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise UsageError(f"{path}: importing {module} raised {type(error).__name__}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -126,5 +126,5 @@ def load(path: str) -> Any:
         return found
     try:
         return found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{path}: calling it without arguments raised {type(error).__name__}: {error}") from error

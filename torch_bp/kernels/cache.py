@@ -23,7 +23,7 @@ from types import ModuleType
 def folder() -> Path | None:
     """Return the folder of kernels, made if needed, or None where nothing can be written or trusted."""
     base = os.environ.get("TORCH_BP_CACHE")
-    if base is None:
+    if not base:
         base = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_bp")
     path = Path(base).absolute()
     try:

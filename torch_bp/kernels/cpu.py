@@ -35,7 +35,8 @@ def usable() -> bool:
     """Say whether Numba can be loaded; if not, tell so once in the log."""
     try:
         with _uncollected():
-            importlib.import_module("numba")
+            if importlib.import_module("numba").config.DISABLE_JIT:
+                raise RuntimeError("NUMBA_DISABLE_JIT is set")
             with contextlib.suppress(ImportError, AttributeError):  # a Numba that is built otherwise starts more slowly
                 _spare_scipy()
                 importlib.import_module("numba.core.registry").cpu_target.target_context.refresh()
@@ -90,7 +91,12 @@ def _start_threads(threads: int) -> bool:
     """Start Numba's threads; False if only the thread pool that aborts on concurrent use is there."""
     import numba
 
-    numba.get_num_threads()
+    try:
+        numba.get_num_threads()
+    except Exception as error:  # the user asked for a threading layer that is not there
+        _log.warning("kernels run on one thread (%s: %s)", type(error).__name__, error)
+        _state["serial_only"] = True
+        return False
     # Both share one OpenMP library, and Numba sets its count there, which is torch's too.
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

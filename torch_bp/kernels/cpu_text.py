@@ -4,8 +4,8 @@ Three shapes: one pass over one tensor, one pass over a whole list of tensors gi
 over the rows of matrices. All are split into chunks that threads share. Traps that shaped the text:
 
 - Memory is reached through typed pointers that start at the chunk: an index computed in the loop blocks vectorisation.
-- `fastmath` allows contraction only. Reciprocals turn 1e-39 into Inf, the full set drops NaN. Sums of rows say
-  themselves that their order does not matter.
+- `fastmath` allows contraction only. Reciprocals turn 1e-39 into Inf, the full set drops NaN. Over rows it allows
+  nothing, since `g - row_sum(g) / n` of one column must be 0; only sums say that their order does not matter.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SPELLING = {
     "not": "not {0}",
     "one_hot": "(real(1) if i == {0} else real(0))",
 }
-_START = {"row_sum": "real(0)", "row_max": "real(-math.inf)"}
+_START = {"row_sum": "types.float64(0)", "row_max": "real(-math.inf)"}
 _GATHER = {"row_sum": "add({0}, {1})", "row_max": "larger({0}, {1})"}
 
 POINTER = '''
@@ -69,7 +69,7 @@ def pointer_to(kind):
     return pointer
 '''
 
-# The order of a sum is free, which lets LLVM add whole vectors; llvm.maximum lets NaN through.
+# Sums are kept in float64, and their order is free, which lets LLVM add whole vectors. llvm.maximum lets NaN through.
 _REDUCING = """
 labels = pointer_to(types.int64)
 
@@ -79,7 +79,7 @@ def add(typing_context, a, b):
     def code(context, builder, signature, arguments):
         return builder.fadd(*arguments, flags=("reassoc",))
 
-    return real(real, real), code
+    return types.float64(types.float64, types.float64), code
 
 
 @intrinsic
@@ -108,7 +108,7 @@ get_num_threads = types.ExternalFunction("get_num_threads", types.intp())
 set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.intp))
 
 
-@njit("void({signature})", cache=ON_DISK, nogil=True, parallel={parallel}, fastmath={{"contract"}}, error_model="numpy")
+@njit("void({signature})", cache=ON_DISK, nogil=True, parallel={parallel}, fastmath={fastmath}, error_model="numpy")
 '''
 
 
@@ -146,6 +146,7 @@ def _function(
         functions=vector.definitions(expression.operations, dtype) + _REDUCING * expression.by_rows,
         signature=", ".join(signature),
         parallel=parallel,
+        fastmath=set() if expression.by_rows else {"contract"},
     )
     if not parallel:
         return text + f"def run({', '.join(arguments)}):\n"
@@ -212,6 +213,7 @@ def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype
             body += _stores(spell, [(t, r) for t, r in results if not rows.per_row(r)], "i")
         if body:
             lines += ["for i in range(columns):", *(f"    {line}" for line in body)]
+        lines += [f"{spell.name(r)} = real({spell.name(r)})" for r in step.reductions if r.operation == "row_sum"]
     lines += _stores(spell, [(t, r) for t, r in results if rows.per_row(r)], "0")
     text += "".join(f"{indent}    {line}\n" for line in lines)
     return text + "    set_num_threads(before)\n" * parallel

@@ -143,6 +143,8 @@ def trace(
         ) from error
     results = result if isinstance(result, tuple) else (result,)
     outputs = tuple(r for r in results if r is not None)
+    if not outputs:
+        raise FormulaError(f"formula {name}: it must return a value per element, got None.")
     for position, output in enumerate(outputs):
         if not isinstance(output, Symbol) or output.kind not in ("tensor", "row"):
             raise FormulaError(

@@ -47,7 +47,7 @@ def _global_text(namespace: Mapping[str, Any], name: str) -> str:
     return repr(namespace.get(name))
 
 
-def _outernumbers(function: Callable[..., Any]) -> list[Callable[[], Any]]:
+def _outer_numbers(function: Callable[..., Any]) -> list[Callable[[], Any]]:
     """Return readers of the numbers in a function's closure and module, which a trace would freeze."""
     readers: list[Callable[[], Any]] = []
     for cell in function.__closure__ or ():
@@ -99,7 +99,7 @@ class Formula:
         self.updates = tuple(updates)
         self._defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
         self._programs: dict[Any, Program | None] = {}
-        self._outer = _outernumbers(function)
+        self._outer = _outer_numbers(function)
         self._by_tensors = not (self.static or self._outer or self.updates)  # they alone choose the kernel
         self.check_names("updates", self.updates, self.tensors)
         self.check_names("static", self.static, [p.name for p in keywords])

@@ -28,6 +28,17 @@ def unwatched() -> bool:
     )
 
 
+def eager() -> bool:
+    """True unless a transform, a tangent level or a tracer is at work; dispatch modes, which may come and go between a
+    forward and its recomputation, do not count."""
+    return not (
+        torch.compiler.is_dynamo_compiling()
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or _jit_tracing() is not None
+    )
+
+
 def reusable() -> bool:
     """True where a backward may write to a temporary of its own: vmap lacks a rule for some in-place operations."""
     return not torch.compiler.is_dynamo_compiling() and unwatched()

@@ -94,7 +94,7 @@ class Program:
                     f"None for one that is None, got {sum(expression.given)} for {', '.join(targets)}."
                 )
         else:
-            targets = [f"out{i}" for i in range(len(expression.outputs))]
+            targets = [f"_result{i}" for i in range(len(expression.outputs))]
         self.numba = engine == "numba"
         module: Any = cpu if self.numba else cuda
         text: Any = cpu_text if self.numba else cuda_text

@@ -28,7 +28,7 @@ class RowProgram:
         self.expression = expression
         self.numba = engine == "numba"
         module, text = (cpu, cpu_text) if self.numba else (cuda, cuda_text)
-        targets = [f"out{i}" for i in range(len(expression.outputs))]
+        targets = [f"_result{i}" for i in range(len(expression.outputs))]
         self.kernel: Any = module.Kernel(text.text_rows, expression, targets, dtype)  # type: ignore[attr-defined]
         self.per_row = [rows.per_row(output) for output in expression.outputs]
 
@@ -66,6 +66,11 @@ class RowFormula(Formula):
         self.check_names("per_row", per_row, self.tensors)
         self.check_names("per_column", per_column, self.tensors)
         self.check_names("labels", labels, self.tensors)
+        twice = {*per_row} & {*labels} | {*per_row} & {*per_column} | {*per_column} & {*labels}
+        if twice:
+            raise TypeError(
+                f"formula {self.name}: {', '.join(sorted(twice))} must be in one of per_row, per_column and labels."
+            )
         named = {"row": per_row, "column": per_column, "label": labels}
         self.kinds = {n: next((k for k, names in named.items() if n in names), "tensor") for n in self.tensors}
         self._kinds = tuple(self.kinds.values())

@@ -191,8 +191,6 @@ class Trace:
         return self._enter("number", (mask,), "row" if mask.kind == "row mask" else "tensor")
 
     def _reduce(self, operation: str, value: Symbol) -> Symbol:
-        if value.kind == "mask":
-            value = self._number(value)
         if value.kind not in ("tensor", "column"):
             value._refuse(f"{operation} of a {value.kind}", "it takes one value per element")
         return self._enter(operation, (value,), "row")

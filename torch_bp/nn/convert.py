@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 import torch_bp.nn
 from torch_bp.nn.activation import joinable
+from torch_bp.nn.batchnorm import BatchNormActivation
 from torch_bp.nn.linear import Linear
 from torch_bp.nn.linear_activation import LinearActivation
 from torch_bp.nn.mlp import bare
@@ -62,7 +63,8 @@ def convert(model: torch.nn.Module, *, inplace: bool = False, fuse: bool = False
             compute anew at every call (pruning), which deepcopy refuses, are copied without their graph.
         fuse: also make one `LinearActivation` of a `Linear` and the activation after it in a `Sequential`, and leave an
             `Identity` in the activation's place, so that `state_dict` keys stay. Modules with hooks, and those that
-            the model holds in more than one place, are left as they are.
+            the model holds in more than one place, are left as they are. Not for a model that calls the layers of a
+            `Sequential` one by one: the first then contains the second.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
@@ -99,8 +101,9 @@ def convert(model: torch.nn.Module, *, inplace: bool = False, fuse: bool = False
 def to_torch(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module:
     """Return the model with every module of torch_bp that has a twin in torch swapped for it: undo `convert`.
 
-    What `fuse=True` has joined comes apart. What torch lacks (`HalfMSELoss`) and subclasses of torch_bp's classes stay;
-    `conversion` lists them. Arguments, errors and what is kept are as in `convert`.
+    What `fuse=True` has joined comes apart. What torch lacks (`HalfMSELoss`, a `LinearActivation` with no `Identity`
+    after it) and subclasses of torch_bp's classes stay; `conversion` lists them. Arguments, errors and what is kept
+    are as in `convert`.
 
     Example:
         >>> type(to_torch(torch_bp.nn.Linear(3, 5)))
@@ -110,7 +113,7 @@ def to_torch(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Modul
     model = model if inplace else copied(model)
     for sequence, name, following in _neighbours(model):
         first = sequence[name]
-        if type(first) is LinearActivation and type(sequence[following]) is torch.nn.Identity and bare(first):
+        if _come_apart(sequence, name, following):
             sequence[following] = first._modules.pop("activation")
             first.__class__ = Linear  # type: ignore[assignment]
     return _swap("to_torch", model, {ours: theirs for theirs, ours in twins().items()}, True)
@@ -154,10 +157,15 @@ def conversion(model: torch.nn.Module) -> Conversion:
     _require_module("conversion", model)
     to_ours = twins()
     to_theirs = {ours: theirs for theirs, ours in to_ours.items()}
-    found = Conversion()
+    found, inner = Conversion(), _joined(model)
+    apart = {
+        sequence[name] for sequence, name, following in _neighbours(model) if _come_apart(sequence, name, following)
+    }
     for path, module in model.named_modules():
         name = parametrize.type_before_parametrizations(module).__name__
-        if _target(module, to_theirs) or type(module) is LinearActivation:
+        if module in inner:
+            continue
+        if _target(module, to_theirs) or module in apart:
             found.ours[path] = name
         elif _target(module, to_ours):
             found.torchs[path] = name
@@ -179,10 +187,17 @@ def copied(model: torch.nn.Module) -> torch.nn.Module:
 def _swap(name: str, model: torch.nn.Module, to: _Twins, inplace: bool) -> torch.nn.Module:
     _require_module(name, model)
     model = model if inplace else copied(model)
+    inner = _joined(model)
     for module in model.modules():
-        if target := _target(module, to):
+        if (target := _target(module, to)) and module not in inner:
             module.__class__ = target
     return model
+
+
+def _joined(model: torch.nn.Module) -> set[torch.nn.Module]:
+    """Return the activations inside of modules that are two in one, which must be torch_bp's."""
+    joint = (m for m in model.modules() if isinstance(m, LinearActivation | BatchNormActivation))
+    return {module.activation for module in joint}
 
 
 def _neighbours(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, str]]:
@@ -193,6 +208,12 @@ def _neighbours(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, s
             for pair in itertools.pairwise(list(sequence._modules)):
                 if all(uses[id(sequence._modules[name])] == 1 for name in pair):
                     yield sequence._modules, *pair  # type: ignore[misc]
+
+
+def _come_apart(sequence: Mapping[str, torch.nn.Module], name: str, following: str) -> bool:
+    """True for what `fuse=True` has joined."""
+    first, second = sequence[name], sequence[following]
+    return type(first) is LinearActivation and type(second) is torch.nn.Identity and bare(first)
 
 
 def _target(module: torch.nn.Module, to: _Twins) -> type | None:
@@ -209,6 +230,8 @@ def _target(module: torch.nn.Module, to: _Twins) -> type | None:
 def _reason(module: torch.nn.Module, to: _Twins) -> str:
     """Return why a module is left alone, or "" for a container that is of no concern."""
     kind = parametrize.type_before_parametrizations(module)
+    if kind in (LinearActivation, BatchNormActivation):
+        return f"torch has no {kind.__name__}"
     if kind in to:
         return f"the forward of this {kind.__name__} has been replaced on the instance"
     becomes = module.cls_to_become if isinstance(module, LazyModuleMixin) else None

@@ -15,6 +15,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torch_bp.nn.batchnorm import BatchNormActivation
+from torch_bp.nn.linear_activation import LinearActivation
+from torch_bp.nn.residual import Residual
+
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Functions that rectify: near 0 for negative values, near the identity for positive ones.
 RECTIFIERS = {
@@ -102,7 +106,12 @@ def in_order(model: nn.Module) -> dict[nn.Module, Follower]:
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that run one after the other."""
-    if type(module).forward is nn.Sequential.forward:
+    if isinstance(module, Residual):
+        yield from _parts(module.module)
+    elif isinstance(module, LinearActivation | BatchNormActivation):
+        yield module
+        yield module.activation
+    elif type(module).forward is nn.Sequential.forward or getattr(module, "runs_in_order", False):
         for child in module._modules.values():  # `children` leaves out what comes a second time
             if child is not None:
                 yield from _parts(child)

@@ -49,6 +49,8 @@ class MLP(torch.nn.Sequential):
         ['Linear', 'BatchNorm1d', 'Tanh', 'Linear']
     """
 
+    runs_in_order = True  # for what looks at the order of layers
+
     def __init__(
         self,
         sizes: Sequence[int],
@@ -65,7 +67,8 @@ class MLP(torch.nn.Sequential):
             raise ValueError(f"MLP: sizes must be at least two numbers of 1 or more, got {list(sizes)}.")
         if isinstance(norm, str) and norm not in _NORMS:
             raise ValueError(f"MLP: norm must be None, 'batch', 'layer' or a function of the width, got {norm!r}.")
-        activation_module(activation)  # refuses what is none, also where there is no hidden layer
+        activation_module(activation)  # these two refuse what is wrong also where there is no hidden layer
+        Dropout(dropout)
         options = {"device": device, "dtype": dtype}
         layers: list[torch.nn.Module] = []
         for width_in, width in itertools.pairwise(sizes[:-1]):
@@ -95,6 +98,8 @@ class MLP(torch.nn.Sequential):
 
 class _Joined(torch.nn.Sequential):
     """What a residual block of a fused network holds."""
+
+    runs_in_order = True
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return _run(self, input)

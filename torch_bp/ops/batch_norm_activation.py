@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from torch_bp.autograd.function import Function, recomputing, under_autocast
-from torch_bp.kernels.plain import reusable
+from torch_bp.kernels.plain import eager
 from torch_bp.kernels.program import HALF
 from torch_bp.ops.batch_norm import BatchNorm, batch_norm, batch_norm_backward, normalizable
 from torch_bp.ops.linear import linear, linear_backward
@@ -62,6 +62,8 @@ class BatchNormActivation(Function):
         eps, spec, values = ctx.options
         wanted = ctx.needs_input_grad[:_PARAMETERS]
         if torch.is_grad_enabled():  # to be differentiated again: the separate operations can be
+            # Views: what x itself was made from is not this node's to differentiate.
+            inputs = [None if t is None else t.view_as(t) for t in inputs]
             z = _apart(spec.function, values, inputs, (None, None, 0.0), eps)
             asked = [t for t, want in zip(inputs, wanted) if want]
             found = iter(torch.autograd.grad(z, asked, dz, create_graph=True))
@@ -135,7 +137,7 @@ def batch_norm_activation(
     inputs = (input, weight, bias, *(following or (None, None)))
     fused = (
         training
-        and reusable()
+        and eager()
         and all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in inputs)
         and input.dtype not in HALF
         and not under_autocast(input)

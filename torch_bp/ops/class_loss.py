@@ -26,9 +26,16 @@ def along_classes(weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return weight.view([-1 if d == class_dim(z) else 1 for d in range(z.dim())])
 
 
-def column(target: torch.Tensor) -> torch.Tensor:
-    """Return class indices as a column (R, 1); torch takes uint8 ones, in which -100 would be class 156."""
-    return target.long().reshape(-1, 1)
+def column(target: torch.Tensor, ignored: int) -> tuple[torch.Tensor, int]:
+    """Return class indices as a column (R, 1), and the index that is ignored.
+
+    Torch takes uint8 indices, in which -100 would be class 156. A kernel compares in float32: an index that has no
+    place there is replaced by -1.
+    """
+    labels = target.long().reshape(-1, 1)
+    if abs(ignored) < 2**24:
+        return labels, ignored
+    return torch.where(labels == ignored, -1, labels), -1
 
 
 def number(mask: torch.Tensor) -> torch.Tensor:
@@ -43,12 +50,12 @@ def from_above(
 
     None in the place of ones. Rows that are ignored have 0; where there is a number for all rows, formulas see to it.
     """
-    labels = column(target)
+    labels, ignored = column(target, ignored)
     counted = labels != ignored
     if weight is None:
         if reduction == NONE:
             return torch.where(counted, dy.reshape(-1, 1), 0), None, None
-        return None, dy / number(counted) if reduction == MEAN else dy, None
+        return None, dy / number(counted).clamp(min=1) if reduction == MEAN else dy, None
     weights = torch.where(counted, weight.to(dy.dtype)[torch.where(counted, labels, 0)], 0)
     rows = dy.reshape(-1, 1) if reduction == NONE else dy / weights.sum() if reduction == MEAN else dy
     return torch.where(counted, rows * weights, 0), None, torch.where(counted, rows, 0)

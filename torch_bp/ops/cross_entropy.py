@@ -19,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, cast_apply, transformed, under_autocast
 from torch_bp.kernels import exp, formula, log, one_hot, row_max, row_sum, where
-from torch_bp.kernels.plain import reusable
+from torch_bp.kernels.plain import eager
 from torch_bp.kernels.program import HALF
 from torch_bp.ops import pairing
 from torch_bp.ops.class_loss import (
@@ -96,6 +96,7 @@ def cross_entropy_backward(
         z, dy = z.float(), dy.float()
     spread = smoothing / classes
     rows, scale, even = from_above(dy, target, weight, reduction, ignored)
+    labels, ignored = column(target, ignored)
     options = {"scale": 1.0 if scale is None else scale, "hit": 1 - smoothing, "ignored": ignored}
     factor = None
     if weight is None:
@@ -103,7 +104,7 @@ def cross_entropy_backward(
     elif smoothing:
         even = spread * even  # rounded once for both terms, which cancel
         factor = (1 - smoothing) * rows + even * weight.to(dy.dtype).sum()
-    slope = label_slope(to_rows(z, dim), column(target), rows, factor, top, total, **options)
+    slope = label_slope(to_rows(z, dim), labels, rows, factor, top, total, **options)
     dz = from_rows(slope, z, dim)
     if factor is not None:
         even = even.reshape(z.select(dim, 0).shape).unsqueeze(dim)
@@ -189,7 +190,7 @@ class RowCrossEntropy(Function):
     ) -> tuple[torch.Tensor, ...]:
         dim = class_dim(z)
         rows = to_rows(z, dim)
-        labels = column(target)
+        labels, ignored = column(target, ignored)
         # Checks the labels as torch checks them; 0 for rows that are ignored.
         picked = -torch._C._nn.nll_loss_nd(rows, labels.view(-1), None, NONE, ignored)  # type: ignore[arg-type]
         options = {"hit": 1 - smoothing, "spread": smoothing / z.shape[dim], "smoothed": smoothing != 0}
@@ -247,17 +248,16 @@ class SoftCrossEntropy(ClassLoss):
         return sum(terms[1:], terms[0])
 
 
-def _by_rows(z: torch.Tensor, target: torch.Tensor, ignored: int) -> bool:
+def _by_rows(z: torch.Tensor, target: torch.Tensor) -> bool:
     """True if `RowCrossEntropy` may serve: nobody watches, and torch would take these arguments."""
     return (
-        reusable()
+        eager()
         and z.dtype in (torch.float32, torch.float64)
-        and target.dtype in (torch.int64, torch.uint8)
+        and (target.dtype is torch.int64 or (target.dtype is torch.uint8 and z.dim() == 2))
         and z.dim() > 0
         and z.numel() >= _WORTHWHILE
         and z.device == target.device
         and target.shape == (z.shape[:1] + z.shape[2:] if z.dim() > 1 else ())
-        and abs(ignored) < 2**24  # a kernel compares it in float32
         and not under_autocast(z)
     )
 
@@ -307,7 +307,7 @@ def cross_entropy(
     else:
         function, args = CrossEntropy, (input, target, weight, code, ignore_index, label_smoothing)
         no_gradient("cross_entropy", weight=weight)
-        if weight is None and _by_rows(input, target, ignore_index) and label_smoothing <= 1:
+        if weight is None and _by_rows(input, target) and label_smoothing <= 1:
             return RowCrossEntropy.apply(input, target, code, ignore_index, label_smoothing)[0]
     if under_autocast(input):
         return cast_apply(function, torch.float32, *args)

@@ -9,22 +9,15 @@ Backward, Algorithm 1, lines 8 and 9, with dz the error signal at z:
 Saved: a and W. The output is not.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, cast_apply, tangents_possible, under_autocast
+from torch_bp.ops.rows import to_rows
 
 _Optional = torch.Tensor | None
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """See any leading dimensions as one."""
-    if tensor.dim() == 2:
-        return tensor
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # -1 cannot be told from no features
 
 
 def _conjugate(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,12 +28,12 @@ def linear_backward(
     dz: torch.Tensor, a: Any, weight: Any, wanted: tuple[bool, bool, bool]
 ) -> tuple[_Optional, _Optional, _Optional]:
     """Algorithm 1, lines 8 and 9: the gradients at a, W and b, where `wanted`; a and W may be None where not needed."""
-    rows = _rows(dz)
+    rows = to_rows(dz, -1)
     da = dw = db = None
     if wanted[0]:
         da = dz @ _conjugate(weight)
     if wanted[1]:
-        dw = rows.t() @ _conjugate(_rows(a))
+        dw = rows.t() @ _conjugate(to_rows(a, -1))
     if wanted[2]:
         db = rows.sum(0)
     return da, dw, db
@@ -69,8 +62,10 @@ class Linear(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         a, weight, _ = inputs
         needs_da, needs_dw, _ = ctx.needs_input_grad
-        ctx.save_for_backward(a if needs_dw else None, weight if needs_da else None)
-        if tangents_possible():
+        if not tangents_possible():
+            ctx.save_for_backward(a if needs_dw else None, weight if needs_da else None)
+        else:  # vmap wants both to be alike
+            ctx.save_for_backward(a, weight)
             ctx.save_for_forward(a, weight)
 
     @staticmethod

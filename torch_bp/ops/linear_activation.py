@@ -51,6 +51,7 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
     if hasattr(activation, "after_linear"):
         return activation.after_linear
     # Functions, names and truth values: what Dynamo takes from a closure.
+    name = spec.name
     compute, derivative, parameters = spec.value, spec.derivative, spec.parameters
     by_name, from_output = hasattr(compute, "formula"), spec.saves is saves_output
     in_place, overwrites = _IN_PLACE.get(compute, compute), from_output and compute in _IN_PLACE
@@ -74,7 +75,8 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
                 ctx.mark_non_differentiable(kept)
                 ctx.set_materialize_grads(False)
             needs_da, needs_dw, _ = ctx.needs_input_grad[:3]
-            if from_output:  # else z may have to be computed again
+            # For forward mode, and where z may have to be computed again, all; vmap wants both tuples to be alike.
+            if from_output and not tangents_possible():
                 ctx.save_for_backward(a if needs_dw else None, weight if needs_da else None, None, kept)
             else:
                 ctx.save_for_backward(a, weight, bias, kept)
@@ -88,7 +90,8 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
             if dy is None:
                 return None, None, None, *nothing
             a, weight, bias, kept = ctx.saved_tensors
-            if not from_output and torch.is_grad_enabled():  # to be differentiated again: z depends on a, W and b
+            # To be differentiated again, in either mode: z depends on a, W and b
+            if not from_output and (torch.is_grad_enabled() or tangents_possible()):
                 kept = linear(a, weight, bias)
             dz = derivative(dy, kept, **dict(zip(parameters, ctx.values)))
             return *linear_backward(connected(dz, kept), a, weight, ctx.needs_input_grad[:3]), *nothing
@@ -108,11 +111,16 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
     def function(
         input: torch.Tensor, weight: torch.Tensor, bias: _Optional = None, *values: float, **named: float
     ) -> torch.Tensor:
+        if len(values) + len(named) != len(parameters) or not named.keys() <= {*parameters[len(values) :]}:
+            raise TypeError(
+                f"linear_{name}: after input, weight and bias it takes ({', '.join(parameters)}), got {values} {named}."
+            )
         values += tuple(named[n] for n in parameters[len(values) :])
         if has_torch_function_variadic(input, weight, bias):
             return handle_torch_function(function, (input, weight, bias), input, weight, bias, *values)
         if (
-            weight.dim() != 2
+            not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor))
+            or weight.dim() != 2
             or weight.is_complex()
             or (bias is not None and bias.dim() != 1)
             or input.is_nested

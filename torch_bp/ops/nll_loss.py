@@ -35,7 +35,8 @@ def nll_backward(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduc
     if dtype in HALF:
         z, dy = z.float(), dy.float()
     rows, scale, _ = from_above(dy, target, weight, reduction, ignored)
-    slope = nll_slope(to_rows(z, dim), column(target), rows, scale=1.0 if scale is None else scale, ignored=ignored)
+    labels, ignored = column(target, ignored)
+    slope = nll_slope(to_rows(z, dim), labels, rows, scale=1.0 if scale is None else scale, ignored=ignored)
     return from_rows(slope, z, dim).to(dtype)
 
 

@@ -8,7 +8,6 @@ Each activation is one formula and one line. `activation` makes a function of tw
 torch operation, or a formula) and the derivative.
 """
 
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torch_bp.autograd.function import Function, connected, save
-from torch_bp.kernels import erf, exp, formula, minimum, where
+from torch_bp.kernels import erf, exp, formula, where
 from torch_bp.kernels import sigmoid as logistic
 from torch_bp.kernels import tanh as tanh_of
 
@@ -167,7 +166,7 @@ def hardtanh_backward(dy, y, *, min_val, max_val):
 @formula
 def elu_backward(dy, z, *, alpha):
     """alpha e^z for z <= 0, else 1, also for NaN. The output alpha (e^z - 1) has lost e^z where that is small."""
-    return where(z <= 0, dy * alpha * exp(minimum(z, 0)), dy)
+    return where(z <= 0, dy * alpha * exp(where(z < 0, z, 0)), dy)
 
 
 @formula
@@ -183,17 +182,20 @@ def silu_backward(dy, z):
     return dy * gate * (1 + z * (1 - gate))
 
 
+# Numbers are written out below: Dynamo, told to expect any shapes, trips over names of numbers in a backward.
+
+
 @formula
 def gelu_backward(dy, z):
     """(z P(z))' = P(z) + z p(z): P = (1 + erf(z / sqrt 2)) / 2, its density p = e^(-z^2 / 2) / sqrt(2 pi)."""
-    return dy * (0.5 * (1 + erf(z * math.sqrt(0.5))) + z * exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
+    return dy * (0.5 * (1 + erf(z * 0.7071067811865476)) + z * exp(-0.5 * z * z) * 0.3989422804014327)
 
 
 @formula
 def gelu_tanh_backward(dy, z):
     """(z (1 + t) / 2)' = (1 + t) / 2 + z (1 - t^2) u' / 2, with t = tanh u and u = sqrt(2 / pi) (z + 0.044715 z^3)."""
-    t = tanh_of(math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z))
-    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+    t = tanh_of(0.7978845608028654 * (z + 0.044715 * z * z * z))
+    slope = 0.7978845608028654 * (1 + 0.134145 * z * z)
     return dy * 0.5 * (1 + t + z * (1 - t * t) * slope)
 
 
