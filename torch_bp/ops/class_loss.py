@@ -36,13 +36,14 @@ def from_above(
     """Return what multiplies the loss of each row: per row, as a number, and per row before class weights.
 
     None in the place of ones. Rows that are ignored have 0; where there is a number for all rows, formulas see to it.
+    Of no counted rows that number is divided by 1: dy / 0 would make NaN of the formulas' own derivatives.
     """
     labels = column(target)
     counted = labels != ignored
     if weight is None:
         if reduction == NONE:
             return torch.where(counted, dy.reshape(-1, 1), 0), None, None
-        return None, dy / counted.sum() if reduction == MEAN else dy, None
+        return None, dy / counted.sum().clamp(min=1) if reduction == MEAN else dy, None
     weights = torch.where(counted, weight.to(dy.dtype)[torch.where(counted, labels, 0)], 0)
     rows = dy.reshape(-1, 1) if reduction == NONE else dy / weights.sum() if reduction == MEAN else dy
     return torch.where(counted, rows * weights, 0), None, torch.where(counted, rows, 0)
