@@ -4,6 +4,7 @@ It is private to torch, so it may be missing one day.
 """
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +105,8 @@ def test_the_command(capsys, monkeypatch):
     heading, _, row, _ = capsys.readouterr().out.splitlines()
     assert heading.startswith("| class | module inputs |")
     assert row.startswith("| `Tanh` | 12 of 12 |")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    assert {heading, row} <= set(readme)
     monkeypatch.setattr(ours.Tanh, "forward", lambda self, input: input)
     monkeypatch.setattr("sys.argv", ["tests.conformance", "Tanh"])
     assert command.main() == 1
