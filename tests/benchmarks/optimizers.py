@@ -55,7 +55,7 @@ def _peers(group: str, workload: str) -> dict[str, dict]:
     return peers | {"compiled": {"compiled": True}}
 
 
-def measure(group: str) -> Iterator[Result]:
+def measure(group: str, pairs: int) -> Iterator[Result]:
     """Yield, for each optimizer and workload, the ratio to torch's default and to the fastest of torch's settings."""
     for what, (name, options) in (C1 if group == "C1" else C2).items():
         for workload, shapes in WORKLOADS.items():
@@ -73,7 +73,7 @@ def measure(group: str) -> Iterator[Result]:
                     step()
                     fresh.step()
                 _agree(fresh_params, their_params)
-                results[peer] = paired(ours.step, step, pairs=30)
+                results[peer] = paired(ours.step, step, pairs)
             best = min((p for p in results if p != "default"), key=lambda p: results[p][4])
             targets = TARGETS[group][workload]
             yield Result(group, what, workload, "default", *results["default"], targets[0])

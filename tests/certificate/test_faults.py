@@ -209,14 +209,14 @@ def test_the_report(monkeypatch):
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     certificate = torch_bp.verify(model, x, checks=["outputs", "gradients", "per-example gradients"])
     lines = str(certificate).splitlines()
-    assert "1 module is torch_bp's; float32 on cpu" in lines[0]
+    assert "2 modules are torch_bp's; float32 on cpu" in lines[0]
     assert [line.split()[0] for line in lines[1:5]] == ["check", "outputs", "gradients", "per-example"]
     assert "torch cannot" in lines[4]
     assert lines[-1] == "It does not hold: gradients."
     assert not certificate
     read = json.loads(json.dumps(certificate.to_dict(), allow_nan=False))
     assert read["holds"] is False
-    assert read["modules"]["ours"] == {"0": "WrongLinear"}
+    assert read["modules"]["ours"] == {"0": "WrongLinear", "1": "BatchNorm1d"}
     assert [row["verdict"] for row in read["rows"]] == ["holds", "differs", "torch cannot"]
     assert read["rows"][0]["deviation"] == 0
     assert read["rows"][1]["deviation"] is None

@@ -55,11 +55,13 @@ def averaged(param, grad, average, largest=None, *, rate, beta, negative=False):
     return param - rate * grad / (sqrt(average) + 1e-8), average, None
 
 
-@formula(per_row=("r",), labels=("label",), static=("signed",))
-def rows(x, y, r, label, *, factor, signed=False):
+@formula(per_row=("r",), per_column=("c",), labels=("label",), static=("signed",))
+def rows(x, y, r, label, c=None, *, factor, signed=False):
     top = row_max(x)
     total = row_sum(exp(x - top) * (y > 0))
     centred = y - row_sum(where(x == top, total, abs(y))) * r
+    if c is not None:
+        centred = c * centred + row_sum(where(c > 0, c, y))
     counted = where((label != 1) & (r > 0), r, -r)
     return counted * centred + one_hot(label, x) * factor, top, -total if signed else total * factor
 
@@ -95,7 +97,8 @@ def matrices(shape, dtype, seed=0):
             x[number + 1, (7 * number) % shape[1]] = value
     r = torch.randn(shape[0], 1, generator=generator, dtype=torch.float64)
     label = torch.randint(-1, shape[1], (shape[0], 1), generator=generator)
-    return [t.to(dtype) for t in (x, y, r)] + [label]
+    c = torch.randn(shape[1], generator=generator, dtype=torch.float64)
+    return [*(t.to(dtype) for t in (x, y, r)), label, c.to(dtype)]
 
 
 def lists(dtype, seed=0, with_largest=True):

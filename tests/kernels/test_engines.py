@@ -30,10 +30,11 @@ def test_numba_agrees_with_torch(tried, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MATRICES)
 def test_rows_agree_with_torch(shape, dtype):
-    arguments = matrices(shape, dtype)
-    for signed in (False, True):
+    everything = matrices(shape, dtype)
+    for signed, arguments in ((False, everything), (True, [*everything[:4], None])):
         with use("torch"):
-            exact = rows(*(t.double() if t.is_floating_point() else t for t in arguments), factor=0.5, signed=signed)
+            wide = (t.double() if t is not None and t.is_floating_point() else t for t in arguments)
+            exact = rows(*wide, factor=0.5, signed=signed)
         with use("numba"):
             assert rows.formula._matrices(arguments, {"factor": 0.5, "signed": signed}) is not None
             actual = rows(*arguments, factor=0.5, signed=signed)
@@ -58,15 +59,16 @@ def test_rows_run_on_several_threads_as_on_one():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda x, y, r, label: (x.t().contiguous().t(), y, r, label),
-        lambda x, y, r, label: (x, y.double(), r, label),
-        lambda x, y, r, label: (x, y, torch.stack((r, r), 1)[:, 0], label),
-        lambda x, y, r, label: (x, y, r[:1], label),
-        lambda x, y, r, label: (x, y, r, label.int()),
-        lambda x, y, r, label: (x.requires_grad_(), y, r, label),
-        lambda x, y, r, label: (x[:0], y[:0], r[:0], label[:0]),
-        lambda x, y, r, label: (x[None], y[None], r, label),
-        lambda x, y, r, label: (x._neg_view(), y, r, label),
+        lambda x, y, r, label, c: (x.t().contiguous().t(), y, r, label, c),
+        lambda x, y, r, label, c: (x, y.double(), r, label, c),
+        lambda x, y, r, label, c: (x, y, torch.stack((r, r), 1)[:, 0], label, c),
+        lambda x, y, r, label, c: (x, y, r[:1], label, c),
+        lambda x, y, r, label, c: (x, y, r, label.int(), c),
+        lambda x, y, r, label, c: (x.requires_grad_(), y, r, label, c),
+        lambda x, y, r, label, c: (x[:0], y[:0], r[:0], label[:0], c),
+        lambda x, y, r, label, c: (x[None], y[None], r, label, c),
+        lambda x, y, r, label, c: (x._neg_view(), y, r, label, c),
+        lambda x, y, r, label, c: (x, y, r, label, c[None]),
     ],
 )
 def test_what_rows_leave_to_torch(change):

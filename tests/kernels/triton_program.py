@@ -59,6 +59,7 @@ def interpret():
 def kernels():
     """Every text that a program of the package may load: (formula's program, form, from_table)."""
     import torch_bp.ops.cross_entropy
+    import torch_bp.ops.layer_norm
     import torch_bp.ops.nll_loss
     import torch_bp.ops.softmax  # noqa: F401
     from torch_bp import optim
@@ -66,8 +67,8 @@ def kernels():
     from torch_bp.ops.binary_cross_entropy import bce_backward, bce_logits_backward, bce_target_backward
     from torch_bp.ops.squared_error import squared_error_backward
 
-    cross_entropy, nll_loss, softmax = (
-        sys.modules[f"torch_bp.ops.{name}"] for name in ("cross_entropy", "nll_loss", "softmax")
+    cross_entropy, layer_norm, nll_loss, softmax = (
+        sys.modules[f"torch_bp.ops.{name}"] for name in ("cross_entropy", "layer_norm", "nll_loss", "softmax")
     )
     for formula in (*PURE, pointwise.sigmoid_backward, pointwise.tanh_backward, pointwise.relu_backward):
         yield formula.formula, [torch.ones(2)] * len(formula.formula.tensors), {}
@@ -86,6 +87,7 @@ def kernels():
     yield cross_entropy.label_slope.formula, [torch.ones(2, 2)] * 2 + [None, None, None, None], labels
     yield cross_entropy.label_slope.formula, [torch.ones(2, 2)] * 2 + [None, None] + [torch.ones(2, 2)] * 2, labels
     yield cross_entropy.soft_slope.formula, [torch.ones(2, 2)] * 2 + [None], {}
+    yield layer_norm.layer_norm_slope.formula, [torch.ones(2, 2)] * 5, {"count": 2.0}
     yield nll_loss.nll_slope.formula, [torch.ones(2, 2)] * 2 + [None], {"ignored": -100}
     for kind, options in (
         (optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),

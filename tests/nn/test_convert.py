@@ -286,12 +286,12 @@ def test_no_module(name):
 
 
 def test_the_summary_reads_well():
-    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(8)), nn.Dropout(), Doubled(3, 3))
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(8)), nn.Softsign(), Doubled(3, 3))
     text = str(torch_bp.conversion(torch_bp.convert(model)))
     assert text.split("\n") == [
         "torch_bp's: Linear (0, 1, 2, 3, 4, 5 and 2 more)",
         "torch's, to be swapped by convert: none",
-        "left alone: Doubled is a subclass of torch.nn.Linear (9), torch_bp has no Dropout of its own (8)",
+        "left alone: Doubled is a subclass of torch.nn.Linear (9), torch_bp has no Softsign of its own (8)",
     ]
     assert "Linear (the model itself)" in str(torch_bp.conversion(nn.Linear(3, 2)))
     assert str(torch_bp.conversion(nn.Linear(3, 2))).endswith("left alone: none")

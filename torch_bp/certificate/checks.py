@@ -61,7 +61,7 @@ def gradients(side: Subject, wrap: Callable[..., Any] = lambda model: model) -> 
 
 
 def compiled(side: Subject) -> Tensors:
-    """As `gradients`, of the model compiled whole."""
+    """As `gradients`, of the model compiled whole, and its outputs without gradients, another way through Dynamo."""
 
     def wrap(model: torch.nn.Module) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,11 @@ def compiled(side: Subject) -> Tensors:
         fresh = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
         return torch.compile(fresh, fullgraph=True, backend="aot_eager")
 
-    return gradients(side, wrap)
+    found = gradients(side, wrap)
+    (args, kwargs), _ = side.arguments()
+    with torch.no_grad():
+        inference = outputs(wrap(side.fresh())(*args, **kwargs))
+    return {**found, **{f"{name} without gradients": tensor for name, tensor in inference.items()}}
 
 
 def autocast(side: Subject) -> Tensors:

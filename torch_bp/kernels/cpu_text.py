@@ -197,7 +197,7 @@ def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype
     kinds |= {t: r.kind for t, r in results}
     lines = []
     for name, kind in kinds.items():
-        stride = f"{dtype.itemsize} * columns" if kind == "tensor" else 8 if kind == "label" else dtype.itemsize
+        stride = {"tensor": f"{dtype.itemsize} * columns", "label": 8, "column": 0}.get(kind, dtype.itemsize)
         lines.append(f"p_{name} = {'labels' if kind == 'label' else 'pointer'}(a_{name} + row * {stride})")
     given = [n for n in expression.order if n.operation == "input" and rows.per_row(n)]
     lines += [f"in_{n.arguments[0]} = p_{n.arguments[0]}[0]" for n in given]

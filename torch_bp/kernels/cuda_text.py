@@ -229,9 +229,9 @@ def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype
     for node in expression.order:
         if node.operation == "input":
             name = node.arguments[0]
-            if not rows.per_row(node):
+            if node.kind == "tensor":
                 lines.append(f"p_{name} += row * columns")
-            else:
+            elif node.kind != "column":
                 kept = "" if node.kind == "label" else ".to(REAL)"
                 lines.append(f"in_{name} = tl.load(p_{name} + row){kept}")
     lines += [f"p_{t} += row * columns" for t, r in results if not rows.per_row(r)]

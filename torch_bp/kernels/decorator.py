@@ -33,6 +33,7 @@ def formula(
     updates: Sequence[str] = ...,
     static: Sequence[str] = ...,
     per_row: Sequence[str] | None = ...,
+    per_column: Sequence[str] = ...,
     labels: Sequence[str] = ...,
 ) -> Callable[[Callable[..., Any]], FormulaFunction]: ...
 def formula(
@@ -42,6 +43,7 @@ def formula(
     updates: Sequence[str] = (),
     static: Sequence[str] = (),
     per_row: Sequence[str] | None = None,
+    per_column: Sequence[str] = (),
     labels: Sequence[str] = (),
 ) -> Any:
     """Make a function of plain arithmetic run as torch operations, as a Numba kernel and as a Triton kernel.
@@ -58,6 +60,7 @@ def formula(
         per_row: makes it a formula over rows: tensors are then matrices (R, C), but for the positional arguments named
             here, columns (R, 1). `row_sum(x)` and `row_max(x)` give one value per row; a result may be per element or
             per row. `()` if all are matrices. Goes without `updates`.
+        per_column: names of positional arguments of a formula over rows that are (C), one value per column.
         labels: names of positional arguments of a formula over rows that are class indices, int64 (R, 1): for
             `one_hot(label, x)` and comparisons.
 
@@ -87,11 +90,11 @@ def formula(
         tensor([[ 0.2500, -0.2500]])
     """
     if function is None:
-        if per_row is None and not labels:
+        if per_row is None and not labels and not per_column:
             return lambda function: formula_function(Formula(function, updates, static))
         if updates:
-            raise TypeError("formula: per_row and labels go without updates.")
-        return lambda function: formula_function(RowFormula(function, per_row or (), labels, static))
+            raise TypeError("formula: per_row, per_column and labels go without updates.")
+        return lambda function: formula_function(RowFormula(function, per_row or (), per_column, labels, static))
     return formula_function(Formula(function))
 
 

@@ -84,20 +84,6 @@ def addresses(tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
     return found or None
 
 
-def contiguous(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> bool:
-    """True for plain memory of this device, dtype and shape, in row-major order."""
-    return (
-        type(tensor) in PLAIN_TYPES
-        and tensor.dtype is dtype
-        and tensor.shape == shape
-        and tensor.layout is _strided
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        and tensor.device == device
-        and tensor.data_ptr() != 0
-    )
-
-
 def have_memory(tensors: Iterable[torch.Tensor | None]) -> bool:
     """True unless some tensor has no address: a zero tensor, a freed storage, a tensor inside `is_grads_batched`."""
     try:

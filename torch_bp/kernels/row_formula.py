@@ -1,8 +1,9 @@
 """A formula over the rows of matrices: what `@formula(per_row=...)` makes of a function.
 
-Arguments are matrices (R, C), columns (R, 1) that hold one value per row, and columns of class indices. `row_sum` and
-`row_max` turn one value per element into one per row. As torch operations these are sums with `keepdim` and
-broadcasting; as a kernel each row is read as often as there are sums that wait for another, and stays in the cache.
+Arguments are matrices (R, C), columns (R, 1) that hold one value per row, rows (C) that hold one per column, and
+columns of class indices. `row_sum` and `row_max` turn one value per element into one per row. As torch operations these
+are sums with `keepdim` and broadcasting; as a kernel each row is read as often as there are sums that wait for another,
+and stays in the cache.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ class RowProgram:
         self.kernel: Any = module.Kernel(text.text_rows, expression, targets, dtype)  # type: ignore[attr-defined]
         self.per_row = [rows.per_row(output) for output in expression.outputs]
 
-    def __call__(self, tensors: Sequence[Any], first: torch.Tensor, keywords: Mapping[str, Any]) -> Any:
-        """Run over tensors that a kernel may serve; `first` is a matrix."""
+    def __call__(
+        self, tensors: Sequence[Any], first: torch.Tensor, addresses: list[int], keywords: Mapping[str, Any]
+    ) -> Any:
+        """Run over tensors that a kernel may serve; `first` is a matrix, `addresses` are theirs."""
         count, columns = first.shape
-        values = host_values(self.expression, keywords, self.numba)
+        values = host_values(self.expression, keywords, self.numba) if keywords or self.expression.scalars else ()
         results = [first.new_empty((count, 1)) if row else torch.empty_like(first) for row in self.per_row]
-        operands = [t for t in tensors if t is not None] + results
         if self.numba:
-            self.kernel.run(first.numel(), count, columns, *map(_address_of, operands), *values)
+            self.kernel.run(count * columns, count, columns, *addresses, *map(_address_of, results), *values)
         else:
-            self.kernel.run_rows(count, columns, operands, values)
+            self.kernel.run_rows(count, columns, [*(t for t in tensors if t is not None), *results], values)
         return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -48,18 +50,29 @@ class RowFormula(Formula):
     """As `Formula`, over rows.
 
     Attributes:
-        kinds: for each positional argument "tensor" (R, C), "row" (R, 1) or "label", class indices (R, 1) of int64.
+        kinds: for each positional argument "tensor" (R, C), "row" (R, 1), "column" (C) or "label", class indices
+            (R, 1) of int64.
     """
 
     def __init__(
-        self, function: Callable[..., Any], per_row: Sequence[str], labels: Sequence[str], static: Sequence[str] = ()
+        self,
+        function: Callable[..., Any],
+        per_row: Sequence[str],
+        per_column: Sequence[str],
+        labels: Sequence[str],
+        static: Sequence[str] = (),
     ) -> None:
         super().__init__(function, (), static)
         self.check_names("per_row", per_row, self.tensors)
+        self.check_names("per_column", per_column, self.tensors)
         self.check_names("labels", labels, self.tensors)
-        self.kinds = {n: "label" if n in labels else "row" if n in per_row else "tensor" for n in self.tensors}
-        if "tensor" not in self.kinds.values():
-            raise TypeError(f"formula {self.name}: an argument must be a matrix, but per_row and labels name them all.")
+        named = {"row": per_row, "column": per_column, "label": labels}
+        self.kinds = {n: next((k for k, names in named.items() if n in names), "tensor") for n in self.tensors}
+        self._kinds = tuple(self.kinds.values())
+        if "tensor" not in self._kinds:
+            raise TypeError(
+                f"formula {self.name}: an argument must be a matrix, but per_row, per_column and labels name them all."
+            )
 
     def __call__(self, *tensors: Any, **keywords: Any) -> Any:
         """Compute the formula on matrices and columns; return its results."""
@@ -68,32 +81,47 @@ class RowFormula(Formula):
         served = self._matrices(tensors, keywords)
         if served is None:
             return as_torch(self.function, (), self.tensors, tensors, keywords)
-        program, first = served
-        return program(tensors, first, keywords)
+        program, first, addresses = served
+        return program(tensors, first, addresses, keywords)
 
-    def _matrices(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[RowProgram, torch.Tensor] | None:
-        """Decide whether a kernel serves: it, and the first matrix; None for torch."""
-        if not plain.unwatched() or len(tensors) != len(self.tensors) or not numbers(keywords.values()):
+    def _matrices(
+        self, tensors: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> tuple[RowProgram, torch.Tensor, list[int]] | None:
+        """Decide whether a kernel serves: it, the first matrix and all addresses; None for torch."""
+        if not plain.unwatched() or len(tensors) != len(self._kinds) or plain.recording(tensors):
             return None
-        if plain.recording(tensors):
+        if keywords and not numbers(keywords.values()):
             return None
-        first: Any = next((t for t, k in zip(tensors, self.kinds.values()) if k == "tensor" and t is not None), None)
-        if type(first) not in plain.PLAIN_TYPES or first.dim() != 2 or not first.numel():
+        first: Any = next((t for t, k in zip(tensors, self._kinds) if k == "tensor" and t is not None), None)
+        if type(first) not in plain.PLAIN_TYPES or first.dim() != 2:
             return None
-        column = (first.shape[0], 1)
+        shape, dtype, device = first.shape, first.dtype, first.device
+        shapes = {"tensor": shape, "row": (shape[0], 1), "label": (shape[0], 1), "column": shape[1:]}
+        addresses = []
         try:
-            for tensor, kind in zip(tensors, self.kinds.values()):
+            for tensor, kind in zip(tensors, self._kinds):
                 if tensor is None:
                     continue
-                shape = first.shape if kind == "tensor" else column
-                dtype = torch.int64 if kind == "label" else first.dtype
-                if not plain.contiguous(tensor, first.device, dtype, shape):
+                if (
+                    type(tensor) not in plain.PLAIN_TYPES
+                    or tensor.layout is not torch.strided
+                    or tensor.shape != shapes[kind]
+                    or tensor.dtype is not (torch.int64 if kind == "label" else dtype)
+                    or not tensor.is_contiguous()
+                    or tensor.is_neg()
+                    or tensor.device != device
+                ):
                     return None
+                addresses.append(tensor.data_ptr())
         except RuntimeError:  # a tensor inside `is_grads_batched` has no address to ask for
             return None
-        absent = tuple(n for n, t in zip(self.tensors, tensors) if t is None)
+        if not all(addresses):  # empty tensors, zero tensors and freed storages
+            return None
+        absent: tuple[str, ...] = ()
+        if len(addresses) != len(tensors):
+            absent = tuple(n for n, t in zip(self.tensors, tensors) if t is None)
         program: Any = self._prepare(first, absent, keywords)
-        return None if program is None else (program, first)
+        return None if program is None else (program, first, addresses)
 
     def _program(self, serving: str, dtype: torch.dtype, absent: tuple[str, ...], keywords: Mapping[str, Any]) -> Any:
         static = self.static_values(keywords)

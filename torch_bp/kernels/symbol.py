@@ -26,7 +26,8 @@ class Symbol:
     """One node of the graph: an input, a constant or an operation on other nodes.
 
     `kind` is "tensor" (one value per element), "scalar" (one value per call) or "mask" (true or false per element). In
-    a formula over rows there are also "row" (one value per row), "row mask" and "label" (a class index per row).
+    a formula over rows there are also "row" (one value per row), "row mask", "label" (a class index per row) and
+    "column" (one value per column, which is one per element that every row shares).
     """
 
     __slots__ = ("arguments", "kind", "operation", "trace")
@@ -176,12 +177,12 @@ class Trace:
         if operation not in COMPARE and any(s.kind == "label" for s in symbols):
             symbols[0]._refuse("arithmetic on class indices", "compare them, or use one_hot(label, x)")
         if operation not in LOGIC and any("mask" in s.kind for s in values):
-            if not any(s.kind in ("tensor", "row") for s in values):
+            if not any(s.kind in ("tensor", "column", "row") for s in values):
                 symbols[0]._refuse("arithmetic on comparisons alone", "write where(condition, x, 0)")
             numbers = [self._number(s) if "mask" in s.kind else s for s in values]
             symbols = (*symbols[: len(symbols) - len(values)], *numbers)
         kinds = {s.kind for s in symbols}
-        per_row = "tensor" not in kinds and "mask" not in kinds and kinds != {"scalar"}
+        per_row = not kinds & {"tensor", "column", "mask"} and kinds != {"scalar"}
         if operation in COMPARE or operation in LOGIC:
             return self._enter(operation, symbols, "row mask" if per_row else "mask")
         return self._enter(operation, symbols, "scalar" if kinds == {"scalar"} else "row" if per_row else "tensor")
@@ -192,7 +193,7 @@ class Trace:
     def _reduce(self, operation: str, value: Symbol) -> Symbol:
         if value.kind == "mask":
             value = self._number(value)
-        if value.kind != "tensor":
+        if value.kind not in ("tensor", "column"):
             value._refuse(f"{operation} of a {value.kind}", "it takes one value per element")
         return self._enter(operation, (value,), "row")
 

@@ -17,9 +17,10 @@ from torch_bp.nn.activation import (
     Softplus,
     Tanh,
 )
-from torch_bp.nn.batchnorm import BatchNorm1d
+from torch_bp.nn.batchnorm import BatchNorm1d, BatchNormActivation
 from torch_bp.nn.dropout import Dropout
 from torch_bp.nn.linear import Linear
+from torch_bp.nn.linear_activation import LinearActivation
 from torch_bp.nn.loss import (
     BCELoss,
     BCEWithLogitsLoss,
@@ -28,6 +29,7 @@ from torch_bp.nn.loss import (
     MSELoss,
     NLLLoss,
 )
+from torch_bp.nn.mlp import MLP
 from torch_bp.nn.normalization import LayerNorm
 from torch_bp.nn.residual import Residual
 from torch_bp.ops import pairing

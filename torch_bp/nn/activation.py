@@ -1,7 +1,10 @@
 """Activations, eq. 12 to 16 and the smooth and bounded ones that came after, as modules."""
 
+from collections.abc import Callable
+
 import torch
 
+from torch_bp import ops
 from torch_bp.nn import functional as F
 
 
@@ -80,3 +83,54 @@ class LogSoftmax(torch.nn.LogSoftmax):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.log_softmax(input, self.dim, _stacklevel=5)
+
+
+# What a module computes, and which of its attributes are the parameters of that, for modules that contain it.
+_PARTS: dict[type, tuple[Callable[..., torch.Tensor], tuple[str, ...]]] = {
+    Sigmoid: (ops.sigmoid, ()),
+    Tanh: (ops.tanh, ()),
+    ReLU: (ops.relu, ()),
+    LeakyReLU: (ops.leaky_relu, ("negative_slope",)),
+    Hardtanh: (ops.hardtanh, ("min_val", "max_val")),
+    ELU: (ops.elu, ("alpha",)),
+    Softplus: (ops.softplus, ("beta", "threshold")),
+    SiLU: (ops.silu, ()),
+    GELU: (ops.gelu, ()),
+}
+_NAMES = {
+    **{kind.__name__.lower(): kind for kind in (Sigmoid, Tanh, ReLU, Hardtanh, ELU, Softplus, SiLU, GELU)},
+    "leaky_relu": LeakyReLU,
+}
+
+
+def parts(module: torch.nn.Module) -> tuple[Callable[..., torch.Tensor], tuple[float, ...]]:
+    """Return the function of `torch_bp.ops` that an activation module computes, and its parameters.
+
+    Raises:
+        TypeError: it is no pointwise activation of torch_bp.
+    """
+    found = _PARTS.get(type(module))
+    if found is None:
+        raise TypeError(
+            f"activation must be one of {', '.join(kind.__name__ for kind in _PARTS)} of torch_bp.nn, got "
+            f"{type(module).__module__}.{type(module).__name__}; torch_bp.convert gives torch's modules our classes."
+        )
+    function, names = found
+    if isinstance(module, GELU) and module.approximate == "tanh":
+        function = ops.gelu_tanh
+    return function, tuple(getattr(module, name) for name in names)
+
+
+def joinable(module: torch.nn.Module) -> bool:
+    """True if `parts` knows the module."""
+    return type(module) in _PARTS
+
+
+def activation_module(activation: str | torch.nn.Module) -> torch.nn.Module:
+    """Return the module of a name, or the module itself if it is one that `parts` knows."""
+    if not isinstance(activation, str):
+        parts(activation)
+        return activation
+    if activation not in _NAMES:
+        raise ValueError(f"activation must be one of {', '.join(_NAMES)}, or a module, got {activation!r}.")
+    return _NAMES[activation]()

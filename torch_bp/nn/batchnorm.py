@@ -1,9 +1,13 @@
 """Batch normalisation, sec. 9.3, as a module."""
 
+from typing import Any
+
 import torch
 
+from torch_bp import ops
 from torch_bp.autograd.function import recomputing
 from torch_bp.nn import functional as F
+from torch_bp.nn.activation import activation_module, parts
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
@@ -22,6 +26,10 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(input, *self.arguments(input))
+
+    def arguments(self, input: torch.Tensor) -> tuple[Any, ...]:
+        """Return what `batch_norm` takes after the input, checked and counted as one batch."""
         self._check_input_dim(input)
         tracking = self.training and self.track_running_stats
         if tracking and self.num_batches_tracked is not None and not recomputing():
@@ -33,8 +41,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         else:
             momentum = 0.0
         kept = tracking or not self.training
-        return F.batch_norm(
-            input,
+        return (
             self.running_mean if kept else None,
             self.running_var if kept else None,
             self.weight,
@@ -43,3 +50,30 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
             momentum,
             self.eps,
         )
+
+
+class BatchNormActivation(BatchNorm1d):
+    """`BatchNorm1d` and the activation after it, which keep one tensor of the batch's size for backward, not two.
+
+    Parameters, buffers and `state_dict` are those of `BatchNorm1d`. What is computed is what the two modules compute.
+
+    Args:
+        num_features: C of an input (N, C) or (N, C, L).
+        activation: a module, or its name in lower case: see `torch_bp.nn.LinearActivation`.
+        **options: as of `BatchNorm1d`: eps, momentum, affine, track_running_stats, device, dtype.
+
+    Raises:
+        TypeError, ValueError: the activation is none that can be joined.
+
+    Example:
+        >>> BatchNormActivation(3, "relu")(torch.randn(5, 3)).min()
+        tensor(0., grad_fn=<MinBackward1>)
+    """
+
+    def __init__(self, num_features: int, activation: str | torch.nn.Module = "relu", **options: Any) -> None:
+        super().__init__(num_features, **options)
+        self.activation = activation_module(activation)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        function, values = parts(self.activation)
+        return ops.batch_norm_activation(function, values, input, *self.arguments(input))

@@ -9,14 +9,21 @@ A class of `torch_bp.nn` that subclasses the one of its name in `torch.nn` is it
 """
 
 import copy
-from collections.abc import Mapping
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 import torch_bp.nn
+from torch_bp.nn.activation import joinable
+from torch_bp.nn.linear import Linear
+from torch_bp.nn.linear_activation import LinearActivation
+from torch_bp.nn.mlp import bare
 
 _Twins = Mapping[type, type]
 
@@ -36,7 +43,7 @@ def twins() -> dict[type, type]:
     }
 
 
-def convert(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module:
+def convert(model: torch.nn.Module, *, inplace: bool = False, fuse: bool = False) -> torch.nn.Module:
     """Return the model with every module of torch that `torch_bp.nn` has a class for swapped for that class.
 
     Parameters, buffers, hooks, training flags, tied weights, shared modules, pruning, parametrizations and attributes
@@ -53,34 +60,60 @@ def convert(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module
         model: any module. It may itself be one that is swapped.
         inplace: swap in the model itself; the default is a copy, as `copy.deepcopy` makes it. Tensors that hooks
             compute anew at every call (pruning), which deepcopy refuses, are copied without their graph.
+        fuse: also make one `LinearActivation` of a `Linear` and the activation after it in a `Sequential`, and leave an
+            `Identity` in the activation's place, so that `state_dict` keys stay. Modules with hooks, and those that
+            the model holds in more than one place, are left as they are.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Dropout())
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Conv1d(5, 5, 1))
         >>> model = convert(model)
         >>> type(model[0])
         <class 'torch_bp.nn.linear.Linear'>
         >>> print(conversion(model))
         torch_bp's: Linear (0), ReLU (1)
         torch's, to be swapped by convert: none
-        left alone: torch_bp has no Dropout of its own (2)
+        left alone: torch_bp has no Conv1d of its own (2)
+        >>> convert(model, fuse=True)[:2]
+        Sequential(
+          (0): LinearActivation(
+            in_features=3, out_features=5, bias=True
+            (activation): ReLU()
+          )
+          (1): Identity()
+        )
     """
-    return _swap("convert", model, twins(), inplace)
+    model = _swap("convert", model, twins(), inplace)
+    if fuse:
+        for sequence, name, following in _neighbours(model):
+            first, second = sequence[name], sequence[following]
+            if type(first) is Linear and joinable(second) and bare(first) and bare(second):
+                first.__class__ = LinearActivation
+                first.activation = second
+                sequence[following] = torch.nn.Identity()
+    return model
 
 
 def to_torch(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module:
     """Return the model with every module of torch_bp that has a twin in torch swapped for it: undo `convert`.
 
-    What torch lacks (`HalfMSELoss`) and subclasses of torch_bp's classes stay; `conversion` lists them. Arguments,
-    errors and what is kept are as in `convert`.
+    What `fuse=True` has joined comes apart. What torch lacks (`HalfMSELoss`) and subclasses of torch_bp's classes stay;
+    `conversion` lists them. Arguments, errors and what is kept are as in `convert`.
 
     Example:
         >>> type(to_torch(torch_bp.nn.Linear(3, 5)))
         <class 'torch.nn.modules.linear.Linear'>
     """
-    return _swap("to_torch", model, {ours: theirs for theirs, ours in twins().items()}, inplace)
+    _require_module("to_torch", model)
+    model = model if inplace else copied(model)
+    for sequence, name, following in _neighbours(model):
+        first = sequence[name]
+        if type(first) is LinearActivation and type(sequence[following]) is torch.nn.Identity and bare(first):
+            sequence[following] = first._modules.pop("activation")
+            first.__class__ = Linear  # type: ignore[assignment]
+    return _swap("to_torch", model, {ours: theirs for theirs, ours in twins().items()}, True)
 
 
 @dataclass(frozen=True)
@@ -124,7 +157,7 @@ def conversion(model: torch.nn.Module) -> Conversion:
     found = Conversion()
     for path, module in model.named_modules():
         name = parametrize.type_before_parametrizations(module).__name__
-        if _target(module, to_theirs):
+        if _target(module, to_theirs) or type(module) is LinearActivation:
             found.ours[path] = name
         elif _target(module, to_ours):
             found.torchs[path] = name
@@ -152,6 +185,16 @@ def _swap(name: str, model: torch.nn.Module, to: _Twins, inplace: bool) -> torch
     return model
 
 
+def _neighbours(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Yield what follows what in each `Sequential`: its modules, and two names; none that the model holds twice."""
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for sequence in model.modules():
+        if type(sequence) is torch.nn.Sequential:
+            for pair in itertools.pairwise(list(sequence._modules)):
+                if all(uses[id(sequence._modules[name])] == 1 for name in pair):
+                    yield sequence._modules, *pair  # type: ignore[misc]
+
+
 def _target(module: torch.nn.Module, to: _Twins) -> type | None:
     """Return the class that a module is to have, or None if it is left alone."""
     kind = type(module)
@@ -174,7 +217,7 @@ def _reason(module: torch.nn.Module, to: _Twins) -> str:
     for base in kind.__mro__[1:]:
         if base in to:
             return f"{kind.__qualname__} is a subclass of {base.__module__.split('.')[0]}.nn.{base.__name__}"
-    if any(True for _ in module.children()):
+    if any(True for _ in module.children()) or kind is torch.nn.Identity:
         return ""
     if vars(torch_bp.nn).get(kind.__name__) is kind:
         return f"torch has no {kind.__name__}"

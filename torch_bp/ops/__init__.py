@@ -1,6 +1,7 @@
 """What is computed: the forward and the hand-written backward of each operation, side by side."""
 
 from torch_bp.ops.batch_norm import batch_norm
+from torch_bp.ops.batch_norm_activation import batch_norm_activation
 from torch_bp.ops.binary_cross_entropy import binary_cross_entropy, binary_cross_entropy_with_logits
 from torch_bp.ops.cross_entropy import cross_entropy
 from torch_bp.ops.dropout import dropout
@@ -29,6 +30,7 @@ from torch_bp.ops.squared_error import half_mse_loss, mse_loss
 __all__ = [
     "activation",
     "batch_norm",
+    "batch_norm_activation",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",

@@ -22,11 +22,11 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, forward_over_forward, recomputing, save, tangents_possible
+from torch_bp.kernels import formula
 from torch_bp.kernels.program import HALF
 from torch_bp.ops.standardize import (
     affine,
     affine_tangent,
-    standardize_backward,
     statistics,
     statistics_backward,
     tangents,
@@ -44,6 +44,55 @@ def _rows(x: torch.Tensor) -> tuple[int, ...]:
 def _per_channel(values: Any, x: torch.Tensor) -> Any:
     """See (C) values, or None, as (1, C, *) beside x, half precision as float32."""
     return None if values is None else wide(values).view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _fitting(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One value per channel as formulas over rows take it beside a matrix, and as (1, C, *) beside more dimensions."""
+    return values.reshape(-1) if x.dim() == 2 else values.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+@formula(per_column=("mean", "inverse", "db"))
+def weight_terms(dy, x, mean, inverse, db, *, count):
+    """What dw is the sum of: d x^."""
+    return (dy - db / count) * ((x - mean) * inverse)
+
+
+@formula(per_column=("mean", "inverse", "db", "dw", "weight"))
+def batch_norm_slope(dy, x, mean, inverse, db, dw, weight=None, *, count):
+    """dx for given statistics: w r (d - x^ dw / n)."""
+    slope = inverse if weight is None else weight * inverse
+    return slope * (dy - db / count - (x - mean) * inverse * (dw / count))
+
+
+def batch_norm_backward(
+    dy: _Optional,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    inverse: torch.Tensor,
+    weight: Any,
+    bias_dtype: Any,
+    wanted: tuple[bool, bool, bool],
+    d_mean: _Optional = None,
+    d_inverse: _Optional = None,
+) -> tuple[_Optional, _Optional, _Optional]:
+    """The gradients at x, w and b, where `wanted`, of a batch with these statistics."""
+    rows, n = _rows(x), x.numel() // mean.numel()
+    dy, wide_x = torch.zeros_like(wide(x)) if dy is None else wide(dy), wide(x)
+    mean_of, inverse_of = _fitting(mean, x), _fitting(inverse, x)
+    dx: Any = None
+    dw: Any = None
+    db = dy.sum(rows)
+    if wanted[0] or wanted[1]:
+        dw = weight_terms(dy, wide_x, mean_of, inverse_of, _fitting(db, x), count=float(n)).sum(rows)
+    if wanted[0]:
+        sums = _fitting(db, x), _fitting(dw, x)
+        scale = None if weight is None else _fitting(wide(weight), x)
+        dx = batch_norm_slope(dy, wide_x, mean_of, inverse_of, *sums, scale, count=float(n))
+        by_statistics = statistics_backward(d_mean, d_inverse, inverse, n)
+        if by_statistics is not None:
+            dx = dx + by_statistics[0] - (wide_x - mean) * inverse * by_statistics[1]
+        dx = dx.to(x.dtype)
+    return dx, dw.to(weight.dtype) if wanted[1] else None, db.to(bias_dtype) if wanted[2] else None
 
 
 class BatchNorm(Function):
@@ -77,21 +126,9 @@ class BatchNorm(Function):
     @staticmethod
     def backward(ctx: Any, dy: _Optional, d_mean: _Optional, d_inverse: _Optional) -> tuple[_Optional, ...]:
         x, mean, inverse, weight = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        rows, standard = _rows(x), (wide(x) - mean) * inverse
-        dy = torch.zeros_like(standard) if dy is None else wide(dy)
-        dx: Any = None
-        dw: Any = None
-        n, db = x.numel() // mean.numel(), dy.sum(rows)
-        if needs_dx or needs_dw:
-            d = dy - _per_channel(db / n, x)
-            dw = (d * standard).sum(rows)
-        if needs_dx:
-            slope = affine(inverse, _per_channel(weight, x), None)
-            by_statistics = statistics_backward(d_mean, d_inverse, inverse, n)
-            dx = standardize_backward(d, standard, slope, _per_channel(dw / n, x), by_statistics).to(x.dtype)
-        dw = dw.to(weight.dtype) if needs_dw else None
-        return dx, dw, db.to(ctx.bias) if needs_db else None, None, None, None, None
+        wanted = ctx.needs_input_grad[:3]
+        slopes = batch_norm_backward(dy, x, mean, inverse, weight, ctx.bias, wanted, d_mean, d_inverse)
+        return *slopes, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: _Optional, dw: _Optional, db: _Optional, *_: None) -> tuple[torch.Tensor, ...]:
@@ -144,7 +181,7 @@ class FixedBatchNorm(Function):
         return affine_tangent(None if dx is None else wide(dx) / root, standard, *parameters).to(x.dtype)
 
 
-def _served(x: torch.Tensor, per_channel: tuple[_Optional, ...], training: bool, eps: float) -> bool:
+def normalizable(x: torch.Tensor, per_channel: tuple[_Optional, ...], training: bool, eps: float) -> bool:
     """True where the equations hold; the rest is torch's: its errors, and batches without a number."""
     if x.dim() < 2 or not x.numel() or eps < 0:
         return False
@@ -183,7 +220,7 @@ def batch_norm(
     if has_torch_function_variadic(*tensors):
         more = {"weight": weight, "bias": bias, "training": training, "momentum": momentum, "eps": eps}
         return handle_torch_function(batch_norm, tensors, *tensors[:3], **more)  # type: ignore[arg-type]
-    if not _served(input, tensors[1:], training, eps):
+    if not normalizable(input, tensors[1:], training, eps):
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not training:
         return FixedBatchNorm.apply(input, weight, bias, running_mean, running_var, eps)

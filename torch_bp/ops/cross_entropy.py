@@ -29,6 +29,7 @@ from torch_bp.ops.class_loss import (
     column,
     from_above,
     label_tangent,
+    number,
     ones,
     tangent,
     total_weight,
@@ -37,6 +38,7 @@ from torch_bp.ops.reduction import MEAN, NONE, SUM, no_gradient, reduction_code
 from torch_bp.ops.rows import from_rows, to_rows
 
 _Optional = torch.Tensor | None
+_WORTHWHILE = 8192  # logits below which the steps around the kernel cost more than they save
 
 
 @formula(per_row=("picked",), labels=("target",), static=("smoothed",))
@@ -195,7 +197,7 @@ class RowCrossEntropy(Function):
         if reduction == NONE:
             return losses.reshape(target.shape), top, total
         loss = losses.sum()
-        return loss / torch.count_nonzero(labels != ignored) if reduction == MEAN else loss, top, total
+        return loss / number(labels != ignored) if reduction == MEAN else loss, top, total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -252,7 +254,7 @@ def _by_rows(z: torch.Tensor, target: torch.Tensor, ignored: int) -> bool:
         and z.dtype in (torch.float32, torch.float64)
         and target.dtype in (torch.int64, torch.uint8)
         and z.dim() > 0
-        and z.numel() > 0
+        and z.numel() >= _WORTHWHILE
         and z.device == target.device
         and target.shape == (z.shape[:1] + z.shape[2:] if z.dim() > 1 else ())
         and abs(ignored) < 2**24  # a kernel compares it in float32

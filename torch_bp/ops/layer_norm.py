@@ -11,6 +11,7 @@ where the sums run over examples. Saved: x, w, m and r; x^ is computed again. m 
 beside y, so that derivatives of the derivative see them change with x (`torch_bp.ops.standardize`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +19,11 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, cast_apply, forward_over_forward, save, under_autocast
+from torch_bp.kernels import formula, row_sum
 from torch_bp.kernels.program import HALF
 from torch_bp.ops.standardize import (
     affine,
     affine_tangent,
-    centred,
-    standardize_backward,
     statistics,
     statistics_backward,
     tangents,
@@ -42,6 +42,27 @@ def _sum_of_examples(values: torch.Tensor, count: int) -> torch.Tensor:
     """Sum over all but the last `count` dimensions."""
     leading = tuple(range(values.dim() - count))
     return values.sum(leading) if leading else values
+
+
+@formula(per_row=("mean", "inverse"), per_column=("weight",))
+def layer_norm_slope(dy, x, mean, inverse, weight=None, *, count):
+    """dx for given statistics: r (g - <g> - x^ <x^ g>), with g centred first, which loses no digits to a large <g>."""
+    g = dy if weight is None else weight * dy
+    g = g - row_sum(g) / count
+    standard = (x - mean) * inverse
+    return inverse * (g - standard * (row_sum(g * standard) / count))
+
+
+def _slope(dy: Any, x: torch.Tensor, mean: Any, inverse: Any, weight: Any, dims: int) -> torch.Tensor:
+    """`layer_norm_slope` of examples of any shape."""
+    count = math.prod(x.shape[x.dim() - dims :])
+    if not x.numel():
+        return dy * x
+    rows = x.numel() // count
+    matrices = (t.reshape(rows, count) for t in (dy, x))
+    columns = (t.reshape(rows, 1) for t in (mean, inverse))
+    weight = None if weight is None else weight.reshape(-1)
+    return layer_norm_slope(*matrices, *columns, weight, count=float(count)).view(x.shape)
 
 
 class LayerNorm(Function):
@@ -70,15 +91,15 @@ class LayerNorm(Function):
     def backward(ctx: Any, dy: _Optional, d_mean: _Optional, d_inverse: _Optional) -> tuple[_Optional, ...]:
         x, mean, inverse, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        standard = (wide(x) - mean) * inverse
-        dy = torch.zeros_like(standard) if dy is None else wide(dy)
+        dy = torch.zeros_like(x) if dy is None else dy
+        wide_x, dy = wide(x), wide(dy)
+        by_statistics = statistics_backward(d_mean, d_inverse, inverse, x.numel() // max(mean.numel(), 1))
+        standard: Any = (wide_x - mean) * inverse if needs_dw or by_statistics else None
         dx = dw = db = None
         if needs_dx:
-            over = _over(ctx.dims)
-            g = centred(affine(dy, weight, None), over)
-            product_mean = (g * standard).mean(over, keepdim=True)
-            by_statistics = statistics_backward(d_mean, d_inverse, inverse, x.numel() // max(mean.numel(), 1))
-            dx = standardize_backward(g, standard, inverse, product_mean, by_statistics).to(x.dtype)
+            dx = _slope(dy, wide_x, mean, inverse, None if weight is None else wide(weight), ctx.dims)
+            dx = dx if by_statistics is None else dx + by_statistics[0] - standard * by_statistics[1]
+            dx = dx.to(x.dtype)
         if needs_dw:
             dw = _sum_of_examples(dy * standard, ctx.dims).to(weight.dtype)
         if needs_db:

@@ -14,8 +14,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, connected, tangents_possible, under_autocast
 from torch_bp.kernels.plain import reusable
+from torch_bp.ops import pointwise
 from torch_bp.ops.linear import linear, linear_backward, linear_tangent
-from torch_bp.ops.pointwise import leaky_relu, relu, saves_output, sigmoid, tanh
+from torch_bp.ops.pointwise import saves_output
 
 _Optional = torch.Tensor | None
 _IN_PLACE = {torch.sigmoid: torch.sigmoid_, torch.tanh: torch.tanh_, torch.relu: torch.relu_}
@@ -47,6 +48,8 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
             f"linear_activation: activation must be a function made by torch_bp.ops.activation, got {activation!r}; "
             "apply another one to the result of linear."
         )
+    if hasattr(activation, "after_linear"):
+        return activation.after_linear
     # Functions, names and truth values: what Dynamo takes from a closure.
     compute, derivative, parameters = spec.value, spec.derivative, spec.parameters
     by_name, from_output = hasattr(compute, "formula"), spec.saves is saves_output
@@ -120,10 +123,17 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
         return result if from_output else result[0]
 
     function.__name__ = function.__qualname__ = f"linear_{spec.name}"
+    activation.after_linear = function  # type: ignore[attr-defined]
     return function
 
 
-linear_sigmoid = linear_activation(sigmoid)
-linear_tanh = linear_activation(tanh)
-linear_relu = linear_activation(relu)
-linear_leaky_relu = linear_activation(leaky_relu)
+linear_sigmoid = linear_activation(pointwise.sigmoid)
+linear_tanh = linear_activation(pointwise.tanh)
+linear_relu = linear_activation(pointwise.relu)
+linear_leaky_relu = linear_activation(pointwise.leaky_relu)
+linear_hardtanh = linear_activation(pointwise.hardtanh)
+linear_elu = linear_activation(pointwise.elu)
+linear_softplus = linear_activation(pointwise.softplus)
+linear_silu = linear_activation(pointwise.silu)
+linear_gelu = linear_activation(pointwise.gelu)
+linear_gelu_tanh = linear_activation(pointwise.gelu_tanh)

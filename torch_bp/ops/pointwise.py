@@ -45,6 +45,13 @@ class Pointwise:
     derivative: Callable[..., torch.Tensor]
     saves: Saves
     parameters: tuple[str, ...]
+    function: Callable[..., torch.Tensor]
+
+    def compute(self, z: torch.Tensor, *values: float) -> torch.Tensor:
+        """The value, with no graph of its own."""
+        if hasattr(self.value, "formula"):
+            return self.value(z, **dict(zip(self.parameters, values)))
+        return self.value(z, *values)
 
 
 def activation(
@@ -121,7 +128,7 @@ def activation(
             return handle_torch_function(function, (input,), input, *values)
         return apply(input, *values)
 
-    function.pointwise = Pointwise(name, value, derivative, saves, parameters)  # type: ignore[attr-defined]
+    function.pointwise = Pointwise(name, value, derivative, saves, parameters, function)  # type: ignore[attr-defined]
     function.__name__ = function.__qualname__ = name
     function.__module__ = sys._getframe(1).f_globals.get("__name__", __name__)  # so that models with it can be pickled
     return function

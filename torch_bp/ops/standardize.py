@@ -14,7 +14,6 @@ Shapes: x, x^ and d alike; m, r and their like have length 1 in the dimensions o
 
 import torch
 
-from torch_bp.kernels.plain import reusable
 from torch_bp.kernels.program import HALF
 
 
@@ -31,25 +30,6 @@ def statistics(x: torch.Tensor, over: tuple[int, ...], eps: float) -> tuple[torc
     """
     variance, mean = torch.var_mean(wide(x), over, correction=0, keepdim=True)
     return mean, (variance + eps).rsqrt()
-
-
-def centred(d: torch.Tensor, over: tuple[int, ...]) -> torch.Tensor:
-    """d - <d>."""
-    return d - d.mean(over, keepdim=True)
-
-
-def standardize_backward(
-    d: torch.Tensor,
-    standard: torch.Tensor,
-    scale: torch.Tensor,
-    product_mean: torch.Tensor,
-    by_statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """scale (d - x^ <x^ d>) for a centred d, which is used up, plus `by_statistics[0] - x^ by_statistics[1]`."""
-    if by_statistics is None and reusable() and not torch.is_grad_enabled():  # nothing has saved d
-        return d.addcmul_(standard, product_mean, value=-1).mul_(scale)
-    dx = torch.addcmul(d, standard, product_mean, value=-1) * scale
-    return dx if by_statistics is None else dx + by_statistics[0] - standard * by_statistics[1]
 
 
 def statistics_backward(
@@ -70,7 +50,7 @@ def tangents(
     d_mean = dx.mean(over, keepdim=True)
     change = dx - d_mean
     product_mean = (change * standard).mean(over, keepdim=True)
-    return standardize_backward(change, standard, inverse, product_mean), d_mean, -inverse.square() * product_mean
+    return (change - standard * product_mean) * inverse, d_mean, -inverse.square() * product_mean
 
 
 def affine(standard: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:

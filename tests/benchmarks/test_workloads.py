@@ -1,0 +1,133 @@
+"""The benchmarks, small and on the CPU: ours and the peers compute the same, and what is measured is what is said."""
+
+import pytest
+import torch
+
+from tests.benchmarks import cross_entropy, fusion, honesty, network, operations
+from tests.benchmarks.protocol import agree
+from tests.ops.test_graph import Recorder
+
+WIDTHS = (6, 5, 4, 3)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Compiling takes its time, and what is compiled here is torch's."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.parametrize("what", operations.OPERATIONS)
+def test_operations_agree(what):
+    workload, smallest, _ = next(operations.sizes(what))
+    assert workload == f"{torch.Size(smallest).numel()} element{'s' if sum(smallest) > 2 else ''}"
+    for shape in (smallest, (5, 3)):
+        mine, peer = operations.sides(what, shape)
+        operations.check(mine, peer)
+        assert len(mine()) == 1 + len(operations.DIFFERENTIATED.get(what, ("input",)))
+
+
+@pytest.mark.parametrize("name", fusion.ACTIVATIONS)
+def test_fused_layers_agree(name, uncompiled):
+    runs = fusion.sides(name, (4, 3, 2))
+    assert [tuple(t.shape) for t in runs["ours"]()] == [(4, 2), (4, 3), (2, 3), (2,)]
+    assert runs["ours"]()[0].grad_fn.name() == f"Linear{name.capitalize()}Backward"
+    for run in runs.values():
+        agree(runs["ours"](), run())
+
+
+def test_cross_entropies_agree(uncompiled):
+    runs = cross_entropy.sides(7, 5)
+    assert [tuple(t.shape) for t in runs["ours"]()] == [(), (7, 5)]
+    for run in runs.values():
+        agree(runs["ours"](), run(), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_networks_agree(dtype, uncompiled):
+    runs = network.sides(WIDTHS, 4, "cpu", dtype)
+    shapes = [(4, 3), (5, 6), (5,), (4, 5), (4,), (3, 4), (3,)]
+    for run in runs.values():
+        assert [tuple(t.shape) for t in run()] == shapes
+        agree(runs["ours"](), run(), **({} if dtype is torch.float32 else network.HALF))
+
+
+def test_networks_are_of_both_libraries():
+    layers = [type(layer).__module__ for layer in network.perceptron(network.torch_bp.nn, WIDTHS)]
+    assert layers == [f"torch_bp.nn.{name}" for name in ("linear", "activation") * 2 + ("linear",)]
+    layers = [type(layer).__module__ for layer in network.perceptron(torch.nn, WIDTHS)]
+    assert layers == [f"torch.nn.modules.{name}" for name in ("linear", "activation") * 2 + ("linear",)]
+
+
+def test_steps_agree_and_learn():
+    runs = honesty.steps(WIDTHS, 4)
+    assert list(runs) == ["torch_bp", *honesty.SETTINGS]
+    honesty.check(runs, {})
+    for run in runs.values():
+        assert run() > run() > run()
+
+
+def test_steps_that_differ_are_seen():
+    runs = honesty.steps(WIDTHS, 4)
+    runs["torch"]()
+    with pytest.raises(AssertionError, match="not close"):
+        honesty.check(runs, {})
+
+
+def test_bare_products_are_those_of_a_step():
+    """The weight gradients of half the squared output, and no other operation than three products a layer but one."""
+    x, _ = network.batch(4, WIDTHS)
+    layers = network.perceptron(torch.nn, WIDTHS)[::2]
+    output = x
+    for layer in layers:
+        output = output @ layer.weight.T
+    expected = torch.autograd.grad(output.square().sum() / 2, [layer.weight for layer in layers])
+    run = honesty.products(WIDTHS, 4)
+    for _ in range(2):
+        agree(run(), expected)
+    with Recorder() as recorder:
+        run()
+    assert [n for n in recorder.names if n != "aten::t"] == ["aten::mm"] * (3 * len(layers) - 1)
+
+
+SMALL = {
+    "C5": (operations, {"SIZES": {"128x512": ((3, 2), 1.3)}, "OPERATIONS": {"relu": operations.OPERATIONS["relu"]}}),
+    "C6": (fusion, {"SIZES": {"32x64->64": ((4, 3, 2), 1.1)}, "ACTIVATIONS": ("tanh",)}),
+    "C7": (cross_entropy, {"WORKLOADS": {"C7": {(64, 512): (0.8, 0.35)}}}),
+    "C9": (honesty, {"WORKLOADS": {"C9": ((2, 4, 3, "cpu", torch.float32), (None, None))}}),
+    "G2": (network, {"WIDTHS": WIDTHS, "BATCH": 4, "DEVICE": "cpu"}),
+    "G4": (honesty, {"WORKLOADS": {"G4": ((2, 4, 3, "cpu", torch.bfloat16), (1.08, 0.93))}}),
+    "G7": (cross_entropy, {"WORKLOADS": {"G7": {(64, 512): (0.4, 0.35)}}, "DEVICES": {"G7": "cpu"}}),
+}
+LINES = {  # what is printed: what is measured, against what, and the target
+    "C5": [("relu", "torch", 1.3)],
+    "C6": [("linear_tanh", "torch", 1.1), ("linear_tanh", "compiled", None)],
+    "C7": [
+        ("cross_entropy", "torch", 0.8),
+        ("memory", "torch", 0.35),
+        ("cross_entropy", "compiled", None),
+        ("memory", "compiled", None),
+    ],
+    "C9": [
+        *[(f"step, {name}", "bare products", None) for name in ("torch_bp", "torch", "torch, fused Adam")],
+        *[("step, torch_bp", name, None) for name in ("torch", "torch, fused Adam")],
+    ],
+    "G2": [("forward, backward", "torch", 0.5), ("forward, backward", "best: compiled", 0.9)],
+}
+LINES["G4"] = [(what, peer, {0: 1.08, 3: 0.93}.get(number)) for number, (what, peer, _) in enumerate(LINES["C9"])]
+LINES["G7"] = [(what, peer, {0.8: 0.4}.get(target, target)) for what, peer, target in LINES["C7"]]
+
+
+@pytest.mark.parametrize("group", SMALL)
+def test_lines_of_the_table(group, monkeypatch, uncompiled):
+    module, settings = SMALL[group]
+    for name, value in settings.items():
+        monkeypatch.setattr(module, name, value)
+    results = list(module.measure(group, 1))
+    assert [(r.what, r.peer, r.target) for r in results] == LINES[group]
+    for result in results:
+        assert result.group == group
+        assert result.ratio > 0
+        if result.what == "memory":  # exact, so a test
+            assert result.unit == "bytes"
+            assert result.ratio == result.low == result.high <= 0.35
+            assert result.working_set == 2 * 4 * 64 * 512
