@@ -11,8 +11,9 @@ from torch.func import functional_call, grad, jvp, vmap
 import torch_bp.nn as ours
 
 theirs = torch.nn
-x, unit, classes = torch.randn(4, 3), torch.rand(4, 3), torch.tensor([0, 2, 1, 0])
-weight = torch.rand(3)
+numbers = torch.Generator().manual_seed(0)  # what is imported before this file has drawn from torch's own
+x, unit = torch.randn(4, 3, generator=numbers), torch.rand(4, 3, generator=numbers)
+classes, weight = torch.tensor([0, 2, 1, 0]), torch.rand(3, generator=numbers)
 ROWS = [
     ("Linear", {"in_features": 3, "out_features": 2}, (x,)),
     ("Linear", {"in_features": 3, "out_features": 2, "bias": False, "dtype": torch.float64}, (x.double(),)),

@@ -1,14 +1,20 @@
 """Tools of torch that take modules apart, replace their parameters or look through them."""
 
+import os
+import shutil
+
 import pytest
 import torch
+from torch.distributed import HashStore, destroy_process_group, init_process_group
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 import torch_bp.nn as ours
+from tests.nn.test_modules import ROWS, build
 
-x = torch.randn(4, 3)
+x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
 
 def same_gradients(mine, other, inputs=x):
@@ -103,9 +109,12 @@ def test_gradients_accumulate():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_model():
     torch._dynamo.reset()
-    model = ours.Sequential(ours.Linear(3, 5), ours.ReLU(inplace=True), ours.Linear(5, 2), ours.Softmax(-1))
+    hidden = [ours.Linear(3, 5), ours.ReLU(inplace=True), ours.Linear(5, 4), ours.ELU(inplace=True)]
+    model = ours.Sequential(*hidden, ours.Linear(4, 2), ours.Softmax(-1))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     same_gradients(compiled, model)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
     torch._dynamo.reset()
 
 
@@ -117,3 +126,92 @@ def test_export():
     torch.testing.assert_close(program.module()(x.repeat(2, 1)), model(x.repeat(2, 1)))
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {"aten.linear.default", "aten.sigmoid.default"} <= names
+
+
+class Everything(torch.nn.Module):
+    """A classifier with most of the layers, and its loss as the output."""
+
+    def __init__(self, module):
+        super().__init__()
+        hidden = [module.Linear(3, 5), module.BatchNorm1d(5), module.ReLU(inplace=True), module.Dropout(0.0)]
+        self.body = torch.nn.Sequential(*hidden, module.LayerNorm(5), module.GELU(), module.Linear(5, 3))
+        self.losses = torch.nn.ModuleList([module.CrossEntropyLoss(label_smoothing=0.1), module.BCEWithLogitsLoss()])
+
+    def forward(self, input):
+        output = self.body(input)
+        return self.losses[0](output, input.argmax(1)) + self.losses[1](output, input.sigmoid())
+
+
+def everything():
+    models = []
+    for module in (ours, torch.nn):
+        torch.manual_seed(0)
+        models.append(Everything(module))
+    return models
+
+
+@pytest.fixture
+def process_group():
+    """A group of this process alone."""
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}, {"static_graph": True}], ids=str)
+def test_data_parallel(process_group, options):
+    """Gradients arrive through the hooks that reduce them, and are reduced."""
+    mine, other = everything()
+    reduced = []
+
+    def count(state, bucket):
+        reduced.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    parallel = DistributedDataParallel(mine, **options)
+    parallel.register_comm_hook(None, count)
+    for _ in range(2):
+        parallel(x).backward()
+        other(x).backward()
+    torch.testing.assert_close([p.grad for p in mine.parameters()], [p.grad for p in other.parameters()])
+    assert sum(reduced) == 2 * sum(p.numel() for p in mine.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="Inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_inductor():
+    """Compiled to machine code, in training, in evaluation and without gradients."""
+    torch._dynamo.reset()
+    mine, other = everything()
+    compiled = torch.compile(mine, fullgraph=True)
+    same_gradients(compiled, other)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), other(x))
+    torch.testing.assert_close(dict(mine.state_dict()), dict(other.state_dict()))
+    torch._dynamo.reset()
+
+
+class Leaves(torch.fx.Tracer):
+    """Takes modules of torch_bp for leaves, as torch's tracer takes torch's."""
+
+    def is_leaf_module(self, module, name):
+        return type(module).__module__.startswith("torch_bp.") or super().is_leaf_module(module, name)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "inputs"), ROWS, ids=[f"{r[0]}-{i}" for i, r in enumerate(ROWS)])
+def test_symbolic_tracing(name, kwargs, inputs):
+    """A tracer that enters `BatchNorm1d` meets its question for the number of dimensions, which has no answer there."""
+    inputs, module = [i.clone() for i in inputs], build(ours, name, kwargs)
+    expected = build(ours, name, kwargs)(*(i.clone() for i in inputs))
+    if name == "BatchNorm1d":
+        with pytest.raises(torch.fx.proxy.TraceError):
+            torch.fx.symbolic_trace(module)
+        module = torch.nn.Sequential(module)
+        traced = torch.fx.GraphModule(module, Leaves().trace(module))
+        assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+    else:
+        traced = torch.fx.symbolic_trace(module)
+    torch.testing.assert_close(traced(*inputs), expected)

@@ -54,16 +54,20 @@ def test_derivatives_at_zeros_of_both_signs_are_torchs(name):
 
 @pytest.mark.parametrize("name", ["nll_loss", "cross_entropy"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_all_rows_ignored(name, smoothing):
-    """The mean of nothing is NaN, and its gradient 0."""
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 3.0])], ids=["", "weight"])
+def test_all_rows_ignored(name, smoothing, weight):
+    """The mean of nothing is NaN, and its gradient 0, as is the gradient's."""
     row = next(row for row in ROWS if row.name == name)
     more = {"label_smoothing": smoothing} if name == "cross_entropy" else {}
-    drawn = {"input": torch.randn(2, 3), "target": torch.full((2,), -100), **more}
+    drawn = {"input": torch.randn(2, 3), "target": torch.full((2,), -100), "weight": weight, **more}
     got, expected = both(row, drawn)
     assert math.isnan(got[0])
     assert math.isnan(expected[0])
-    assert torch.equal(expected[1], torch.zeros(2, 3))
+    assert torch.equal(got[1], torch.zeros(2, 3))
     assert torch.equal(got[1], expected[1])
+    (slope,) = torch.autograd.grad(row.ours(**drawn), drawn["input"], create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), drawn["input"])
+    assert torch.equal(curvature, torch.zeros(2, 3))
 
 
 def largest_errors(row, dtype, offset, least, number):

@@ -70,7 +70,8 @@ def _may_write(
     """Apply an activation whose derivative needs its input, of which a copy is kept where that is written over."""
     if not inplace:
         return function(input, *values)
-    return input.copy_(function(input.clone() if torch.is_grad_enabled() else input, *values))
+    copied = torch.is_grad_enabled() or torch.jit.is_tracing()  # a trace may be run with gradients afterwards
+    return input.copy_(function(input.clone() if copied else input, *values))
 
 
 def elu(input: torch.Tensor, alpha: float = 1.0, inplace: bool = False) -> torch.Tensor:

@@ -49,6 +49,7 @@ def from_above(
     """Return what multiplies the loss of each row: per row, as a number, and per row before class weights.
 
     None in the place of ones. Rows that are ignored have 0; where there is a number for all rows, formulas see to it.
+    Of no counted rows that number is divided by 1: dy / 0 would make NaN of the formulas' own derivatives.
     """
     labels, ignored = column(target, ignored)
     counted = labels != ignored

@@ -55,9 +55,15 @@ def elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Call
 
         @staticmethod
         def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
-            x, t, weight, pos_weight = ctx.saved_tensors
+            given = (*ctx.saved_tensors, dy)
+            dtype = given[0].dtype
+            if dtype in HALF:  # rounded once, at the end
+                given = tuple(None if tensor is None else tensor.float() for tensor in given)
+            x, t, weight, pos_weight, dy = given
             dy, scale = upstream(dy, x, weight, ctx.options)
             dx, dt = slopes(dy, x, t, pos_weight, scale, ctx.needs_input_grad[:2])
+            if dtype in HALF:
+                dx, dt = (None if slope is None else slope.to(dtype) for slope in (dx, dt))
             return dx, dt, None, None, None, None
 
         @staticmethod
