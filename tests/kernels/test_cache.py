@@ -131,3 +131,21 @@ def test_numba_starts_without_scipy_and_finds_it_when_asked():
         assert product(numpy.eye(2), numpy.eye(2)).sum() == 2
     """
     run(cache.folder(), program=program)
+
+
+@pytest.mark.parametrize("variables", [{"NUMBA_DISABLE_JIT": "1"}, {"NUMBA_THREADING_LAYER": "tbb"}])
+def test_numbas_own_settings_stop_nothing(tmp_path, variables):
+    """No compiler, or a threading layer that is not installed."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import torch, torch_bp.nn as nn\ntorch.set_num_threads(2)\n"
+            "x = torch.randn(400, 300, requires_grad=True)\nnn.functional.tanh(x).sum().backward()\n"
+            "print(bool(torch.allclose(x.grad, 1 - x.tanh() ** 2, atol=1e-6)))",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables, "TORCH_BP_CACHE": str(tmp_path)},
+    )
+    assert done.stdout.strip() == "True", done.stderr[-2000:]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from torch_bp.kernels import FormulaError, exp, formula, sqrt, where
+from torch_bp.kernels import FormulaError, exp, formula, one_hot, row_sum, sqrt, use, where
 
 X = torch.ones(3)
 CONSTRUCTS = {
@@ -83,3 +83,40 @@ def test_functions_take_numbers():
     assert (k.maximum(1, 2), k.minimum(1, 2), k.where(True, 1, 2), k.abs(-1)) == (2, 1, 1, 1)
     assert all(math.isnan(v) for v in (k.sqrt(-1.0), k.log(-1.0), k.maximum(math.nan, 1), k.minimum(1, math.nan)))
     assert (k.log(0.0), k.exp(1e4)) == (-math.inf, math.inf)
+
+
+def test_signature_of_rows():
+    for options, message in (
+        ({"per_row": ("q",)}, "per_row must name arguments"),
+        ({"per_row": (), "per_column": ("q",)}, "per_column must name arguments"),
+        ({"per_row": ("r",), "labels": ("r",)}, "r must be in one of per_row, per_column and labels"),
+        ({"per_row": ("x", "r")}, "an argument must be a matrix"),
+        ({"per_row": (), "updates": ("x",)}, "go without updates"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            formula(**options)(lambda x, r: x * r)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (lambda x, r, t: row_sum(x > 0), "comparisons|a mask"),
+        (lambda x, r, t: row_sum(r) * x, "row_sum of a row"),
+        (lambda x, r, t: t * x, "arithmetic on class indices"),
+        (lambda x, r, t: one_hot(r, x), "one_hot of a row"),
+        (lambda x, r, t: None, "must return a value per element, got None"),
+    ],
+)
+def test_rows_name_what_no_kernel_can_compute(body, message):
+    broken = formula(per_row=("r",), labels=("t",))(lambda x, r, t: body(x, r, t))
+    with use("numba"), pytest.raises(FormulaError, match=message):
+        broken(torch.ones(2, 3), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64))
+
+
+def test_arguments_may_be_called_like_results():
+    @formula
+    def doubled(out0):
+        return 2 * out0
+
+    with use("numba"):
+        assert torch.equal(doubled(X), 2 * X)
