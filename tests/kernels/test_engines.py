@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.formulas import MATRICES, PURE, SIZES, averaged, hostile, lists, matrices, rows, scaled
-from torch_bp.kernels import formula, use
+from torch_bp.kernels import formula, row_sum, use
 
 DTYPES = [torch.float32, torch.float64]
 # A few units in the last place of terms of size 1, which may cancel in a sum.
@@ -111,6 +111,19 @@ def test_list_kernel_agrees_with_torch(dtype, with_largest, negative):
         assert (row is None) == (wanted is None)
         if row is not None:
             same(row, wanted, dtype)
+
+
+def test_results_come_back_as_they_are_returned():
+    pair, row_pair = formula(lambda x: (x + 1, None)), formula(per_row=())(lambda x: (None, x + row_sum(x)))
+    x = torch.ones(2, 2)
+    for engine in ("torch", "numba"):
+        with use(engine):
+            first, nothing = pair(x)
+            missing, second = row_pair(x)
+        assert nothing is None
+        assert missing is None
+        assert torch.equal(first, x + 1)
+        assert torch.equal(second, x + 2)
 
 
 def test_updates_write_in_place_and_say_so():

@@ -120,6 +120,22 @@ def test_to_torch_leaves_joint_modules_whole(make):
     assert torch_bp.conversion(found).kept == {"0": f"torch has no {type(module).__name__}"}
 
 
+def test_all_shares_of_the_weights_are_zero():
+    z, weight, target = torch.randn(2, 3, requires_grad=True), torch.tensor([0.0, 1, 1]), torch.tensor([0, 0])
+    found = [torch.autograd.grad(m.nll_loss(z, target, weight), z) for m in (ours.functional, torch.nn.functional)]
+    close(*found, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("activation", [ours.GELU(), ours.GELU(approximate="tanh")])
+def test_compile_for_any_shapes(activation):
+    model = torch.nn.Sequential(ours.Linear(4, 4), activation, activation)
+    x = torch.randn(3, 4, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=True, backend="aot_eager", fullgraph=True)
+    close(torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(torch_bp.to_torch(model)(x).sum(), x))
+
+
 def test_labels_that_float32_cannot_hold():
     for ignored in (2**31 - 1, 2**24 + 1, -(2**24) - 1, 2**62 + 1):
         for name in ("cross_entropy", "nll_loss"):

@@ -70,6 +70,14 @@ def host_values(expression: Expression, keywords: Mapping[str, Any], on_cpu: boo
     return expression.host(**keywords)
 
 
+def as_returned(results: Sequence[torch.Tensor], expression: Expression) -> Any:
+    """Return results as the function returns them: one alone, or a tuple with its Nones."""
+    if len(expression.given) == 1:
+        return results[0]
+    left = iter(results)
+    return tuple(next(left) if given else None for given in expression.given)
+
+
 class Program:
     """The kernels of one formula for one engine, one dtype and one choice of static and absent arguments.
 
@@ -105,7 +113,8 @@ class Program:
         self.written = [i for i, write in enumerate(self.writes) if write]
         self.scalars = bool(expression.scalars)
         self.created = 0 if self.updates else len(expression.outputs)
-        self.simple = self.numba and self.created == 1 and not self.scalars  # `serial` may be called as it is
+        several = len(expression.given) > 1
+        self.simple = self.numba and self.created == 1 and not (self.scalars or several)  # `serial` serves as it is
 
     def simply(self, first: torch.Tensor, addresses: list[int]) -> torch.Tensor:
         """Run over tensors on the CPU, to one result and without scalars: what the call of most formulas comes to."""
@@ -137,7 +146,7 @@ class Program:
             present = [t for t in tensors if t is not None]
             torch._C._increment_version([present[i] for i in self.written])
             return None
-        return results[0] if self.created == 1 else tuple(results)
+        return as_returned(results, self.expression)
 
     def foreach(self, table: Table, device: torch.device, keywords: Mapping[str, Any]) -> None:
         """Run over the lists of tensors that a table holds."""

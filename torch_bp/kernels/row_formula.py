@@ -16,7 +16,7 @@ import torch
 from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text, plain, rows
 from torch_bp.kernels.expression import Expression, trace
 from torch_bp.kernels.formula import Formula, numbers
-from torch_bp.kernels.program import as_torch, host_values
+from torch_bp.kernels.program import as_returned, as_torch, host_values
 
 _address_of = torch.Tensor.data_ptr
 
@@ -43,7 +43,7 @@ class RowProgram:
             self.kernel.run(count * columns, count, columns, *addresses, *map(_address_of, results), *values)
         else:
             self.kernel.run_rows(count, columns, [*(t for t in tensors if t is not None), *results], values)
-        return results[0] if len(results) == 1 else tuple(results)
+        return as_returned(results, self.expression)
 
 
 class RowFormula(Formula):

@@ -25,8 +25,9 @@ _Optional = torch.Tensor | None
 @formula(per_row=("rows",), labels=("target",))
 def nll_slope(logp, target, rows=None, *, scale=1.0, ignored):
     """The gradient at log-probabilities: minus what comes from above at the target's class."""
-    slope = -one_hot(target, logp)
-    return where(target == ignored, 0, scale * slope if rows is None else rows * slope)
+    hit = one_hot(target, logp)
+    slope = -scale * hit if rows is None else -rows * hit
+    return where((hit > 0) & (target != ignored), slope, 0)  # 0 elsewhere, also where what comes from above is NaN
 
 
 def nll_backward(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: int, ignored: int) -> Any:
