@@ -149,7 +149,7 @@ def test_other_dtypes_and_shapes_of_targets(name, target, arguments):
 
 def test_cross_entropy_of_few_logits_equals_torch(monkeypatch):
     """Which the row kernel leaves to torch's forward."""
-    monkeypatch.setattr(sys.modules["torch_bp.ops.cross_entropy"], "_WORTHWHILE", 8192)
+    monkeypatch.setattr(sys.modules["torch_bp.ops.cross_entropy"], "_WORTHWHILE", 1 << 18)
     for row in ROWS:
         if row.name == "cross_entropy":
             mine, other, tensors = row.pair(torch.float64, requires_grad=True)
