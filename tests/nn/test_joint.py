@@ -7,27 +7,18 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_bp
 import torch_bp.nn as ours
+from tests.nn.test_fused import draw, twin
 
 close = torch.testing.assert_close
-
-
-def draw(*shape):
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
-
-
-def plain(model):
-    found = torch_bp.to_torch(model)
-    found.fused = False
-    return found
 
 
 def test_tied_weights_with_and_without_a_graph_of_the_gradient():
     model, x = ours.MLP([5, 5, 5, 5], norm="batch").double(), draw(6, 5)
     model[3].weight = model[0].weight
-    twin = plain(model)
+    other = twin(model)
     for create_graph in (False, True):
         got = torch.autograd.grad(model(x).sin().sum(), list(model.parameters()), create_graph=create_graph)
-        close(got, torch.autograd.grad(twin(x).sin().sum(), list(twin.parameters()), create_graph=create_graph))
+        close(got, torch.autograd.grad(other(x).sin().sum(), list(other.parameters()), create_graph=create_graph))
 
 
 def test_tensor_hooks_run_once():
@@ -48,7 +39,7 @@ def test_forward_over_reverse(activation):
             (grad,) = torch.autograd.grad(module(dual).square().sum(), x)
             return forward_ad.unpack_dual(grad).tangent
 
-    close(product(model), product(plain(model)))
+    close(product(model), product(twin(model)))
 
 
 @pytest.mark.parametrize("make", [lambda: ours.Linear(4, 3), lambda: ours.MLP([4, 5, 3], "gelu")])
@@ -60,8 +51,7 @@ def test_backward_through_a_stack_of_models(make):
         outputs = torch.func.vmap(lambda v, x: torch.func.functional_call(module, v, (x,)), (0, None))(values, x)
         return torch.autograd.grad(outputs.sin().sum(), [x, *values.values()])
 
-    twin = plain(models[0]) if isinstance(models[0], ours.MLP) else torch_bp.to_torch(models[0])
-    close(gradients(models[0]), gradients(twin))
+    close(gradients(models[0]), gradients(twin(models[0])))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -91,7 +81,7 @@ def test_autocast_of_joint_modules_is_that_of_their_parts():
         for norm in (None, "batch"):
             model, x = ours.MLP([6, 5, 3], activation, norm), torch.randn(4, 6)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                got, expected = model(x), plain(model)(x)
+                got, expected = model(x), twin(model)(x)
             close(got, expected, rtol=0, atol=0)
 
 
