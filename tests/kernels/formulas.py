@@ -15,7 +15,9 @@ from torch_bp.kernels import (
     sign,
     sqrt,
     tanh,
+    total,
     where,
+    zeros_like,
 )
 
 
@@ -53,6 +55,17 @@ def averaged(param, grad, average, largest=None, *, rate, beta, negative=False):
         largest = maximum(largest, average)
         return param - rate * grad / (sqrt(largest) + 1e-8), average, largest
     return param - rate * grad / (sqrt(average) + 1e-8), average, None
+
+
+@formula(updates=("param", "grad"), static=("clear",))
+def measured(param, grad, *, rate, clear=False):
+    step = rate * grad
+    return param - step, zeros_like(grad) if clear else grad, total(grad * grad), total(abs(step))
+
+
+@formula
+def size(x, y=None):
+    return total(x if y is None else x * y)
 
 
 @formula(per_row=("r",), per_column=("c",), labels=("label",), static=("signed",))

@@ -42,7 +42,6 @@ UNSUITABLE = {
     "overlapping elements": lambda: (torch.randn(4, 1).expand(4, 3), torch.rand(4, 1).expand(4, 3)),
     "gaps": lambda: (torch.randn(4, 6)[:, ::2], torch.rand(4, 6)[:, ::2]),
     "dtypes differ": lambda: (torch.randn(3), torch.rand(3, dtype=torch.float64)),
-    "half precision": lambda: (torch.randn(3).half(), torch.rand(3).half()),
     "integers": lambda: (torch.arange(3), torch.arange(3)),
     "complex": lambda: (torch.randn(3, dtype=torch.complex64), torch.rand(3, dtype=torch.complex64)),
     "negative bit": lambda: (negative_view(torch.randn(3)), negative_view(torch.rand(3))),
@@ -59,8 +58,7 @@ def test_unsuitable_tensors(case):
     assert not served(dy, y)
     result, expected = product_rule(dy, y), reference(dy, y)
     assert type(result) is type(expected)
-    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dy.dtype is torch.float16 else {}
-    torch.testing.assert_close(result, expected, **tolerance)
+    torch.testing.assert_close(result, expected)
     if case == "graph recorded":
         (gradient,) = torch.autograd.grad(result.sum(), dy)
         torch.testing.assert_close(gradient, y * (1 - y))

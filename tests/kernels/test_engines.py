@@ -3,10 +3,26 @@
 import pytest
 import torch
 
-from tests.kernels.formulas import MATRICES, PURE, SIZES, averaged, hostile, lists, matrices, rows, scaled
-from torch_bp.kernels import formula, row_sum, use
+from tests.kernels.formulas import (
+    MATRICES,
+    PURE,
+    SIZES,
+    averaged,
+    choices,
+    hostile,
+    lists,
+    matrices,
+    measured,
+    powers,
+    product_rule,
+    rows,
+    scaled,
+    size,
+)
+from torch_bp.kernels import FormulaError, Table, cpu_text, formula, half, native, row_sum, total, use
 
 DTYPES = [torch.float32, torch.float64]
+HALF = [torch.bfloat16, torch.float16]
 # A few units in the last place of terms of size 1, which may cancel in a sum.
 TOLERANCE = {torch.float32: {"rtol": 3e-6, "atol": 4e-7}, torch.float64: {"rtol": 1e-14, "atol": 1e-15}}
 
@@ -159,10 +175,96 @@ def test_strides_are_kept():
     torch.testing.assert_close(result, x * y * (1 - y))
 
 
-def test_half_precision_is_rounded_once():
-    x, y = torch.randn(1000).bfloat16(), torch.rand(1000).bfloat16()
-    expected = (x.float() * y.float() * (1 - y.float())).bfloat16()
-    torch.testing.assert_close(PURE[0](x, y), expected, rtol=0, atol=0)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("tried", [product_rule, choices, powers], ids=lambda f: f.__name__)
+def test_half_precision_is_rounded_once(tried, dtype):
+    """Every value there is, NaN, infinities and subnormal numbers among them, to the last bit."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    y = x[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
+    with use("torch"):
+        expected = tried(x.float(), y.float())
+    with use("numba"):
+        assert tried.formula._served((x, y), {}) is not None
+        actual = tried(x, y)
+    for result, wanted in zip(*(r if isinstance(r, tuple) else (r,) for r in (actual, expected))):
+        torch.testing.assert_close(result, wanted.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", MATRICES)
+def test_rows_in_half_precision(shape, dtype):
+    arguments = matrices(shape, dtype)
+    with use("torch"):
+        wide = (t.double() if t.is_floating_point() else t for t in arguments)
+        exact = rows(*wide, factor=0.5)
+    with use("numba"):
+        assert rows.formula._matrices(arguments, {"factor": 0.5}) is not None
+        actual = rows(*arguments, factor=0.5)
+    for result, expected in zip(actual, exact):
+        expected = expected.to(dtype)
+        sizes = expected.where(expected.isfinite(), 0).abs().max()
+        close = {"rtol": 0, "atol": torch.finfo(dtype).eps * float(sizes)}
+        torch.testing.assert_close(result, expected, equal_nan=True, **close)
+
+
+def test_a_processor_that_cannot_convert_float16_leaves_it_to_torch(monkeypatch):
+    monkeypatch.setattr(half, "usable", lambda dtype: dtype is not torch.float16)
+    x = torch.rand(4).half()
+    with use("numba"):
+        assert formula(lambda x: 2 * x).formula._served((x,), {}) is None
+        assert formula(lambda x: 2 * x).formula._served((x.bfloat16(),), {}) is not None
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALF])
+@pytest.mark.parametrize("clear", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_totals_are_one_value_per_tensor(dtype, clear, compiled, monkeypatch):
+    if not compiled:  # tensors are then asked one by one
+        monkeypatch.setattr(native, "functions", lambda: None)
+    shapes = [*SIZES, (3 * cpu_text.CHUNK + 5,)]
+    start = [[torch.randn(s, generator=torch.Generator().manual_seed(k)).to(dtype) for s in shapes] for k in (0, 1)]
+    found = {}
+    for engine in ("torch", "numba"):
+        params, grads = ([t.clone() for t in row] for row in start)
+        with use(engine):
+            served = measured.formula.launch(([params[0].clone()], [grads[0].clone()]), Table(), {"rate": 0.5})
+            assert (served is None) == (engine == "torch")
+            totals = measured.foreach_(params, grads, rate=0.5, clear=clear)
+        assert all(t.shape == (len(shapes),) and t.dtype is torch.float64 for t in totals)
+        assert all(torch.count_nonzero(g) == (0 if clear else g.numel()) for g in grads)
+        found[engine] = [*params, *grads, *totals]
+    loose = {"rtol": 2e-3, "atol": 2e-3} if dtype in HALF else TOLERANCE[dtype]
+    torch.testing.assert_close(found["numba"], found["torch"], **loose)
+    exact = torch.stack([(g.double() ** 2).sum() for g in start[1]])
+    torch.testing.assert_close(found["numba"][-2], exact, rtol=1e-6 if dtype is not torch.float64 else 1e-14, atol=0)
+
+
+def test_totals_of_one_tensor_and_of_none():
+    x = torch.tensor([1.0, 2.0])
+    for engine in ("torch", "numba"):
+        with use(engine):
+            assert size(x).item() == 3.0
+            assert size(x, x).item() == 5.0
+            assert size.foreach_([x, 2 * x]).tolist() == [3.0, 6.0]
+            assert size.foreach_([x], [x]).tolist() == [5.0]
+    x.requires_grad_()
+    size(x, x).backward()
+    assert x.grad.tolist() == [2.0, 4.0]
+
+
+def test_a_total_is_only_returned():
+    for wrong, message in (
+        (lambda x: (total(x), x + 1), "totals must be the last of the results"),
+        (lambda x: x / total(x), "arithmetic on a total"),
+        (lambda x, *, n: total(n), "total of a scalar"),
+    ):
+        keywords = {"n": 1.0} if "scalar" in message else {}
+        with use("numba"), pytest.raises(FormulaError, match=message):
+            formula(wrong)(torch.ones(2), **keywords)
+    with use("numba"), pytest.raises(FormulaError, match="total"):
+        formula(per_row=())(lambda x: total(x))(torch.ones(2, 2))
+    with use("numba"), pytest.raises(TypeError, match="foreach_ needs @formula"):
+        product_rule.foreach_([torch.ones(2)], [torch.ones(2)])
 
 
 @pytest.mark.parametrize("engine", ["torch", "numba"])

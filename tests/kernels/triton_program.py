@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from tests.kernels.formulas import PURE, SIZES, averaged, hostile, lists, matrices, rows, scaled
+from tests.kernels.formulas import PURE, SIZES, averaged, hostile, lists, matrices, measured, rows, scaled
 from torch_bp.kernels import cuda, cuda_text, use
 
 TOLERANCE = {
@@ -53,6 +53,14 @@ def interpret():
                 averaged.foreach_(*lined, rate=0.1, beta=0.9, negative=True)
             torch.testing.assert_close(lined, expected, **tolerance)
             checked += 1
+        (params, grads, *_), (expected, same, *_) = lists(dtype), lists(dtype)
+        with use("torch"):
+            wanted = measured.foreach_(expected, same, rate=0.1, clear=True)
+        with use("triton"):
+            totals = measured.foreach_(params, grads, rate=0.1, clear=True)
+        torch.testing.assert_close([*params, *grads], [*expected, *same], **tolerance)
+        torch.testing.assert_close(totals, wanted, rtol=max(1e-6, 2 * tolerance["rtol"]), atol=1e-12)
+        checked += 1
     print("interpreted", checked)
 
 
@@ -80,6 +88,7 @@ def kernels():
         yield formula.formula, [None, torch.ones(2), torch.ones(2)], {"scale": 1.0}
     yield bce_logits_backward.formula, [torch.ones(2)] * 4, {"scale": 1.0}
     yield rows.formula, [torch.ones(2, 2)] * 4, {"factor": 1.0}
+    yield measured.formula, [torch.ones(2)] * 2, {"rate": 1.0, "clear": True}
     for formula in (softmax.softmax_backward, softmax.log_softmax_backward, softmax.log_softmax_tangent):
         yield formula.formula, [torch.ones(2, 2)] * 2, {}
     labels = {"ignored": -100, "hit": 0.9, "spread": 0.1}
@@ -118,7 +127,7 @@ def compile_ahead():
                 run = kernel._run(dtype is torch.float64)
                 types = dict.fromkeys(run.arg_names, "fp32")
                 types |= {n: pointers[dtype] for n in run.arg_names if n.startswith("p_")}
-                types |= {n: "*fp64" for n in run.arg_names if n == "scalars"}
+                types |= {n: "*fp64" for n in run.arg_names if n in ("scalars", "totals")}
                 kinds = getattr(formula, "kinds", {})
                 types |= {f"p_{n}": "*i64" for n, kind in kinds.items() if kind == "label" and f"p_{n}" in types}
                 types |= {n: "*i64" for n in ("addresses", "tensor", "start", "length") if n in types}

@@ -19,7 +19,9 @@ from torch_bp.kernels.functions import (
     sign,
     sqrt,
     tanh,
+    total,
     where,
+    zeros_like,
 )
 from torch_bp.kernels.symbol import FormulaError
 from torch_bp.kernels.table import Table
@@ -42,8 +44,10 @@ __all__ = [
     "sign",
     "sqrt",
     "tanh",
+    "total",
     "use",
     "where",
+    "zeros_like",
 ]
 
 abs = abs  # so that all functions of a formula can be imported from one place

@@ -14,11 +14,16 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from torch_bp.kernels import rows, vector
+from torch_bp.kernels import half, rows, vector
 from torch_bp.kernels.expression import Expression, Speller
 from torch_bp.kernels.symbol import Symbol
 
-DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+DTYPES = {
+    torch.float32: ("float32", "float32"),
+    torch.float64: ("float64", "float64"),
+    torch.bfloat16: ("uint16", "float32"),
+    torch.float16: ("uint16", "float32"),
+}  # how it is stored, how it is computed
 CHUNK = 8192  # elements a thread takes at a time: four float32 streams of it fit the second-level cache
 
 _SPELLING = {
@@ -51,9 +56,10 @@ _SPELLING = {
     "or": "{0} | {1}",
     "not": "not {0}",
     "one_hot": "(real(1) if i == {0} else real(0))",
+    "zeros_like": "real(0)",
 }
-_START = {"row_sum": "types.float64(0)", "row_max": "real(-math.inf)"}
-_GATHER = {"row_sum": "add({0}, {1})", "row_max": "larger({0}, {1})"}
+_START = {"row_sum": "types.float64(0)", "row_max": "real(-math.inf)", "total": "types.float64(0)"}
+_GATHER = {"row_sum": "add({0}, {1})", "row_max": "larger({0}, {1})", "total": "add({0}, {1})"}
 
 POINTER = '''
 def pointer_to(kind):
@@ -101,8 +107,8 @@ from numba.extending import intrinsic
 
 {pointer}
 
-real = types.{dtype}
-pointer = pointer_to(real)
+real = types.{real}
+pointer = pointer_to(types.{stored})
 {functions}# Numba's functions of these names, which it declares in a way that keeps the code out of the cache
 get_num_threads = types.ExternalFunction("get_num_threads", types.intp())
 set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.intp))
@@ -112,20 +118,33 @@ set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.int
 '''
 
 
-def _loop(expression: Expression, targets: Sequence[str], count: str, indent: str) -> str:
+def _loop(expression: Expression, targets: Sequence[str], dtype: torch.dtype, count: str, indent: str) -> str:
     """The loop over one stretch of memory: load what is read, compute, store to `targets`."""
     spell = Speller(expression, _SPELLING)
-    body = [_load(n) if n.operation == "input" else spell.line(n) for n in expression.order]
-    body += _stores(spell, zip(targets, expression.outputs), "i")
-    return f"{indent}for i in range({count}):\n" + "".join(f"{indent}    {line}\n" for line in body or ["pass"])
+    computed = [n for n in expression.order if n.kind != "total"]
+    body = [_load(n, dtype) if n.operation == "input" else spell.line(n) for n in computed]
+    body += _stores(spell, zip(targets, expression.outputs), "i", dtype)
+    body += [_gathered(spell, total) for total in expression.totals]
+    lines = [f"{spell.name(total)} = {_START['total']}" for total in expression.totals]
+    lines += [f"for i in range({count}):", *(f"    {line}" for line in body or ["pass"])]
+    lines += [f"totals[chunk, {j}] = {spell.name(total)}" for j, total in enumerate(expression.totals)]
+    return "".join(f"{indent}{line}\n" for line in lines)
 
 
-def _load(node: Symbol) -> str:
-    return f"in_{node.arguments[0]} = p_{node.arguments[0]}[i]"
+def _gathered(spell: Speller, reduction: Symbol) -> str:
+    """The line of a loop that takes one more element into a sum or a maximum."""
+    value = spell.name(reduction)
+    return f"{value} = {_GATHER[reduction.operation].format(value, spell.name(reduction.arguments[0]))}"
 
 
-def _stores(spell: Speller, results: Iterable[tuple[str, Symbol]], place: str) -> list[str]:
-    return [f"p_{t}[{place}] = {spell.name(r)}" for t, r in results if spell.name(r) != f"in_{t}"]
+def _load(node: Symbol, dtype: torch.dtype, place: str = "i") -> str:
+    value = f"p_{node.arguments[0]}[{place}]"
+    return f"in_{node.arguments[0]} = {f'widened({value})' if half.is_half(dtype) and node.kind != 'label' else value}"
+
+
+def _stores(spell: Speller, results: Iterable[tuple[str, Symbol]], place: str, dtype: torch.dtype) -> list[str]:
+    value = "rounded({})" if half.is_half(dtype) else "{}"
+    return [f"p_{t}[{place}] = {value.format(spell.name(r))}" for t, r in results if spell.name(r) != f"in_{t}"]
 
 
 def _pointers(names: Sequence[str], address: str, indent: str) -> str:
@@ -138,12 +157,16 @@ def _function(
     """The module up to the body of `run`; a parallel one takes the number of threads first."""
     scalars = [f"s{i}" for i in range(len(expression.scalars))]
     arguments = [*arguments, *scalars]
-    signature = ["int64"] * parallel + [*signature] + [DTYPES[dtype]] * len(scalars)
+    stored, real = DTYPES[dtype]
+    signature = ["int64"] * parallel + [*signature] + [real] * len(scalars)
     text = _HEAD.format(
         name=expression.name,
-        dtype=DTYPES[dtype],
+        stored=stored,
+        real=real,
         pointer=POINTER,
-        functions=vector.definitions(expression.operations, dtype) + _REDUCING * expression.by_rows,
+        functions=half.definitions(dtype)
+        + vector.definitions(expression.operations, getattr(torch, real))
+        + _REDUCING * (expression.by_rows or bool(expression.totals)),
         signature=", ".join(signature),
         parallel=parallel,
         fastmath=set() if expression.by_rows else {"contract"},
@@ -160,27 +183,28 @@ def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dty
     arguments = ["count", *(f"a_{n}" for n in names)]
     text = _function(expression, dtype, arguments, ["int64"] * len(arguments), parallel)
     if not parallel:
-        return text + _pointers(names, "a_{n}", "    ") + _loop(expression, targets, "count", "    ")
+        return text + _pointers(names, "a_{n}", "    ") + _loop(expression, targets, dtype, "count", "    ")
     text += f"    for chunk in prange((count + {CHUNK - 1}) // {CHUNK}):\n"
     text += f"        start = chunk * {CHUNK}\n"
     text += _pointers(names, f"a_{{n}} + start * {dtype.itemsize}", "        ")
-    text += _loop(expression, targets, f"min({CHUNK}, count - start)", "        ")
+    text += _loop(expression, targets, dtype, f"min({CHUNK}, count - start)", "        ")
     return text + "    set_num_threads(before)\n"
 
 
 def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
-    """The module of a kernel `run(addresses, tensor, start, length, scalar...)` over a list of tensors.
+    """The module of a kernel `run(addresses, tensor, start, length, totals, scalar...)` over a list of tensors.
 
     `addresses[r, k]` is where argument r of tensor k begins; chunk c is `length[c]` elements of tensor `tensor[c]`
-    from element `start[c]` on.
+    from element `start[c]` on, and total j of them goes to `totals[c, j]`.
     """
     names = expression.operands(targets)
-    signature = ["int64[:, ::1]", *["int64[::1]"] * 3]
-    text = _function(expression, dtype, ["addresses", "tensor", "start", "length"], signature, parallel)
+    arguments = ["addresses", "tensor", "start", "length", *["totals"] * bool(expression.totals)]
+    signature = ["int64[:, ::1]", *["int64[::1]"] * 3, *["float64[:, ::1]"] * bool(expression.totals)]
+    text = _function(expression, dtype, arguments, signature, parallel)
     text += f"    for chunk in {'prange' if parallel else 'range'}(tensor.shape[0]):\n"
     text += f"        k = tensor[chunk]\n        first = start[chunk] * {dtype.itemsize}\n"
     text += _pointers(names, "addresses[{i}, k] + first", "        ")
-    text += _loop(expression, targets, "length[chunk]", "        ")
+    text += _loop(expression, targets, dtype, "length[chunk]", "        ")
     return text + "    set_num_threads(before)\n" * parallel
 
 
@@ -201,19 +225,17 @@ def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype
         stride = {"tensor": f"{dtype.itemsize} * columns", "label": 8, "column": 0}.get(kind, dtype.itemsize)
         lines.append(f"p_{name} = {'labels' if kind == 'label' else 'pointer'}(a_{name} + row * {stride})")
     given = [n for n in expression.order if n.operation == "input" and rows.per_row(n)]
-    lines += [f"in_{n.arguments[0]} = p_{n.arguments[0]}[0]" for n in given]
+    lines += [_load(n, dtype, "0") for n in given]
     for step in rows.steps(expression):
         lines += [spell.line(n) for n in step.before]
         lines += [f"{spell.name(r)} = {_START[r.operation]}" for r in step.reductions]
-        body = [_load(n) if n.operation == "input" else spell.line(n) for n in step.elements]
-        for r in step.reductions:
-            value = spell.name(r)
-            body.append(f"{value} = {_GATHER[r.operation].format(value, spell.name(r.arguments[0]))}")
+        body = [_load(n, dtype) if n.operation == "input" else spell.line(n) for n in step.elements]
+        body += [_gathered(spell, r) for r in step.reductions]
         if step.stores:
-            body += _stores(spell, [(t, r) for t, r in results if not rows.per_row(r)], "i")
+            body += _stores(spell, [(t, r) for t, r in results if not rows.per_row(r)], "i", dtype)
         if body:
             lines += ["for i in range(columns):", *(f"    {line}" for line in body)]
         lines += [f"{spell.name(r)} = real({spell.name(r)})" for r in step.reductions if r.operation == "row_sum"]
-    lines += _stores(spell, [(t, r) for t, r in results if rows.per_row(r)], "0")
+    lines += _stores(spell, [(t, r) for t, r in results if rows.per_row(r)], "0", dtype)
     text += "".join(f"{indent}    {line}\n" for line in lines)
     return text + "    set_num_threads(before)\n" * parallel

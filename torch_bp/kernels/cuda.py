@@ -100,14 +100,27 @@ class Kernel:
             from_table, scalars = self._scalars(values, device)
             self._run(from_table)[(count,)](columns, *tensors, *scalars, BLOCK=BLOCK, **LAUNCH)
 
-    def run_list(self, table: Table, device: torch.device, values: Sequence[Any]) -> None:
-        """Run over the tensors of a table."""
+    def run_list(self, table: Table, device: torch.device, values: Sequence[Any]) -> torch.Tensor | None:
+        """Run over the tensors of a table; return the totals of each chunk, if there are any."""
+        totals = self._totals(len(table.tensor), device)
         with _device(device):
             from_table, scalars = self._scalars(values, device)
-            addresses, chunks = table.on_device(device)
+            addresses, chunks, _ = table.on_device(device)
             self._run(from_table)[(len(table.tensor),)](
-                addresses, addresses.shape[1], *chunks, *scalars, CHUNK=cuda_text.CHUNK, BLOCK=BLOCK, **LAUNCH
+                addresses,
+                addresses.shape[1],
+                *chunks,
+                *([] if totals is None else [totals]),
+                *scalars,
+                CHUNK=cuda_text.CHUNK,
+                BLOCK=BLOCK,
+                **LAUNCH,
             )
+        return totals
+
+    def _totals(self, chunks: int, device: torch.device) -> torch.Tensor | None:
+        count = len(self.expression.totals)
+        return torch.empty(chunks, count, dtype=torch.float64, device=device) if count else None
 
 
 def _capturing(device: torch.device) -> bool:

@@ -55,10 +55,12 @@ _SPELLING = {
     "or": "{0} | {1}",
     "not": "({0} == 0)",
     "one_hot": "tl.where(place == {0}, 1.0, 0.0).to(REAL)",
+    "zeros_like": "tl.zeros((BLOCK,), REAL)",
 }
 _REDUCE = {
     "row_sum": ("0.0", "{0} + {1}", "tl.sum({0}, 0)"),
     "row_max": ("float('-inf')", "larger({0}, {1})", "tl.reduce({0}, 0, larger)"),
+    "total": ("0.0", "{0} + {1}", "tl.sum({0}, 0)"),
 }
 
 _ROUNDED = """
@@ -159,9 +161,26 @@ def _stores(spell: Speller, results: Iterable[tuple[str, Symbol]], place: str, m
 
 def _body(expression: Expression, targets: Sequence[str], place: str, mask: str, indent: str) -> str:
     spell = Speller(expression, _SPELLING)
-    body = [_load(n, place, mask) if n.operation == "input" else spell.line(n) for n in expression.order]
+    computed = [n for n in expression.order if n.kind != "total"]
+    body = [_load(n, place, mask) if n.operation == "input" else spell.line(n) for n in computed]
     body += _stores(spell, zip(targets, expression.outputs), place, mask)
+    body += [_gathered(spell, total) for total in expression.totals]
     return "".join(f"{indent}{line}\n" for line in body)
+
+
+def _started(spell: Speller, reduction: Symbol) -> str:
+    return f"many_{spell.name(reduction)} = tl.full((BLOCK,), {_REDUCE[reduction.operation][0]}, REAL)"
+
+
+def _gathered(spell: Speller, reduction: Symbol) -> str:
+    """The line of a loop that takes one more block into a sum or a maximum."""
+    start, gather, _ = _REDUCE[reduction.operation]
+    many = f"many_{spell.name(reduction)}"
+    return f"{many} = {gather.format(many, f'tl.where(inside, {spell.name(reduction.arguments[0])}, {start})')}"
+
+
+def _reduced(spell: Speller, reduction: Symbol) -> str:
+    return _REDUCE[reduction.operation][2].format(f"many_{spell.name(reduction)}")
 
 
 def _scalars(expression: Expression, from_table: bool) -> tuple[list[str], str]:
@@ -192,24 +211,34 @@ def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dty
 
 
 def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
-    """The module of a kernel `run(addresses, columns, tensor, start, length, scalar...)` over a list of tensors."""
+    """The module of a kernel `run(addresses, columns, tensor, start, length, totals, scalar...)` over a list.
+
+    Total j of chunk c goes to `totals[c, j]`.
+    """
     stored, real = DTYPES[dtype]
     arguments, reading = _scalars(expression, from_table)
+    spell, totals = Speller(expression, _SPELLING), expression.totals
+    given = ["addresses", "columns", "tensor", "start", "length", *["totals"] * bool(totals)]
     text = _HEAD.format(
         name=expression.name,
         real=real,
         stored=stored,
         library=_library(real),
-        arguments=", ".join(["addresses", "columns", "tensor", "start", "length", *arguments, "CHUNK: tl.constexpr"]),
+        arguments=", ".join([*given, *arguments, "CHUNK: tl.constexpr"]),
     )
     text += reading
     text += "    chunk = tl.program_id(0)\n    k = tl.load(tensor + chunk)\n"
     text += "    first = tl.load(start + chunk)\n    count = tl.load(length + chunk)\n"
     for row, name in enumerate(expression.operands(targets)):
         text += f"    p_{name} = tl.load(addresses + {row} * columns + k).to(tl.pointer_type(STORED)) + first\n"
+    text += "".join(f"    {_started(spell, total)}\n" for total in totals)
     text += "    for step in range(0, CHUNK, BLOCK):\n"
     text += "        place = step + tl.arange(0, BLOCK)\n        inside = place < count\n"
-    return text + _body(expression, targets, "place", "inside", "        ")
+    text += _body(expression, targets, "place", "inside", "        ")
+    return text + "".join(
+        f"    tl.store(totals + chunk * {len(totals)} + {j}, {_reduced(spell, total)}.to(tl.float64))\n"
+        for j, total in enumerate(totals)
+    )
 
 
 def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
@@ -238,11 +267,8 @@ def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype
     for step in rows.steps(expression):
         lines += [spell.line(n) for n in step.before]
         body = [_load(n, "place", "inside") if n.operation == "input" else spell.line(n) for n in step.elements]
-        for r in step.reductions:
-            start, gather, _ = _REDUCE[r.operation]
-            lines.append(f"many_{spell.name(r)} = tl.full((BLOCK,), {start}, REAL)")
-            value = f"tl.where(inside, {spell.name(r.arguments[0])}, {start})"
-            body.append(f"many_{spell.name(r)} = {gather.format(f'many_{spell.name(r)}', value)}")
+        lines += [_started(spell, r) for r in step.reductions]
+        body += [_gathered(spell, r) for r in step.reductions]
         if step.stores:
             body += _stores(spell, [(t, r) for t, r in results if not rows.per_row(r)], "place", "inside")
         if body:
@@ -250,8 +276,6 @@ def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype
             lines += [
                 f"    {line}" for line in ("place = first + tl.arange(0, BLOCK)", "inside = place < columns", *body)
             ]
-        lines += [
-            f"{spell.name(r)} = {_REDUCE[r.operation][2].format('many_' + spell.name(r))}" for r in step.reductions
-        ]
+        lines += [f"{spell.name(r)} = {_reduced(spell, r)}" for r in step.reductions]
     lines += _stores(spell, [(t, r) for t, r in results if rows.per_row(r)], "row", "")
     return text + reading + "".join(f"    {line}\n" for line in lines)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text
+from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text, half
 
 ENGINES = ("auto", "torch", "numba", "triton")
 
@@ -60,7 +60,8 @@ def serving(tensor: torch.Tensor) -> str | None:
     if tensor.is_cpu:
         if _engine == "triton":
             return "triton" if tensor.dtype in cuda_text.DTYPES and cuda_text.interpreted() and cuda.usable() else None
-        return "numba" if tensor.dtype in cpu_text.DTYPES and cpu.usable() else None
+        served = tensor.dtype in cpu_text.DTYPES and cpu.usable() and half.usable(tensor.dtype)
+        return "numba" if served else None
     if tensor.is_cuda and _engine != "numba":
         return "triton" if tensor.dtype in cuda_text.DTYPES and cuda.usable() else None
     return None

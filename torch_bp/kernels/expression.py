@@ -68,6 +68,11 @@ class Expression:
         """True if something is computed per row."""
         return any(node.kind in ("row", "label") for node in self.order)
 
+    @property
+    def totals(self) -> list[Symbol]:
+        """The results that are one value per tensor; they come last."""
+        return [output for output in self.outputs if output.kind == "total"]
+
     def used_inputs(self) -> set[str]:
         """Return the inputs that some output reads."""
         return {n.arguments[0] for n in self.order if n.operation == "input"}
@@ -146,12 +151,15 @@ def trace(
     if not outputs:
         raise FormulaError(f"formula {name}: it must return a value per element, got None.")
     for position, output in enumerate(outputs):
-        if not isinstance(output, Symbol) or output.kind not in ("tensor", "row"):
+        if not isinstance(output, Symbol) or output.kind not in ("tensor", "row", "total"):
             raise FormulaError(
                 f"formula {name}: result {position} must be a value per element, got "
                 f"{output.kind if isinstance(output, Symbol) else type(output).__name__}; "
                 "it has to depend on a positional argument."
             )
+    kinds = ["total" if output.kind == "total" else "" for output in outputs]
+    if kinds != sorted(kinds):
+        raise FormulaError(f"formula {name}: totals must be the last of the results.")
     used = _scalars_of(outputs)
     present = tuple(n for n in tensors if n not in absent)
     given = tuple(r is not None for r in results)
@@ -220,5 +228,5 @@ _PYTHON = {
     "div": "{0} / {1}",
     "pow": "{0} ** {1}",
     "neg": "-{0}",
-} | {name: f"_{name}({{0}})" for name in ("abs", "sqrt", "exp", "log", "tanh", "erf", "sigmoid", "sign")}
+} | {name: f"_{name}({{0}})" for name in ("abs", "sqrt", "exp", "log", "tanh", "erf", "sigmoid", "sign", "zeros_like")}
 _PYTHON |= {name: f"_{name}({{0}}, {{1}})" for name in ("maximum", "minimum")}

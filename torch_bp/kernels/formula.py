@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from torch_bp.kernels import engine, plain
 from torch_bp.kernels.expression import trace
 from torch_bp.kernels.plain import grad_enabled, unwatched
-from torch_bp.kernels.program import PLAIN_NUMBERS, Program, as_torch
+from torch_bp.kernels.program import PLAIN_NUMBERS, Program, alone, as_torch
 from torch_bp.kernels.table import Table
 
 _MISSING: Any = object()
@@ -126,6 +126,11 @@ class Formula:
                 tensors = self.padded(tensors)
             return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
         program, first, addresses = served
+        if program.totals:
+            totals = self.launch([None if t is None else [t] for t in tensors], Table(lasting=False), keywords)
+            if totals is None:
+                return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
+            return alone([t[0] for t in totals])
         if program.simple and not keywords:
             return program.simply(first, addresses)
         return program(tensors, first, addresses, keywords)
@@ -215,8 +220,8 @@ class Formula:
             raise TypeError(f"{self.name}() missing required keyword-only argument: {name!r}")
         return self._defaults[name]
 
-    def foreach_(self, *lists: Sequence[torch.Tensor] | None, table: Table | None = None, **keywords: Any) -> None:
-        """Run an updating formula over lists of tensors, in one kernel launch where a kernel may serve.
+    def foreach_(self, *lists: Sequence[torch.Tensor] | None, table: Table | None = None, **keywords: Any) -> Any:
+        """Run a formula that updates, or that gives totals, over lists: one kernel launch where a kernel may serve.
 
         Args:
             *lists: one list of tensors for each positional argument, all of one length; None for an argument that
@@ -225,49 +230,60 @@ class Formula:
                 compared and not collected.
             **keywords: the scalars, the same for every tensor, and the static keywords.
 
+        Returns:
+            For each `total` among the results (n), one value per tensor, in float64; a tuple if there are several.
+
         Raises:
-            TypeError: the formula has no `updates`.
+            TypeError: the formula returns new tensors.
             ValueError: the lists differ in length.
         """
-        self._check_updates()
         present = [row for row in lists if row is not None]
         if len({len(row) for row in present}) != 1:
             raise ValueError(
                 f"formula {self.name}: lists must have the same length, got "
                 f"{', '.join(f'{n}: {len(row)}' for n, row in zip(self.tensors, lists) if row is not None)}."
             )
-        if not present[0]:
-            return
-        if not _is_compiling() and self.launch(lists, table or Table(), keywords):
-            return
+        if not _is_compiling() and present[0]:
+            totals = self.launch(lists, table or Table(lasting=False), keywords)
+            if totals is not None:
+                return alone(totals)
+        each = []
         for k in range(len(present[0])):
-            self(*(None if row is None else row[k] for row in lists), **keywords)
+            result = self(*(None if row is None else row[k] for row in lists), **keywords)
+            each.append(result if isinstance(result, tuple) else (result,))
+        if not each or each[0] == (None,):
+            return None
+        if any(t.dim() for t in each[0]):
+            self._refuse_results()
+        return alone([torch.stack(of_one) for of_one in zip(*each)])
 
-    def _check_updates(self) -> None:
-        if not self.updates:
-            raise TypeError(f"formula {self.name}: foreach_ needs @formula(updates=...), which names what is written.")
+    def _refuse_results(self) -> NoReturn:
+        raise TypeError(
+            f"formula {self.name}: foreach_ needs @formula(updates=...), which names what is written, or totals."
+        )
 
-    def launch(self, lists: Sequence[Sequence[torch.Tensor] | None], table: Table, keywords: Mapping[str, Any]) -> bool:
-        """Run the list kernel if one may serve; False means that nothing was done. Arguments as of `foreach_`."""
-        self._check_updates()
+    def launch(
+        self, lists: Sequence[Sequence[torch.Tensor] | None], table: Table, keywords: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Run the list kernel if one may serve; None means that nothing was done. Arguments as of `foreach_`."""
         if len(lists) < len(self.tensors):
             lists = self.padded(lists)
         present = [row for row in lists if row is not None]
-        if not present[0]:
-            return True
         first = present[0][0]
         if len(lists) != len(self.tensors) or not unwatched() or not isinstance(first, torch.Tensor):
-            return False
+            return None
         if first.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False  # a replay would read the addresses from memory that has been given back
+            return None  # a replay would read the addresses from memory that has been given back
         if not numbers(keywords.values()) or (grad_enabled() and any(map(plain.recording, present))):
-            return False
+            return None
         absent: tuple[str, ...] = ()
         if len(present) != len(lists):
             absent = tuple(n for n, row in zip(self.tensors, lists) if row is None)
         program = self._prepare(first, absent, keywords)
-        if program is None or not table.refresh(present, program.writes, program.chunk):
-            return False
-        if table.elements:
-            program.foreach(table, first.device, keywords)
-        return True
+        if program is None:
+            return None
+        if program.created:
+            self._refuse_results()
+        if not table.refresh(present, program.writes, program.chunk):
+            return None
+        return program.foreach(table, first.device, keywords)

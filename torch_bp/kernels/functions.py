@@ -71,6 +71,9 @@ maximum = _dispatch("maximum", _as_tensors(torch.maximum), _nan_aware(max))
 minimum = _dispatch("minimum", _as_tensors(torch.minimum), _nan_aware(min))
 
 
+zeros_like = _dispatch("zeros_like", torch.zeros_like, lambda a: 0)
+
+
 def _one_hot(label: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     # not scatter, which vmap cannot do with a label of its own
     return (label == torch.arange(like.shape[-1], device=like.device)).to(like.dtype)
@@ -83,7 +86,7 @@ def _of_rows(operation: str, of_tensor: Callable[..., torch.Tensor], text: str) 
 
 
 def _no_row(*arguments: Any) -> Any:
-    raise FormulaError("row_sum, row_max and one_hot take tensors, and in a formula arguments that are tensors.")
+    raise FormulaError("total, row_sum, row_max and one_hot take tensors, and in a formula arguments that are tensors.")
 
 
 def _values(x: torch.Tensor) -> torch.Tensor:
@@ -96,6 +99,13 @@ row_sum = _of_rows("row_sum", lambda x: _values(x).sum(-1, keepdim=True), "The s
 row_max = _of_rows("row_max", lambda x: _values(x).amax(-1, keepdim=True), "The maximum of each row of (R, C): (R, 1).")
 one_hot = _of_rows("one_hot", _one_hot, "1 in the column that `label` (R, 1) names, else 0: like the second argument.")
 
+total = _dispatch("total", lambda x: x.sum(dtype=torch.float64), _no_row)
+total.__doc__ = "The sum of all elements of a tensor, in float64: a result of its own, in a formula over lists."
+
 FUNCTIONS: dict[str, Callable[..., Any]] = dict(
-    zip(FUNCTION_NAMES, (sqrt, exp, log, tanh, erf, sigmoid, where, maximum, minimum, abs, sign), strict=True)
+    zip(
+        FUNCTION_NAMES,
+        (sqrt, exp, log, tanh, erf, sigmoid, where, maximum, minimum, abs, sign, zeros_like),
+        strict=True,
+    )
 )

@@ -19,6 +19,7 @@ import torch
 from torch_bp.kernels import cpu, cpu_text, library
 
 CHANGED, SAME, MOVED = range(3)  # what `check` answers
+UNFIT = -1  # what `describe` answers of tensors that are not for one kernel
 
 _ANSWERS = ("layout", "dtype", "device_type", "device_index", "data_ptr", "dim", "sizes", "strides")
 _handle_of = torch.Tensor._cdata.__get__  # type: ignore[attr-defined]
@@ -31,20 +32,105 @@ from numba.extending import intrinsic
 ask = types.int32(types.intp, types.intp)
 {functions}
 CHANGED, SAME, MOVED = range(3)
+UNFIT = -1
 
 
 {pointer}
 integers, singles, doubles = map(pointer_to, (types.int64, types.float32, types.float64))
 
 
-@njit("boolean(int64[:, ::1], int64[::1])", cache=ON_DISK)
-def kind(handles, answer):
-    """Write layout, dtype and device of the first tensor to answer[:4], as `check` compares them."""
-    handle, place = handles.ctypes.data, answer.ctypes.data
+@njit
+def is_of_kind(handle, kinds, answer):
+    """True if layout, dtype and device of a tensor are `kinds`; they are left in answer[:4]."""
+    place = answer.ctypes.data
     answer[:4] = 0
-    refused = get_layout(handle, place) | get_dtype(handle, place + 8)
-    refused |= get_device_type(handle, place + 16) | get_device_index(handle, place + 24)
-    return refused == 0
+    if get_layout(handle, place) or get_dtype(handle, place + 8):
+        return False
+    if get_device_type(handle, place + 16) or get_device_index(handle, place + 24):
+        return False
+    return answer[0] == kinds[0] and answer[1] == kinds[1] and answer[2] == kinds[2] and answer[3] == kinds[3]
+
+
+@njit
+def elements_of_form(handle, forms, at, answer):
+    """The number of elements of a tensor whose sizes and strides are those at forms[at:], else UNFIT.
+
+    Its address is left in answer[2].
+    """
+    place = answer.ctypes.data
+    answer[0] = 0
+    if get_dim(handle, place) or answer[0] != forms[at]:
+        return UNFIT
+    dimensions = forms[at]
+    if get_sizes(handle, place) or get_strides(handle, place + 8) or get_data_ptr(handle, place + 16):
+        return UNFIT
+    sizes, strides = integers(answer[0]), integers(answer[1])
+    elements = 1
+    for d in range(dimensions):
+        if sizes[d] != forms[at + 1 + d] or strides[d] != forms[at + 1 + dimensions + d]:
+            return UNFIT
+        elements *= sizes[d]
+    return elements
+
+
+@njit
+def is_dense(forms, at, elements):
+    """True if the elements fill one stretch of memory, each in a place of its own."""
+    dimensions, expected = forms[at], 1
+    while expected < elements:
+        before = expected
+        for d in range(dimensions - 1, -1, -1):
+            if forms[at + 1 + d] != 1 and forms[at + 1 + dimensions + d] == expected:
+                expected *= forms[at + 1 + d]
+        if expected == before:
+            return False
+    return True
+
+
+@njit("int64(int64[:, ::1], int64[::1], int64[::1], int64[::1], int64[:, ::1], int64[::1])", cache=ON_DISK)
+def describe(handles, kinds, forms, sizes, addresses, answer):
+    """Write what `check` compares later of tensors that are alike; the room that `forms` needs, or UNFIT.
+
+    Alike: of one layout, dtype and device, and in each column of one shape and dense strides.
+    """
+    first = handles.ctypes.data
+    place = answer.ctypes.data
+    answer[:4] = 0
+    if get_layout(first, place) or get_dtype(first, place + 8):
+        return UNFIT
+    if get_device_type(first, place + 16) or get_device_index(first, place + 24):
+        return UNFIT
+    kinds[:4] = answer[:4]
+    needed = 0
+    for column in range(handles.shape[1]):
+        answer[0] = 0
+        if get_dim(first + 8 * column, place):
+            return UNFIT
+        needed += 1 + 2 * answer[0]
+    if needed > forms.shape[0]:
+        return needed
+    at = 0
+    for column in range(handles.shape[1]):
+        handle = first + 8 * column
+        answer[0] = 0
+        if get_dim(handle, place) or get_sizes(handle, place + 8) or get_strides(handle, place + 16):
+            return UNFIT
+        dimensions, shape, strides = answer[0], integers(answer[1]), integers(answer[2])
+        forms[at] = dimensions
+        for d in range(dimensions):
+            forms[at + 1 + d], forms[at + 1 + dimensions + d] = shape[d], strides[d]
+        for row in range(handles.shape[0]):
+            handle = first + 8 * (row * handles.shape[1] + column)
+            if not is_of_kind(handle, kinds, answer):
+                return UNFIT
+            sizes[column] = elements_of_form(handle, forms, at, answer)
+            if sizes[column] == UNFIT or (answer[2] == 0 and sizes[column]):
+                return UNFIT
+            addresses[row, column] = answer[2]
+        if not is_dense(forms, at, sizes[column]):
+            return UNFIT
+        at += 1 + 2 * dimensions
+    return needed
 
 
 @njit
@@ -70,7 +156,6 @@ def check(handles, known, kept, kinds, forms, written, addresses, answer):
     written: see `touches`; a new address must not reach there.
     """
     first = handles.ctypes.data
-    place = answer.ctypes.data
     verdict = SAME
     for row in range(handles.shape[0]):
         at = 0
@@ -78,24 +163,11 @@ def check(handles, known, kept, kinds, forms, written, addresses, answer):
             if kept[row] and handles[row, column] != known[row, column]:
                 return CHANGED
             handle = first + 8 * (row * handles.shape[1] + column)
-            answer[:5] = 0
-            if get_layout(handle, place) or get_dtype(handle, place + 8):
+            if not is_of_kind(handle, kinds, answer):
                 return CHANGED
-            if get_device_type(handle, place + 16) or get_device_index(handle, place + 24):
+            elements = elements_of_form(handle, forms, at, answer)
+            if elements == UNFIT:
                 return CHANGED
-            if answer[0] != kinds[0] or answer[1] != kinds[1] or answer[2] != kinds[2] or answer[3] != kinds[3]:
-                return CHANGED
-            if get_dim(handle, place + 32) or answer[4] != forms[at]:
-                return CHANGED
-            dimensions = forms[at]
-            if get_sizes(handle, place) or get_strides(handle, place + 8) or get_data_ptr(handle, place + 16):
-                return CHANGED
-            sizes, strides = integers(answer[0]), integers(answer[1])
-            elements = 1
-            for d in range(dimensions):
-                if sizes[d] != forms[at + 1 + d] or strides[d] != forms[at + 1 + dimensions + d]:
-                    return CHANGED
-                elements *= sizes[d]
             if answer[2] != addresses[row, column]:
                 if kept[row] or (answer[2] == 0 and elements):
                     return CHANGED
@@ -103,7 +175,7 @@ def check(handles, known, kept, kinds, forms, written, addresses, answer):
                     return CHANGED
                 addresses[row, column] = answer[2]
                 verdict = MOVED
-            at += 1 + 2 * dimensions
+            at += 1 + 2 * forms[at]
     return verdict
 
 
@@ -129,7 +201,7 @@ def write(addresses, value, double):
 
 @functools.cache
 def functions() -> ModuleType | None:
-    """Return the compiled functions `kind`, `check`, `holds` and `write`, or None where they cannot be had."""
+    """Return the compiled functions `describe`, `check`, `holds` and `write`, or None where they cannot be had."""
     if not cpu.usable():
         return None
     try:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text
@@ -49,18 +50,27 @@ def as_torch(
     several = isinstance(results, tuple)
     if half:
         dtype = functools.reduce(torch.promote_types, dtypes)
-        rounded = [None if r is None else r.to(dtype) for r in (results if several else (results,))]
+        rounded = [r.to(dtype) if r is not None and r.dtype is torch.float32 else r for r in _tuple(results)]
         results = tuple(rounded) if several else rounded[0]
     if not updates:
         return results
     by_name = dict(zip(names, given))
     targets = [by_name[name] for name in updates]
-    writes = [(t, r) for t, r in zip(targets, results if several else (results,)) if r is not None and r is not t]
+    writes = [(t, r) for t, r in zip(targets, _tuple(results)) if r is not None and r is not t]
     # A result that is itself a target (the previous value, kept) would be overwritten before it is read.
     writes = [(t, r.clone() if any(r is other for other in targets) else r) for t, r in writes]
     for target, result in writes:
         target.copy_(result)
-    return None
+    return alone(_tuple(results)[len(updates) :])
+
+
+def _tuple(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def alone(results: Sequence[Any]) -> Any:
+    """Return nothing, one result, or a tuple of several."""
+    return tuple(results) if len(results) > 1 else results[0] if results else None
 
 
 def host_values(expression: Expression, keywords: Mapping[str, Any], on_cpu: bool) -> Sequence[Any]:
@@ -96,13 +106,15 @@ class Program:
         self.updates = bool(updates)
         if self.updates:
             targets = [n for n in updates if n in expression.inputs]
-            if expression.given != tuple(n in expression.inputs for n in updates):
+            given = expression.given[: len(expression.given) - len(expression.totals)]
+            if given != tuple(n in expression.inputs for n in updates):
                 raise TypeError(
                     f"formula {expression.name}: it must return one result for each of updates={tuple(updates)}, "
-                    f"None for one that is None, got {sum(expression.given)} for {', '.join(targets)}."
+                    f"None for one that is None, got {sum(given)} for {', '.join(targets)}."
                 )
         else:
-            targets = [f"_result{i}" for i in range(len(expression.outputs))]
+            targets = [f"_result{i}" for i in range(len(expression.outputs) - len(expression.totals))]
+        self.totals = len(expression.totals)
         self.numba = engine == "numba"
         module: Any = cpu if self.numba else cuda
         text: Any = cpu_text if self.numba else cuda_text
@@ -112,7 +124,7 @@ class Program:
         self.writes = [n in targets for n in expression.inputs]
         self.written = [i for i, write in enumerate(self.writes) if write]
         self.scalars = bool(expression.scalars)
-        self.created = 0 if self.updates else len(expression.outputs)
+        self.created = 0 if self.updates else len(targets)
         several = len(expression.given) > 1
         self.simple = self.numba and self.created == 1 and not (self.scalars or several)  # `serial` serves as it is
 
@@ -148,11 +160,24 @@ class Program:
             return None
         return as_returned(results, self.expression)
 
-    def foreach(self, table: Table, device: torch.device, keywords: Mapping[str, Any]) -> None:
-        """Run over the lists of tensors that a table holds."""
+    def foreach(self, table: Table, device: torch.device, keywords: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Run over the lists of tensors that a table holds; return the totals, one value per tensor each."""
         values = host_values(self.expression, keywords, self.numba)
         torch._C._increment_version(table.written)  # first: the tensors were just looked at
-        if self.numba:
-            self.list.run(table.elements, table.addresses, table.tensor, table.start, table.length, *values)
+        if not table.elements:
+            return tuple(torch.zeros(self.totals, table.counts.size, dtype=torch.float64, device=device))
+        if not self.numba:
+            partial: Any = self.list.run_list(table, device, values)
         else:
-            self.list.run_list(table, device, values)
+            chunks = (table.tensor, table.start, table.length)
+            if not self.totals:
+                self.list.run(table.elements, table.addresses, *chunks, *values)
+                return ()
+            partial = np.empty((len(table.tensor), self.totals))
+            self.list.run(table.elements, table.addresses, *chunks, partial, *values)
+            partial = torch.from_numpy(partial)
+        if not self.totals:
+            return ()
+        # in an order of its own each time, which an addition by atomic operations would not have
+        counts = table.on_device(device)[2] if device.type == "cuda" else torch.from_numpy(table.counts)
+        return torch.segment_reduce(partial, "sum", lengths=counts, axis=0, unsafe=True).unbind(1)

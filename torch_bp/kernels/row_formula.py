@@ -17,6 +17,7 @@ from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text, plain, rows
 from torch_bp.kernels.expression import Expression, trace
 from torch_bp.kernels.formula import Formula, numbers
 from torch_bp.kernels.program import as_returned, as_torch, host_values
+from torch_bp.kernels.symbol import FormulaError
 
 _address_of = torch.Tensor.data_ptr
 
@@ -132,4 +133,6 @@ class RowFormula(Formula):
         static = self.static_values(keywords)
         defaults = {n: v for n, v in self._defaults.items() if n in self.scalars}
         expression = trace(self.function, self.name, self.kinds, absent, self.scalars, static, defaults)
+        if expression.totals:
+            raise FormulaError(f"formula {self.name}: a total has no kernel in a formula over rows; use row_sum.")
         return RowProgram(expression, serving, dtype)

@@ -6,7 +6,20 @@ from typing import Any, NoReturn
 
 import torch
 
-FUNCTION_NAMES = ("sqrt", "exp", "log", "tanh", "erf", "sigmoid", "where", "maximum", "minimum", "abs", "sign")
+FUNCTION_NAMES = (
+    "sqrt",
+    "exp",
+    "log",
+    "tanh",
+    "erf",
+    "sigmoid",
+    "where",
+    "maximum",
+    "minimum",
+    "abs",
+    "sign",
+    "zeros_like",
+)
 REDUCTIONS = ("row_sum", "row_max")
 COMPARE = {"lt", "le", "gt", "ge", "eq", "ne"}
 LOGIC = {"and", "or", "not"}
@@ -25,9 +38,10 @@ class FormulaError(TypeError):
 class Symbol:
     """One node of the graph: an input, a constant or an operation on other nodes.
 
-    `kind` is "tensor" (one value per element), "scalar" (one value per call) or "mask" (true or false per element). In
-    a formula over rows there are also "row" (one value per row), "row mask", "label" (a class index per row) and
-    "column" (one value per column, which is one per element that every row shares).
+    `kind` is "tensor" (one value per element), "scalar" (one value per call), "mask" (true or false per element) or
+    "total" (one value per tensor, which can only be returned). In a formula over rows there are also "row" (one value
+    per row), "row mask", "label" (a class index per row) and "column" (one value per column, which is one per element
+    that every row shares).
     """
 
     __slots__ = ("arguments", "kind", "operation", "trace")
@@ -161,6 +175,13 @@ class Trace:
     def operate(self, operation: str, *arguments: Any) -> Symbol:
         """Enter `operation` on symbols and numbers, and say which kind of value it gives."""
         symbols = tuple(self._symbol(a) for a in arguments)
+        for symbol in symbols:
+            if symbol.kind == "total":
+                symbol._refuse("arithmetic on a total", "return it, and compute with what the call returns")
+        if operation == "total":
+            if symbols[0].kind != "tensor":
+                symbols[0]._refuse(f"total of a {symbols[0].kind}", "it takes one value per element")
+            return self._enter(operation, symbols, "total")
         if operation in REDUCTIONS:
             return self._reduce(operation, symbols[0])
         if operation == "one_hot":

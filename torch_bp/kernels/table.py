@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -13,9 +14,6 @@ import torch
 from torch_bp.kernels import native, plain
 
 _Tensor = torch.Tensor
-_dtype_of = _Tensor.dtype.__get__  # type: ignore[attr-defined]
-_layout_of, _device_of = _Tensor.layout.__get__, _Tensor.device.__get__  # type: ignore[attr-defined]
-_shape_of = _Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -32,6 +30,34 @@ class _Seen:
     references: list[weakref.ref[torch.Tensor]]  # make `swap_tensors` refuse
 
 
+def _disjoint(addresses: np.ndarray, sizes: np.ndarray, writes: Sequence[bool]) -> bool:
+    """True if no stretch of memory that is written overlaps another one, but for itself in the same column."""
+    if not any(writes):
+        return True
+    if len(addresses) == 1:
+        full = sizes > 0
+        starts, sizes = addresses[0, full], sizes[full]
+        order = starts.argsort()
+        starts = starts[order]
+        return bool((starts[:-1] + sizes[order][:-1] <= starts[1:]).all())
+    starts = addresses.ravel()
+    ends = (addresses + sizes).ravel()
+    columns = np.broadcast_to(np.arange(len(sizes)), addresses.shape).ravel()
+    written = np.repeat(np.array(writes, bool), len(sizes))
+    order = np.lexsort((columns, ends, starts))
+    order = order[starts[order] < ends[order]]
+    starts, ends, columns, written = starts[order], ends[order], columns[order], written[order]
+    if not len(starts):
+        return True
+    new = np.ones(len(starts), bool)
+    new[1:] = (np.diff(starts) != 0) | (np.diff(ends) != 0) | (np.diff(columns) != 0)
+    first = np.flatnonzero(new)
+    starts, ends, written = starts[first], ends[first], np.logical_or.reduceat(written, first)
+    reach = np.maximum.accumulate(ends)
+    reach_written = np.maximum.accumulate(np.where(written, ends, -1))
+    return not ((starts[1:] < reach_written[:-1]) | (written[1:] & (starts[1:] < reach[:-1]))).any()
+
+
 class Table:
     """Addresses, sizes and chunks of `rows` lists of equally many tensors: `addresses[r, k]` is tensor k of list r.
 
@@ -43,11 +69,15 @@ class Table:
     A row that is the same *tuple* as last time holds the same tensors, which saves asking each for its handle. Against
     `torch.utils.swap_tensors`, the one way to change what is behind a tensor, they have weak references, which make
     it refuse.
+
+    Args:
+        lasting: False for a table that is used once. Default: True.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lasting: bool = True) -> None:
+        self._lasting = lasting
         self.addresses = np.empty((0, 0), np.int64)
-        self.tensor = self.start = self.length = np.empty(0, np.int64)
+        self.tensor = self.start = self.length = self.counts = np.empty(0, np.int64)
         self.elements = 0
         self.dtype = torch.float32
         self.written: list[torch.Tensor] = []
@@ -71,13 +101,9 @@ class Table:
             return True
         self._writes, self._chunk = (), chunk
         try:
-            if not self._build(lists, writes, chunk):
-                return False
-        except RuntimeError:  # a tensor that has no address
+            return self._build(lists, writes, chunk)
+        except (RuntimeError, TypeError):  # a tensor that has no address, something that is no tensor
             return False
-        self._writes = list(writes)
-        self._remember(lists)
-        return True
 
     def _same(self, lists: Sequence[Sequence[torch.Tensor]]) -> bool:
         """True if nothing but the addresses of lists that are only read has changed; those are updated."""
@@ -115,92 +141,88 @@ class Table:
             return not any(row[k].is_neg() for k in single)
         return plain.PLAIN_TYPES.issuperset(map(type, row)) and not any(map(_Tensor.is_neg, row))
 
-    def _remember(self, lists: Sequence[Sequence[torch.Tensor]]) -> None:
+    def _remember(self, lists: Sequence[Sequence[torch.Tensor]], handles: np.ndarray) -> None:
         """Note what `_same` compares."""
-        self._seen = None
-        compiled = native.functions()
-        if compiled is None:
-            return
-        handles = native.handles(chain.from_iterable(lists), self.addresses.size).reshape(self.addresses.shape)
-        if not compiled.kind(handles, self._answer):
-            return
         starts = self.addresses[np.array(self._writes, bool)]
         stretches = np.stack([starts.ravel(), (starts + self._sizes * self.dtype.itemsize).ravel()])
         stretches = stretches[:, stretches[1] > stretches[0]]
         held = [row if isinstance(row, tuple) else None for row in lists]
-        forms = (n for shape, stride in zip(self._shapes, self._strides) for n in (len(shape), *shape, *stride))
         self._seen = _Seen(
             handles,
             kept=np.array([*self._writes, self.dtype.itemsize], np.int64),
-            kinds=self._answer[:4].copy(),
-            forms=np.fromiter(forms, np.int64),
+            kinds=self._kinds,
+            forms=self._forms,
             written=np.ascontiguousarray(stretches[:, np.argsort(stretches[0])]),
             single=np.flatnonzero(self._sizes == 1).tolist(),
             held=held,
             references=[weakref.ref(t) for row in held if row is not None for t in row],
         )
 
-    def _matches(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """True if `tensors` are plain and of the dtype, device, shapes and strides of the first list."""
-        return (
-            len(tensors) == len(self._shapes)
-            and plain.PLAIN_TYPES.issuperset(map(type, tensors))
-            and set(map(_dtype_of, tensors)) == {self.dtype}
-            and set(map(_layout_of, tensors)) == {torch.strided}
-            and set(map(_device_of, tensors)) == {self._device}
-            and list(map(_shape_of, tensors)) == self._shapes
-            and list(map(_Tensor.stride, tensors)) == self._strides
-            and not any(map(_Tensor.is_neg, tensors))
-        )
-
-    def _filled(self, addresses: np.ndarray) -> bool:
-        """True if every tensor with elements has memory (zero tensors and freed storages have none)."""
-        return bool(np.all((addresses != 0) | (self._sizes == 0)))
-
     def _build(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[bool], chunk: int) -> bool:
-        first = lists[0]
-        if not first or not plain.PLAIN_TYPES.issuperset(map(type, first)):
+        count, everything = len(lists[0]), list(chain.from_iterable(lists))
+        if not everything or any(len(row) != count for row in lists):
             return False
-        self.dtype, self._device = first[0].dtype, first[0].device
-        if any(t.layout is not torch.strided or not plain.dense(t) for t in first):
+        if not plain.PLAIN_TYPES.issuperset(map(type, everything)) or any(map(_Tensor.is_neg, everything)):
             return False
-        self._shapes, self._strides = [t.shape for t in first], [t.stride() for t in first]
-        self._sizes = np.array([t.numel() for t in first], np.int64)
-        if not all(map(self._matches, lists)):
+        self._seen, compiled, handles = None, native.functions(), None
+        if compiled is None:
+            described = self._described_by_torch(lists)
+        else:
+            handles = native.handles(everything, len(everything)).reshape(len(lists), count)
+            described = self._described(compiled, handles)
+        if not described:
             return False
-        addresses = np.array([[t.data_ptr() for t in row] for row in lists], np.int64)
-        if not all(map(self._filled, addresses)):
-            return False
-        sizes = (self._sizes * self.dtype.itemsize).tolist()
-        if not plain.disjoint(
-            (start, size, k, written)
-            for row, written in zip(addresses.tolist(), writes)
-            for k, (start, size) in enumerate(zip(row, sizes))
-        ):
+        self.dtype = everything[0].dtype
+        if not _disjoint(self.addresses, self._sizes * self.dtype.itemsize, writes):
             return False
         self.written = [t for row, w in zip(lists, writes) if w for t in row]
         self._inference = any(map(_Tensor.is_inference, self.written))
         if self._inference and not torch.is_inference_mode_enabled():
             return False  # torch refuses this, in its own words
-        self.addresses, self.version = addresses, self.version + 1
+        self.version += 1
         self.elements = int(self._sizes.sum())
         self._cut(chunk)
+        self._writes = list(writes)
+        if self._lasting and handles is not None:
+            self._remember(lists, handles)
         return True
 
-    def on_device(self, device: torch.device) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the addresses and the three columns of chunks as tensors on `device`, copied when they changed."""
+    def _described(self, compiled: ModuleType, handles: np.ndarray) -> bool:
+        """Ask all tensors where they are and of what form; False if they are not alike."""
+        addresses, sizes = np.empty_like(handles), np.empty(handles.shape[1], np.int64)
+        kinds, forms = np.zeros(4, np.int64), np.empty(5 * handles.shape[1], np.int64)
+        needed = compiled.describe(handles, kinds, forms, sizes, addresses, self._answer)
+        if needed > len(forms):  # more than two dimensions
+            forms = np.empty(needed, np.int64)
+            needed = compiled.describe(handles, kinds, forms, sizes, addresses, self._answer)
+        self._kinds, self._forms, self._sizes, self.addresses = kinds, forms, sizes, addresses
+        return needed != native.UNFIT and kinds[0] == 0  # strided
+
+    def _described_by_torch(self, lists: Sequence[Sequence[torch.Tensor]]) -> bool:
+        """As `_described`, where there is no compiled code."""
+        alike = [{(t.dtype, t.layout, t.device, t.shape, t.stride()) for t in column} for column in zip(*lists)]
+        if any(len(kinds) > 1 for kinds in alike) or len({next(iter(kinds))[:3] for kinds in alike}) > 1:
+            return False
+        if lists[0][0].layout is not torch.strided or not all(map(plain.dense, lists[0])):
+            return False
+        self._sizes = np.array([t.numel() for t in lists[0]], np.int64)
+        self.addresses = np.array([[t.data_ptr() for t in row] for row in lists], np.int64)
+        return bool(np.all((self.addresses != 0) | (self._sizes == 0)))  # zero tensors and freed storages have none
+
+    def on_device(self, device: torch.device) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+        """Return addresses, the three columns of chunks, and `counts`, as tensors on `device`, copied when changed."""
         if self._copied != (self.version, device):
             addresses = torch.from_numpy(self.addresses.copy())
-            chunks = [torch.from_numpy(column) for column in (self.tensor, self.start, self.length)]
+            columns = [torch.from_numpy(column) for column in (self.tensor, self.start, self.length, self.counts)]
             if device.type == "cuda":
-                addresses, *chunks = (t.pin_memory().to(device, non_blocking=True) for t in (addresses, *chunks))
-            self._copies = addresses, tuple(chunks)
+                addresses, *columns = (t.pin_memory().to(device, non_blocking=True) for t in (addresses, *columns))
+            self._copies = addresses, tuple(columns[:3]), columns[3]
             self._copied = (self.version, device)
         return self._copies
 
     def _cut(self, chunk: int) -> None:
         """Cut the tensors into chunks of at most `chunk` elements, in the order of the list."""
-        counts = -(-self._sizes // chunk)
+        self.counts = counts = -(-self._sizes // chunk)
         self.tensor = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
         within = np.arange(len(self.tensor), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
         self.start = within * chunk

@@ -137,7 +137,7 @@ class Bucket:
         step = 0 if self.counter is None else self.counter.value + 1
         scalars = optimizer.scalars(group, step, self.fresh)
         rows = [None if name is None else self.state[name] for name in self.layout]
-        if not optimizer.rule.formula.launch((self.params, grads, *rows), self.table, scalars):
+        if optimizer.rule.formula.launch((self.params, grads, *rows), self.table, scalars) is None:
             return False
         if self.counter is not None:
             self.counter.advance(self.state["step"])

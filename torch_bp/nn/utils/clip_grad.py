@@ -3,11 +3,11 @@
     by norm      g <- min(1, max_norm / (N + 1e-6)) g,     N = the norm of all entries of all gradients
     by value     g <- min(max(g, -clip_value), clip_value)
 
-Each change is one pass over the whole list: a formula, which a kernel runs over all gradients at once where one may
-serve. Nothing is read on the host: the factor stays a tensor, so that CUDA is never waited for unless
-`error_if_nonfinite` asks. Torch's own functions serve gradients that are not plain floating-point memory on the CPU or
-CUDA (sparse, complex, DTensor and other subclasses, other devices), small ones, for which collecting addresses costs
-more than the passes it saves, and `torch.compile`, which fuses torch's operations itself.
+The 2-norm is one pass over the whole list and the change another: formulas, which a kernel runs over all gradients at
+once where one may serve. Nothing is read on the host: the factor stays a tensor, so that CUDA is never waited for
+unless `error_if_nonfinite` asks. Torch's own functions serve gradients that are not plain floating-point memory on the
+CPU or CUDA (sparse, complex, DTensor and other subclasses, other devices), other norms, few small tensors, around
+which the steps of a call cost more than the arithmetic, and `torch.compile`, which fuses torch's operations itself.
 """
 
 import types
@@ -19,11 +19,12 @@ import torch
 import torch.nn.utils.clip_grad
 
 from torch_bp._mirror import mirror
-from torch_bp.kernels import formula, maximum, minimum
+from torch_bp.kernels import Table, formula, maximum, minimum, total
 from torch_bp.kernels.plain import PLAIN_TYPES
 
 _theirs = torch.nn.utils
-WORTHWHILE = 1 << 17  # elements per tensor, on average, from which a kernel over a list is faster than torch: measured
+MANY, LARGE = 32, 1 << 20  # tensors, or elements of fewer, from which a kernel is faster than torch: measured
+_device_of, _dtype_of, _layout_of = (getattr(torch.Tensor, n).__get__ for n in ("device", "dtype", "layout"))
 _Tensors: TypeAlias = torch.Tensor | Iterable[torch.Tensor]
 
 
@@ -39,12 +40,22 @@ def clamp(grad, *, limit):
     return minimum(maximum(grad, -limit), limit)
 
 
+@formula
+def sum_of_squares(grad):
+    """The square of each gradient's 2-norm."""
+    return total(grad * grad)
+
+
 def partial_norms(tensors: Sequence[torch.Tensor], norm_type: float, foreach: bool | None) -> list[torch.Tensor]:
     """Return the norms of parts of a list of one device and dtype; the norm of these is the norm of all entries.
 
     The one place where entries are reduced. What the parts are is free, but for `norm_type=0`, which counts, as in
     torch, the tensors that are not zero.
     """
+    if norm_type == 2 and not torch.compiler.is_compiling() and _worthwhile(tensors):
+        squares = sum_of_squares.formula.launch([tensors], Table(lasting=False), {})
+        if squares is not None:
+            return [squares[0].sum().sqrt().to(tensors[0].dtype)]
     if foreach is False:
         return [torch.linalg.vector_norm(t, norm_type) for t in tensors]
     return list(torch._foreach_norm(list(tensors), norm_type))
@@ -76,7 +87,9 @@ def get_total_norm(
     if not tensors:
         return torch.tensor(0.0)
     parts = [norm for group in _groups(tensors) for norm in partial_norms(group, norm_type, foreach)]
-    total_norm = torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device) for norm in parts]), norm_type)
+    if len(parts) > 1 or norm_type == 0:
+        parts = [torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device) for norm in parts]), norm_type)]
+    total_norm = parts[0]
     if error_if_nonfinite and not total_norm.isfinite():
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
@@ -191,21 +204,27 @@ def _listed(tensors: _Tensors) -> list[torch.Tensor]:
 
 def _ordinary(tensors: Sequence[torch.Tensor]) -> bool:
     """True if all are floating-point strided memory on the CPU or CUDA."""
-    return all(
-        type(t) in PLAIN_TYPES and t.layout is torch.strided and (t.is_cpu or t.is_cuda) and t.is_floating_point()
-        for t in tensors
+    return (
+        PLAIN_TYPES.issuperset(map(type, tensors))
+        and {torch.strided}.issuperset(map(_layout_of, tensors))
+        and {"cpu", "cuda"}.issuperset(device.type for device in {*map(_device_of, tensors)})
+        and all(dtype.is_floating_point for dtype in {*map(_dtype_of, tensors)})
     )
 
 
 def _for_a_kernel(grads: Sequence[torch.Tensor]) -> bool:
     """True if a kernel over the list may serve and is worth its while."""
-    if torch.compiler.is_compiling() or not grads or not _ordinary(grads):
-        return False
-    return sum(g.numel() for g in grads) >= WORTHWHILE * len(grads)
+    return not torch.compiler.is_compiling() and _worthwhile(grads) and _ordinary(grads)
+
+
+def _worthwhile(tensors: Sequence[torch.Tensor]) -> bool:
+    return len(tensors) >= MANY or sum(map(torch.Tensor.numel, tensors)) >= LARGE
 
 
 def _groups(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Split into lists of one device and dtype each, in the order of their first tensors."""
+    if len({*map(_device_of, tensors)}) == len({*map(_dtype_of, tensors)}) == 1:
+        return [list(tensors)]
     groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for t in tensors:
         groups.setdefault((t.device, t.dtype), []).append(t)
