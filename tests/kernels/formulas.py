@@ -3,6 +3,7 @@
 import torch
 
 from torch_bp.kernels import (
+    column_sum,
     erf,
     exp,
     formula,
@@ -71,12 +72,14 @@ def size(x, y=None):
 @formula(per_row=("r",), per_column=("c",), labels=("label",), static=("signed",))
 def rows(x, y, r, label, c=None, *, factor, signed=False):
     top = row_max(x)
-    total = row_sum(exp(x - top) * (y > 0))
-    centred = y - row_sum(where(x == top, total, abs(y))) * r
+    whole = row_sum(exp(x - top) * (y > 0))
+    centred = y - row_sum(where(x == top, whole, abs(y))) * r
     if c is not None:
         centred = c * centred + row_sum(where(c > 0, c, y))
     counted = where((label != 1) & (r > 0), r, -r)
-    return counted * centred + one_hot(label, x) * factor, top, -total if signed else total * factor
+    result = counted * centred + one_hot(label, x) * factor
+    summed = column_sum(result * y)
+    return result, top, -whole if signed else whole * factor, summed, column_sum(where(r > 0, y, 0))
 
 
 PURE = [product_rule, choices, functions, powers]

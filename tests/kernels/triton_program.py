@@ -66,6 +66,7 @@ def interpret():
 
 def kernels():
     """Every text that a program of the package may load: (formula's program, form, from_table)."""
+    import torch_bp.ops.batch_norm
     import torch_bp.ops.cross_entropy
     import torch_bp.ops.layer_norm
     import torch_bp.ops.nll_loss
@@ -75,8 +76,9 @@ def kernels():
     from torch_bp.ops.binary_cross_entropy import bce_backward, bce_logits_backward, bce_target_backward
     from torch_bp.ops.squared_error import squared_error_backward
 
-    cross_entropy, layer_norm, nll_loss, softmax = (
-        sys.modules[f"torch_bp.ops.{name}"] for name in ("cross_entropy", "layer_norm", "nll_loss", "softmax")
+    batch_norm, cross_entropy, layer_norm, nll_loss, softmax = (
+        sys.modules[f"torch_bp.ops.{name}"]
+        for name in ("batch_norm", "cross_entropy", "layer_norm", "nll_loss", "softmax")
     )
     for formula in (*PURE, pointwise.sigmoid_backward, pointwise.tanh_backward, pointwise.relu_backward):
         yield formula.formula, [torch.ones(2)] * len(formula.formula.tensors), {}
@@ -96,7 +98,8 @@ def kernels():
     yield cross_entropy.label_slope.formula, [torch.ones(2, 2)] * 2 + [None, None, None, None], labels
     yield cross_entropy.label_slope.formula, [torch.ones(2, 2)] * 2 + [None, None] + [torch.ones(2, 2)] * 2, labels
     yield cross_entropy.soft_slope.formula, [torch.ones(2, 2)] * 2 + [None], {}
-    yield layer_norm.layer_norm_slope.formula, [torch.ones(2, 2)] * 5, {"count": 2.0}
+    yield layer_norm.layer_norm_backward.formula, [torch.ones(2, 2)] * 5, {"count": 2.0, "wanted": (True,) * 3}
+    yield batch_norm.batch_norm_sums.formula, [torch.ones(2, 2)] * 4, {}
     yield nll_loss.nll_slope.formula, [torch.ones(2, 2)] * 2 + [None], {"ignored": -100}
     for kind, options in (
         (optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
@@ -123,7 +126,9 @@ def compile_ahead():
         for dtype in pointers if number == 0 else (torch.float32, torch.float64 if number % 2 else torch.bfloat16):
             absent = tuple(name for name, tensor in zip(formula.tensors, tensors) if tensor is None)
             program = formula._program("triton", dtype, absent, keywords)
-            for kernel in (program.kernel,) if hasattr(program, "kernel") else (program.single, program.list):
+            for kernel in (getattr(program, form, None) for form in ("kernel", "single", "list")):
+                if kernel is None:
+                    continue
                 run = kernel._run(dtype is torch.float64)
                 types = dict.fromkeys(run.arg_names, "fp32")
                 types |= {n: pointers[dtype] for n in run.arg_names if n.startswith("p_")}
@@ -131,7 +136,12 @@ def compile_ahead():
                 kinds = getattr(formula, "kinds", {})
                 types |= {f"p_{n}": "*i64" for n, kind in kinds.items() if kind == "label" and f"p_{n}" in types}
                 types |= {n: "*i64" for n in ("addresses", "tensor", "start", "length") if n in types}
-                types |= {n: "i64" for n in ("count", "columns") if n in types}
+                types |= {n: "i64" for n in ("count", "columns", "rows") if n in types}
+                types |= {
+                    f"p__result{i}": "*fp64"
+                    for i, output in enumerate(program.expression.outputs)
+                    if output.kind == "column sum"
+                }
                 sizes = {"BLOCK": cuda.BLOCK, "CHUNK": cuda_text.CHUNK}
                 sizes = {n: v for n, v in sizes.items() if n in run.arg_names}
                 types |= dict.fromkeys(sizes, "constexpr")

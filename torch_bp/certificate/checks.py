@@ -50,10 +50,10 @@ def plain_outputs(side: Subject) -> Tensors:
     return {**result, **_buffers(model)}
 
 
-def gradients(side: Subject, wrap: Callable[..., Any] = lambda model: model) -> Tensors:
+def gradients(side: Subject, wrap: Callable[..., Any] = lambda model: model, writable: bool = True) -> Tensors:
     """Outputs, buffers and the gradients of parameters and inputs, by `backward()`."""
     model = side.fresh()
-    (args, kwargs), leaves = side.arguments()
+    (args, kwargs), leaves = side.arguments(writable)
     result = wrap(model)(*args, **kwargs)
     projection(result).backward()
     found = {f"gradient: {name}": t.grad for name, t in {**parameters(model), **leaves}.items()}
@@ -65,14 +65,16 @@ def compiled(side: Subject) -> Tensors:
 
     def wrap(model: torch.nn.Module) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            # Copied here and not before: of what is no leaf, Dynamo would ask for `.grad`, which warns.
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
             return model(*args, **kwargs)
 
         # Dynamo counts recompilations by code object, and gives up after eight: every call has one of its own
         fresh = FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
         return torch.compile(fresh, fullgraph=True, backend="aot_eager")
 
-    found = gradients(side, wrap)
-    (args, kwargs), _ = side.arguments()
+    found = gradients(side, wrap, writable=False)
+    (args, kwargs), _ = side.arguments(writable=False)
     with torch.no_grad():
         inference = outputs(wrap(side.fresh())(*args, **kwargs))
     return {**found, **{f"{name} without gradients": tensor for name, tensor in inference.items()}}

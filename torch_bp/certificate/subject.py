@@ -46,8 +46,11 @@ class Subject:
         model.zero_grad()
         return model
 
-    def arguments(self) -> tuple[Any, dict[str, Tensor]]:
-        """Return (args, kwargs) of copies, and by name the leaves behind those that can be differentiated."""
+    def arguments(self, writable: bool = True) -> tuple[Any, dict[str, Tensor]]:
+        """Return (args, kwargs) of copies, and by name the leaves behind those that can be differentiated.
+
+        A model may write into its inputs, which autograd refuses for a leaf; not `writable`, they are the leaves.
+        """
         leaves: dict[str, Tensor] = {}
 
         def copy(path: Any, value: Any) -> Any:
@@ -57,7 +60,7 @@ class Subject:
             if not differentiable(value):
                 return value
             leaf = leaves["input " + _dotted(path[1:])] = value.requires_grad_()
-            return leaf.clone()  # the model may write into it, which autograd refuses for a leaf
+            return leaf.clone() if writable else leaf
 
         return pytree.tree_map_with_path(copy, self.inputs), leaves
 

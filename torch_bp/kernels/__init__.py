@@ -7,6 +7,7 @@ from torch_bp.kernels.decorator import formula
 from torch_bp.kernels.engine import use
 from torch_bp.kernels.formula import Formula
 from torch_bp.kernels.functions import (
+    column_sum,
     erf,
     exp,
     log,
@@ -31,6 +32,7 @@ __all__ = [
     "FormulaError",
     "Table",
     "abs",
+    "column_sum",
     "erf",
     "exp",
     "formula",

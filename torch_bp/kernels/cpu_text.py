@@ -77,7 +77,7 @@ def pointer_to(kind):
 
 # Sums are kept in float64, and their order is free, which lets LLVM add whole vectors. llvm.maximum lets NaN through.
 _REDUCING = """
-labels = pointer_to(types.int64)
+labels, sums = pointer_to(types.int64), pointer_to(types.float64)
 
 
 @intrinsic
@@ -209,19 +209,24 @@ def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype
 
 
 def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
-    """The module of a kernel `run(rows, columns, address..., scalar...)` over matrices and columns of one row each."""
+    """The module of a kernel `run(rows, columns, block, address..., scalar...)` over matrices and columns.
+
+    A thread takes `block` rows at a time; what it adds up per column goes to a row of its own of a float64 matrix.
+    """
     spell, results = Speller(expression, _SPELLING), list(zip(targets, expression.outputs))
     names = expression.operands(targets)
-    arguments = ["rows", "columns", *(f"a_{n}" for n in names)]
+    arguments = ["rows", "columns", "block", *(f"a_{n}" for n in names)]
     text = _function(expression, dtype, arguments, ["int64"] * len(arguments), parallel)
     indent = "        "
-    text += f"    block = max(1, {CHUNK} // columns)\n"
     text += f"    for chunk in {'prange' if parallel else 'range'}((rows + block - 1) // block):\n"
     text += f"{indent}for row in range(chunk * block, min(rows, (chunk + 1) * block)):\n"
     kinds = {n.arguments[0]: n.kind for n in expression.order if n.operation == "input"}
     kinds |= {t: r.kind for t, r in results}
     lines = []
     for name, kind in kinds.items():
+        if kind == "column sum":
+            lines.append(f"p_{name} = sums(a_{name} + chunk * 8 * columns)")
+            continue
         stride = {"tensor": f"{dtype.itemsize} * columns", "label": 8, "column": 0}.get(kind, dtype.itemsize)
         lines.append(f"p_{name} = {'labels' if kind == 'label' else 'pointer'}(a_{name} + row * {stride})")
     given = [n for n in expression.order if n.operation == "input" and rows.per_row(n)]
@@ -232,7 +237,9 @@ def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype
         body = [_load(n, dtype) if n.operation == "input" else spell.line(n) for n in step.elements]
         body += [_gathered(spell, r) for r in step.reductions]
         if step.stores:
-            body += _stores(spell, [(t, r) for t, r in results if not rows.per_row(r)], "i", dtype)
+            body += _stores(spell, [(t, r) for t, r in results if r.kind == "tensor"], "i", dtype)
+            added = [(t, spell.name(r.arguments[0])) for t, r in results if r.kind == "column sum"]
+            body += [f"p_{t}[i] = p_{t}[i] + types.float64({value})" for t, value in added]
         if body:
             lines += ["for i in range(columns):", *(f"    {line}" for line in body)]
         lines += [f"{spell.name(r)} = real({spell.name(r)})" for r in step.reductions if r.operation == "row_sum"]

@@ -93,12 +93,15 @@ class Kernel:
             from_table, scalars = self._scalars(values, tensors[0].device)
             self._run(from_table)[(-(-count // BLOCK),)](count, *tensors, *scalars, BLOCK=BLOCK, **LAUNCH)
 
-    def run_rows(self, count: int, columns: int, tensors: Sequence[torch.Tensor], values: Sequence[Any]) -> None:
-        """Run over matrices of `count` rows, and columns."""
+    def run_rows(
+        self, count: int, columns: int, rows: int, tensors: Sequence[torch.Tensor], values: Sequence[Any]
+    ) -> None:
+        """Run over matrices of `count` rows, and columns; a program takes `rows` of them."""
         device = tensors[0].device
         with _device(device):
             from_table, scalars = self._scalars(values, device)
-            self._run(from_table)[(count,)](columns, *tensors, *scalars, BLOCK=BLOCK, **LAUNCH)
+            grid = (-(-count // rows),)
+            self._run(from_table)[grid](count, columns, rows, *tensors, *scalars, BLOCK=BLOCK, **LAUNCH)
 
     def run_list(self, table: Table, device: torch.device, values: Sequence[Any]) -> torch.Tensor | None:
         """Run over the tensors of a table; return the totals of each chunk, if there are any."""

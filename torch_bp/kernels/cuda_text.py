@@ -242,7 +242,10 @@ def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype
 
 
 def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
-    """The module of a kernel `run(columns, tensor..., scalar...)` over matrices and columns, one program a row."""
+    """The module of a kernel `run(count, columns, rows, tensor..., scalar...)` over matrices and columns.
+
+    A program takes `rows` rows; what it adds up per column goes to a row of its own of a float64 matrix.
+    """
     stored, real = DTYPES[dtype]
     spell, results = Speller(expression, _SPELLING), list(zip(targets, expression.outputs))
     arguments, reading = _scalars(expression, from_table)
@@ -252,30 +255,34 @@ def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype
         real=real,
         stored=stored,
         library=_library(real) + _LARGER,
-        arguments=", ".join(["columns", *names, *arguments]),
+        arguments=", ".join(["count", "columns", "rows", *names, *arguments]),
     )
-    lines = ["row = tl.program_id(0).to(tl.int64)"]
+    text += reading + "    block = tl.program_id(0).to(tl.int64)\n"
+    text += "    for row in range(block * rows, tl.minimum(count, (block + 1) * rows)):\n"
+    return text + "".join(f"        {line}\n" for line in _row_lines(expression, spell, results))
+
+
+def _row_lines(expression: Expression, spell: Speller, results: list[tuple[str, Symbol]]) -> list[str]:
+    """What is done with one row."""
+    place = {"tensor": "row * columns + place", "column": "place"}
+    lines = []
     for node in expression.order:
-        if node.operation == "input":
-            name = node.arguments[0]
-            if node.kind == "tensor":
-                lines.append(f"p_{name} += row * columns")
-            elif node.kind != "column":
-                kept = "" if node.kind == "label" else ".to(REAL)"
-                lines.append(f"in_{name} = tl.load(p_{name} + row){kept}")
-    lines += [f"p_{t} += row * columns" for t, r in results if not rows.per_row(r)]
+        if node.operation == "input" and node.kind not in place:
+            name, kept = node.arguments[0], "" if node.kind == "label" else ".to(REAL)"
+            lines.append(f"in_{name} = tl.load(p_{name} + row){kept}")
     for step in rows.steps(expression):
         lines += [spell.line(n) for n in step.before]
-        body = [_load(n, "place", "inside") if n.operation == "input" else spell.line(n) for n in step.elements]
+        body = [_load(n, place[n.kind], "inside") if n.operation == "input" else spell.line(n) for n in step.elements]
         lines += [_started(spell, r) for r in step.reductions]
         body += [_gathered(spell, r) for r in step.reductions]
         if step.stores:
-            body += _stores(spell, [(t, r) for t, r in results if not rows.per_row(r)], "place", "inside")
+            body += _stores(spell, [(t, r) for t, r in results if r.kind == "tensor"], place["tensor"], "inside")
+            for t, r in results:
+                if r.kind == "column sum":
+                    at, value = f"p_{t} + block * columns + place", f"{spell.name(r.arguments[0])}.to(tl.float64)"
+                    body.append(f"tl.store({at}, tl.load({at}, mask=inside) + {value}, mask=inside)")
         if body:
-            lines.append("for first in range(0, columns, BLOCK):")
-            lines += [
-                f"    {line}" for line in ("place = first + tl.arange(0, BLOCK)", "inside = place < columns", *body)
-            ]
+            lines += ["for first in range(0, columns, BLOCK):", "    place = first + tl.arange(0, BLOCK)"]
+            lines += [f"    {line}" for line in ("inside = place < columns", *body)]
         lines += [f"{spell.name(r)} = {_reduced(spell, r)}" for r in step.reductions]
-    lines += _stores(spell, [(t, r) for t, r in results if rows.per_row(r)], "row", "")
-    return text + reading + "".join(f"    {line}\n" for line in lines)
+    return lines + _stores(spell, [(t, r) for t, r in results if rows.per_row(r)], "row", "")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch_bp.kernels.functions import FUNCTIONS
-from torch_bp.kernels.symbol import FormulaError, Symbol, Trace
+from torch_bp.kernels.symbol import RETURNED, FormulaError, Symbol, Trace
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Expression:
     @property
     def by_rows(self) -> bool:
         """True if something is computed per row."""
-        return any(node.kind in ("row", "label") for node in self.order)
+        return any(node.kind in ("row", "label", "column sum") for node in self.order)
 
     @property
     def totals(self) -> list[Symbol]:
@@ -151,7 +151,7 @@ def trace(
     if not outputs:
         raise FormulaError(f"formula {name}: it must return a value per element, got None.")
     for position, output in enumerate(outputs):
-        if not isinstance(output, Symbol) or output.kind not in ("tensor", "row", "total"):
+        if not isinstance(output, Symbol) or output.kind not in ("tensor", "row", *RETURNED.values()):
             raise FormulaError(
                 f"formula {name}: result {position} must be a value per element, got "
                 f"{output.kind if isinstance(output, Symbol) else type(output).__name__}; "

@@ -86,17 +86,20 @@ def _of_rows(operation: str, of_tensor: Callable[..., torch.Tensor], text: str) 
 
 
 def _no_row(*arguments: Any) -> Any:
-    raise FormulaError("total, row_sum, row_max and one_hot take tensors, and in a formula arguments that are tensors.")
+    raise FormulaError(
+        "total, row_sum, row_max, column_sum and one_hot take tensors, and in a formula arguments that are tensors."
+    )
 
 
 def _values(x: torch.Tensor) -> torch.Tensor:
     if x.dtype is torch.bool:
-        raise FormulaError("row_sum and row_max take values, not comparisons; write row_sum(where(x > 0, y, 0)).")
+        raise FormulaError("sums and maxima take values, not comparisons; write row_sum(where(x > 0, y, 0)).")
     return x
 
 
 row_sum = _of_rows("row_sum", lambda x: _values(x).sum(-1, keepdim=True), "The sum of each row of (R, C): (R, 1).")
 row_max = _of_rows("row_max", lambda x: _values(x).amax(-1, keepdim=True), "The maximum of each row of (R, C): (R, 1).")
+column_sum = _of_rows("column_sum", lambda x: _values(x).sum(-2), "The sum of each column of (R, C): (C), a result.")
 one_hot = _of_rows("one_hot", _one_hot, "1 in the column that `label` (R, 1) names, else 0: like the second argument.")
 
 total = _dispatch("total", lambda x: x.sum(dtype=torch.float64), _no_row)

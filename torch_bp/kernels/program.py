@@ -119,7 +119,8 @@ class Program:
         module: Any = cpu if self.numba else cuda
         text: Any = cpu_text if self.numba else cuda_text
         self.chunk = text.CHUNK
-        self.single = module.Kernel(text.text_single, expression, targets, dtype)
+        if not self.totals:  # which are had from lists alone
+            self.single = module.Kernel(text.text_single, expression, targets, dtype)
         self.list = module.Kernel(text.text_list, expression, targets, dtype)
         self.writes = [n in targets for n in expression.inputs]
         self.written = [i for i, write in enumerate(self.writes) if write]

@@ -1,9 +1,9 @@
 """A formula over the rows of matrices: what `@formula(per_row=...)` makes of a function.
 
 Arguments are matrices (R, C), columns (R, 1) that hold one value per row, rows (C) that hold one per column, and
-columns of class indices. `row_sum` and `row_max` turn one value per element into one per row. As torch operations these
-are sums with `keepdim` and broadcasting; as a kernel each row is read as often as there are sums that wait for another,
-and stays in the cache.
+columns of class indices. `row_sum` and `row_max` turn one value per element into one per row; `column_sum` makes one
+per column, which is a result. As torch operations these are sums and broadcasting; as a kernel each row is read as
+often as there are sums that wait for another, and stays in the cache.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text, plain, rows
+from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text, plain
 from torch_bp.kernels.expression import Expression, trace
 from torch_bp.kernels.formula import Formula, numbers
 from torch_bp.kernels.program import as_returned, as_torch, host_values
 from torch_bp.kernels.symbol import FormulaError
 
+_BLOCKS = 32  # into which the rows are cut, at the most, where columns are added up: each has sums of its own
 _address_of = torch.Tensor.data_ptr
 
 
@@ -31,19 +32,34 @@ class RowProgram:
         module, text = (cpu, cpu_text) if self.numba else (cuda, cuda_text)
         targets = [f"_result{i}" for i in range(len(expression.outputs))]
         self.kernel: Any = module.Kernel(text.text_rows, expression, targets, dtype)  # type: ignore[attr-defined]
-        self.per_row = [rows.per_row(output) for output in expression.outputs]
+        self.kinds = [output.kind for output in expression.outputs]
 
     def __call__(
         self, tensors: Sequence[Any], first: torch.Tensor, addresses: list[int], keywords: Mapping[str, Any]
     ) -> Any:
         """Run over tensors that a kernel may serve; `first` is a matrix, `addresses` are theirs."""
         count, columns = first.shape
+        block = max(1, cpu_text.CHUNK // columns)
+        if "column sum" in self.kinds:
+            block = max(block, -(-count // _BLOCKS))
         values = host_values(self.expression, keywords, self.numba) if keywords or self.expression.scalars else ()
-        results = [first.new_empty((count, 1)) if row else torch.empty_like(first) for row in self.per_row]
+        sums = -(-count // block), columns
+        results = [
+            torch.empty_like(first)
+            if kind == "tensor"
+            else first.new_empty((count, 1))
+            if kind == "row"
+            else first.new_zeros(sums, dtype=torch.float64)
+            for kind in self.kinds
+        ]
         if self.numba:
-            self.kernel.run(count * columns, count, columns, *addresses, *map(_address_of, results), *values)
+            self.kernel.run(count * columns, count, columns, block, *addresses, *map(_address_of, results), *values)
         else:
-            self.kernel.run_rows(count, columns, [*(t for t in tensors if t is not None), *results], values)
+            given = [*(t for t in tensors if t is not None), *results]
+            self.kernel.run_rows(count, columns, block if "column sum" in self.kinds else 1, given, values)
+        for position, kind in enumerate(self.kinds):
+            if kind == "column sum":
+                results[position] = results[position].sum(0).to(first.dtype)
         return as_returned(results, self.expression)
 
 

@@ -49,7 +49,7 @@ def _needed(expression: Expression, wanted: Iterable[Symbol]) -> tuple[Symbol, .
     for node in reversed(expression.order):
         if id(node) in found:
             found |= {id(a) for a in node.arguments if isinstance(a, Symbol)}
-    return tuple(n for n in expression.order if id(n) in found and n.kind not in _PER_ROW)
+    return tuple(n for n in expression.order if id(n) in found and n.kind not in (*_PER_ROW, "column sum"))
 
 
 def per_row(node: Symbol) -> bool:

@@ -21,6 +21,7 @@ FUNCTION_NAMES = (
     "zeros_like",
 )
 REDUCTIONS = ("row_sum", "row_max")
+RETURNED = {"total": "total", "column_sum": "column sum"}  # sums that are known after the whole kernel, by kind
 COMPARE = {"lt", "le", "gt", "ge", "eq", "ne"}
 LOGIC = {"and", "or", "not"}
 
@@ -40,8 +41,8 @@ class Symbol:
 
     `kind` is "tensor" (one value per element), "scalar" (one value per call), "mask" (true or false per element) or
     "total" (one value per tensor, which can only be returned). In a formula over rows there are also "row" (one value
-    per row), "row mask", "label" (a class index per row) and "column" (one value per column, which is one per element
-    that every row shares).
+    per row), "row mask", "label" (a class index per row), "column" (one value per column, which is one per element
+    that every row shares) and "column sum" (which can only be returned).
     """
 
     __slots__ = ("arguments", "kind", "operation", "trace")
@@ -176,12 +177,12 @@ class Trace:
         """Enter `operation` on symbols and numbers, and say which kind of value it gives."""
         symbols = tuple(self._symbol(a) for a in arguments)
         for symbol in symbols:
-            if symbol.kind == "total":
-                symbol._refuse("arithmetic on a total", "return it, and compute with what the call returns")
-        if operation == "total":
+            if symbol.kind in RETURNED.values():
+                symbol._refuse(f"arithmetic on a {symbol.kind}", "return it, and compute with what the call returns")
+        if operation in RETURNED:
             if symbols[0].kind != "tensor":
-                symbols[0]._refuse(f"total of a {symbols[0].kind}", "it takes one value per element")
-            return self._enter(operation, symbols, "total")
+                symbols[0]._refuse(f"{operation} of a {symbols[0].kind}", "it takes one value per element")
+            return self._enter(operation, symbols, RETURNED[operation])
         if operation in REDUCTIONS:
             return self._reduce(operation, symbols[0])
         if operation == "one_hot":

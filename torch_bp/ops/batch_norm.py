@@ -8,7 +8,8 @@ In training m and v are the mean and the biased variance of the batch, which cha
 
     db = sum of dy        d = dy - db / n        dw = sum of d x^        dx = w r (d - x^ dw / n)
 
-(The sum of d x^ is that of dy x^, with less rounding.) In evaluation they are the running statistics, which do not:
+(The sum of d x^ is that of dy x^, with less rounding, and is had as the sum of dy x^ less db / n times that of x^.)
+In evaluation they are the running statistics, which do not:
 
     db = sum of dy        dw = sum of dy x^        dx = w r dy
 
@@ -22,8 +23,9 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, forward_over_forward, recomputing, save, tangents_possible
-from torch_bp.kernels import formula
+from torch_bp.kernels import column_sum, formula
 from torch_bp.kernels.program import HALF
+from torch_bp.ops.rows import from_rows, to_rows
 from torch_bp.ops.standardize import (
     affine,
     affine_tangent,
@@ -46,15 +48,11 @@ def _per_channel(values: Any, x: torch.Tensor) -> Any:
     return None if values is None else wide(values).view(1, -1, *[1] * (x.dim() - 2))
 
 
-def _fitting(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """One value per channel as formulas over rows take it beside a matrix, and as (1, C, *) beside more dimensions."""
-    return values.reshape(-1) if x.dim() == 2 else values.reshape(1, -1, *[1] * (x.dim() - 2))
-
-
-@formula(per_column=("mean", "inverse", "db"))
-def weight_terms(dy, x, mean, inverse, db, *, count):
-    """What dw is the sum of: d x^."""
-    return (dy - db / count) * ((x - mean) * inverse)
+@formula(per_column=("mean", "inverse"))
+def batch_norm_sums(dy, x, mean, inverse):
+    """The sums of dy, dy x^ and x^ over the batch; the last is 0 but for rounding."""
+    standard = (x - mean) * inverse
+    return column_sum(dy), column_sum(dy * standard), column_sum(standard)
 
 
 @formula(per_column=("mean", "inverse", "db", "dw", "weight"))
@@ -76,18 +74,18 @@ def batch_norm_backward(
     d_inverse: _Optional = None,
 ) -> tuple[_Optional, _Optional, _Optional]:
     """The gradients at x, w and b, where `wanted`, of a batch with these statistics."""
-    rows, n = _rows(x), x.numel() // mean.numel()
-    dy, wide_x = torch.zeros_like(wide(x)) if dy is None else wide(dy), wide(x)
-    mean_of, inverse_of = _fitting(mean, x), _fitting(inverse, x)
+    n, wide_x = x.numel() // mean.numel(), wide(x)
+    dy = torch.zeros_like(wide_x) if dy is None else wide(dy)
+    given = to_rows(dy, 1), to_rows(wide_x, 1), mean.reshape(-1), inverse.reshape(-1)
     dx: Any = None
-    dw: Any = None
-    db = dy.sum(rows)
     if wanted[0] or wanted[1]:
-        dw = weight_terms(dy, wide_x, mean_of, inverse_of, _fitting(db, x), count=float(n)).sum(rows)
+        db, dw, rest = batch_norm_sums(*given)
+        dw = dw - db / n * rest
+    else:
+        dw, db = None, dy.sum(_rows(x))
     if wanted[0]:
-        sums = _fitting(db, x), _fitting(dw, x)
-        scale = None if weight is None else _fitting(wide(weight), x)
-        dx = batch_norm_slope(dy, wide_x, mean_of, inverse_of, *sums, scale, count=float(n))
+        scale = None if weight is None else wide(weight)
+        dx = from_rows(batch_norm_slope(*given, db, dw, scale, count=float(n)), x, 1)
         by_statistics = statistics_backward(d_mean, d_inverse, inverse, n)
         if by_statistics is not None:
             dx = dx + by_statistics[0] - (wide_x - mean) * inverse * by_statistics[1]

@@ -19,7 +19,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, cast_apply, forward_over_forward, save, under_autocast
-from torch_bp.kernels import formula, row_sum
+from torch_bp.kernels import column_sum, formula, row_sum
 from torch_bp.kernels.program import HALF
 from torch_bp.ops.standardize import (
     affine,
@@ -38,25 +38,18 @@ def _over(count: int) -> tuple[int, ...]:
     return tuple(range(-count, 0))
 
 
-def _sum_of_examples(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Sum over all but the last `count` dimensions."""
-    leading = tuple(range(values.dim() - count))
-    return values.sum(leading) if leading else values
+@formula(per_row=("mean", "inverse"), per_column=("weight",), static=("wanted",))
+def layer_norm_backward(dy, x, mean, inverse, weight=None, *, count, wanted):
+    """dx for given statistics, dw and db, where `wanted`.
 
-
-@formula(per_row=("mean", "inverse"), per_column=("weight",))
-def layer_norm_slope(dy, x, mean, inverse, weight=None, *, count):
-    """dx for given statistics: r (g - <g> - x^ <x^ g>), with g centred first, which loses no digits to a large <g>."""
-    g = dy if weight is None else weight * dy
-    g = g - row_sum(g) / count
-    standard = (x - mean) * inverse
-    return inverse * (g - standard * (row_sum(g * standard) / count))
-
-
-@formula(per_row=("mean", "inverse"))
-def weight_terms(dy, x, mean, inverse):
-    """What dw is the sum of: dy x^."""
-    return dy * ((x - mean) * inverse)
+    dx is r (g - <g> - x^ <x^ g>), with g centred first, which loses no digits to a large <g>.
+    """
+    standard, dx = (x - mean) * inverse, None
+    if wanted[0]:
+        g = dy if weight is None else weight * dy
+        g = g - row_sum(g) / count
+        dx = inverse * (g - standard * (row_sum(g * standard) / count))
+    return dx, column_sum(dy * standard) if wanted[1] else None, column_sum(dy) if wanted[2] else None
 
 
 def _as_matrices(dy: Any, x: torch.Tensor, mean: Any, inverse: Any, count: int) -> tuple[torch.Tensor, ...]:
@@ -90,28 +83,30 @@ class LayerNorm(Function):
     @staticmethod
     def backward(ctx: Any, dy: _Optional, d_mean: _Optional, d_inverse: _Optional) -> tuple[_Optional, ...]:
         x, mean, inverse, weight = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
+        wanted = ctx.needs_input_grad[:3]
         dy = torch.zeros_like(x) if dy is None else dy
         wide_x, dy = wide(x), wide(dy)
         count = math.prod(x.shape[x.dim() - ctx.dims :])
         dx: Any = None
-        dw = db = None
+        dw: Any = None
+        db: Any = None
+        scale = None if weight is None else wide(weight)
         if not x.numel():
-            dx, dw = dy * wide_x, _sum_of_examples(dy * wide_x, ctx.dims) if needs_dw else None
-        else:
+            dx = dy * wide_x
+            dw = db = dx.sum_to_size(x.shape[x.dim() - ctx.dims :])
+        elif any(wanted):
             matrices = _as_matrices(dy, wide_x, mean, inverse, count)
-            if needs_dx:
-                scale = None if weight is None else wide(weight).reshape(-1)
-                dx = layer_norm_slope(*matrices, scale, count=float(count)).view(x.shape)
-            if needs_dw:
-                dw = weight_terms(*matrices).sum(0).view(weight.shape)
+            scale = None if scale is None else scale.reshape(-1)
+            dx, dw, db = layer_norm_backward(*matrices, scale, count=float(count), wanted=wanted)
         by_statistics = statistics_backward(d_mean, d_inverse, inverse, count)
-        if needs_dx and by_statistics is not None:
-            dx = dx + by_statistics[0] - (wide_x - mean) * inverse * by_statistics[1]
-        dx, dw = dx.to(x.dtype) if needs_dx else None, dw.to(weight.dtype) if dw is not None else None
-        if needs_db:
-            db = _sum_of_examples(dy, ctx.dims).to(ctx.bias)
-        return dx, dw, db, None, None
+        if wanted[0]:
+            dx = dx.view(x.shape)
+            if by_statistics is not None:
+                dx = dx + by_statistics[0] - (wide_x - mean) * inverse * by_statistics[1]
+            dx = dx.to(x.dtype)
+        shape = x.shape[x.dim() - ctx.dims :]
+        dw = dw.view(shape).to(weight.dtype) if wanted[1] else None
+        return dx if wanted[0] else None, dw, db.view(shape).to(ctx.bias) if wanted[2] else None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: _Optional, dw: _Optional, db: _Optional, *_: None) -> tuple[torch.Tensor, ...]:
