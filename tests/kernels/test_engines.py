@@ -39,7 +39,7 @@ def test_numba_agrees_with_torch(tried, dtype):
         with use("torch"):
             expected = tried(x, y)
         with use("numba"):
-            assert (tried.formula._served((x, y), {}) is not None) == (x.numel() > 0)
+            assert (tried.formula.by_kernel((x, y), {}) is not NotImplemented) == (x.numel() > 0)
             same(tried(x, y), expected, dtype)
 
 
@@ -52,7 +52,7 @@ def test_rows_agree_with_torch(shape, dtype):
             wide = (t.double() if t is not None and t.is_floating_point() else t for t in arguments)
             exact = rows(*wide, factor=0.5, signed=signed)
         with use("numba"):
-            assert rows.formula._matrices(arguments, {"factor": 0.5, "signed": signed}) is not None
+            assert rows.formula.by_kernel(arguments, {"factor": 0.5, "signed": signed}) is not NotImplemented
             actual = rows(*arguments, factor=0.5, signed=signed)
         for result, expected in zip(actual, exact):
             assert result.dtype == dtype
@@ -90,7 +90,7 @@ def test_rows_run_on_several_threads_as_on_one():
 def test_what_rows_leave_to_torch(change):
     arguments = change(*matrices((5, 3), torch.float32))
     with use("numba"):
-        assert rows.formula._matrices(arguments, {"factor": 0.5}) is None
+        assert rows.formula.by_kernel(arguments, {"factor": 0.5}) is NotImplemented
         rows(*arguments, factor=0.5)
 
 
@@ -169,7 +169,7 @@ def test_backward_notices_that_a_kernel_wrote_a_saved_tensor():
 def test_strides_are_kept():
     x, y = torch.randn(6, 5).t(), torch.rand(6, 5).t()
     with use("numba"):
-        assert PURE[0].formula._served((x, y), {}) is not None
+        assert PURE[0].formula.by_kernel((x, y), {}) is not NotImplemented
         result = PURE[0](x, y)
     assert result.stride() == x.stride()
     torch.testing.assert_close(result, x * y * (1 - y))
@@ -184,7 +184,7 @@ def test_half_precision_is_rounded_once(tried, dtype):
     with use("torch"):
         expected = tried(x.float(), y.float())
     with use("numba"):
-        assert tried.formula._served((x, y), {}) is not None
+        assert tried.formula.by_kernel((x, y), {}) is not NotImplemented
         actual = tried(x, y)
     for result, wanted in zip(*(r if isinstance(r, tuple) else (r,) for r in (actual, expected))):
         torch.testing.assert_close(result, wanted.to(dtype), rtol=0, atol=0, equal_nan=True)
@@ -198,7 +198,7 @@ def test_rows_in_half_precision(shape, dtype):
         wide = (t.double() if t.is_floating_point() else t for t in arguments)
         exact = rows(*wide, factor=0.5)
     with use("numba"):
-        assert rows.formula._matrices(arguments, {"factor": 0.5}) is not None
+        assert rows.formula.by_kernel(arguments, {"factor": 0.5}) is not NotImplemented
         actual = rows(*arguments, factor=0.5)
     for result, expected in zip(actual, exact):
         expected = expected.to(dtype)
@@ -211,8 +211,8 @@ def test_a_processor_that_cannot_convert_float16_leaves_it_to_torch(monkeypatch)
     monkeypatch.setattr(half, "usable", lambda dtype: dtype is not torch.float16)
     x = torch.rand(4).half()
     with use("numba"):
-        assert formula(lambda x: 2 * x).formula._served((x,), {}) is None
-        assert formula(lambda x: 2 * x).formula._served((x.bfloat16(),), {}) is not None
+        assert formula(lambda x: 2 * x).formula.by_kernel((x,), {}) is NotImplemented
+        assert formula(lambda x: 2 * x).formula.by_kernel((x.bfloat16(),), {}) is not NotImplemented
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, *HALF])

@@ -29,9 +29,9 @@ def test_thread_count_is_torchs(threads, restored_threads, monkeypatch):
     torch.set_num_threads(threads)
     x, y = torch.randn(LARGE), torch.rand(LARGE)
     with use("numba"):
-        kernel = product_rule.formula._served((x, y), {})[0].single
-        seen, parallel = [], kernel._parallel
-        monkeypatch.setattr(kernel, "_parallel", lambda threads, *a: (seen.append(threads), parallel(threads, *a)))
+        entry = product_rule.formula._prepare(x, (), {}).entry
+        seen, parallel = [], entry._parallel
+        monkeypatch.setattr(entry, "_parallel", lambda threads, *a: (seen.append(threads), parallel(threads, *a))[1])
         torch.testing.assert_close(product_rule(x, y), x * y * (1 - y))
     assert seen == ([] if threads == 1 else [min(threads, numba.config.NUMBA_NUM_THREADS)])
     assert numba.get_num_threads() == before
@@ -56,8 +56,8 @@ def test_a_parallel_kernel_sets_the_number_it_is_given(threads):
 def test_small_tensors_wake_no_threads(monkeypatch):
     x = torch.rand(cpu.PARALLEL_FROM - 1)
     with use("numba"):
-        kernel = product_rule.formula._served((x, x), {})[0].single
-        monkeypatch.setattr(kernel, "_run_parallel", None)
+        entry = product_rule.formula._prepare(x, (), {}).entry
+        monkeypatch.setattr(entry, "_parallel", None)
         product_rule(x, x)
 
 

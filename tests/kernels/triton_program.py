@@ -26,7 +26,7 @@ def interpret():
                 with use("torch"):
                     expected = formula(x, y)
                 with use("triton"):
-                    assert (formula.formula._served((x, y), {}) is not None) == (x.numel() > 0)
+                    assert (formula.formula.by_kernel((x, y), {}) is not NotImplemented) == (x.numel() > 0)
                     actual = formula(x, y)
                 torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
                 checked += 1
@@ -35,7 +35,7 @@ def interpret():
             with use("torch"):
                 expected = rows(*arguments, factor=0.5)
             with use("triton"):
-                assert rows.formula._matrices(arguments, {"factor": 0.5}) is not None
+                assert rows.formula.by_kernel(arguments, {"factor": 0.5}) is not NotImplemented
                 actual = rows(*arguments, factor=0.5)
             close = {"rtol": 20 * tolerance["rtol"], "atol": 60 * tolerance["atol"]}  # sums of many elements
             torch.testing.assert_close(actual, expected, equal_nan=True, **close)

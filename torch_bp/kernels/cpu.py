@@ -105,6 +105,16 @@ def _start_threads(threads: int) -> bool:
     return not _state["serial_only"]
 
 
+def threads_for(elements: int) -> int:
+    """Return how many threads a kernel over so many elements takes: torch's number, or 1."""
+    if elements < PARALLEL_FROM or _state["serial_only"]:
+        return 1
+    threads = torch.get_num_threads()
+    if threads == 1 or not (_state["parallel_ran"] or _start_threads(threads)):
+        return 1
+    return min(threads, _state["threads"])
+
+
 def compiled(name: str, text: str) -> ModuleType:
     """Return the module of this text, its functions compiled or taken from disk."""
     with _lock:
@@ -141,16 +151,11 @@ class Kernel:
 
     def run(self, elements: int, *arguments: Any) -> None:
         """Run over `elements` elements in all, on torch's number of threads."""
-        if elements >= PARALLEL_FROM and not _state["serial_only"]:
-            threads = torch.get_num_threads()
-            if threads > 1:
-                return self._run_parallel(threads, arguments)
-        self.serial(*arguments)
-
-    def _run_parallel(self, threads: int, arguments: tuple[Any, ...]) -> None:
-        if not _state["parallel_ran"] and not _start_threads(threads):
-            return self.run(0, *arguments)
-        self._parallel(min(threads, _state["threads"]), *arguments)
+        threads = threads_for(elements)
+        if threads > 1:
+            self._parallel(threads, *arguments)
+        else:
+            self.serial(*arguments)
 
     def _compiled(self, *, parallel: bool) -> Callable[..., None]:
         text = self._text(*self._arguments, parallel)

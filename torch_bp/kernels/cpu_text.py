@@ -24,6 +24,7 @@ DTYPES = {
     torch.bfloat16: ("uint16", "float32"),
     torch.float16: ("uint16", "float32"),
 }  # how it is stored, how it is computed
+BLOCKS = 32  # into which the rows are cut, at the most, where columns are added up: each has sums of its own
 CHUNK = 8192  # elements a thread takes at a time: four float32 streams of it fit the second-level cache
 
 _SPELLING = {
@@ -75,9 +76,21 @@ def pointer_to(kind):
     return pointer
 '''
 
+# Outside of its parallel loop a parallel function loses stores that Numba sees no use for: here they are in another one.
+_ADDING_UP = """
+@njit
+def add_up(sums, address):
+    for column in range(sums.shape[1]):
+        total = 0.0
+        for block in range(sums.shape[0]):
+            total += sums[block, column]
+        pointer(address)[column] = {total}
+
+"""
+
 # Sums are kept in float64, and their order is free, which lets LLVM add whole vectors. llvm.maximum lets NaN through.
 _REDUCING = """
-labels, sums = pointer_to(types.int64), pointer_to(types.float64)
+labels = pointer_to(types.int64)
 
 
 @intrinsic
@@ -101,6 +114,7 @@ def larger(typing_context, a, b):
 
 _HEAD = '''"""{name}: made by torch_bp from a formula."""
 import math
+import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
@@ -166,7 +180,9 @@ def _function(
         pointer=POINTER,
         functions=half.definitions(dtype)
         + vector.definitions(expression.operations, getattr(torch, real))
-        + _REDUCING * (expression.by_rows or bool(expression.totals)),
+        + _REDUCING * (expression.by_rows or bool(expression.totals))
+        + _ADDING_UP.format(total="rounded(real(total))" if half.is_half(dtype) else "real(total)")
+        * any(output.kind == "column sum" for output in expression.outputs),
         signature=", ".join(signature),
         parallel=parallel,
         fastmath=set() if expression.by_rows else {"contract"},
@@ -209,23 +225,40 @@ def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype
 
 
 def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
-    """The module of a kernel `run(rows, columns, block, address..., scalar...)` over matrices and columns.
+    """The module of a kernel `run(rows, columns, address..., scalar...)` over matrices and columns.
 
-    A thread takes `block` rows at a time; what it adds up per column goes to a row of its own of a float64 matrix.
+    A thread takes a block of rows at a time; what it adds up per column goes to a row of its own of a float64 matrix.
     """
     spell, results = Speller(expression, _SPELLING), list(zip(targets, expression.outputs))
+    sums = [t for t, r in results if r.kind == "column sum"]
     names = expression.operands(targets)
-    arguments = ["rows", "columns", "block", *(f"a_{n}" for n in names)]
+    arguments = ["rows", "columns", *(f"a_{n}" for n in names)]
     text = _function(expression, dtype, arguments, ["int64"] * len(arguments), parallel)
+    text += f"    block = max(1, {CHUNK} // columns)\n"
+    if sums:
+        text += f"    block = max(block, (rows + {BLOCKS - 1}) // {BLOCKS})\n"
+    text += "    blocks = (rows + block - 1) // block\n"
+    text += "".join(f"    sums_{t} = np.empty((blocks, columns))\n" for t in sums)
+    text += f"    for chunk in {'prange' if parallel else 'range'}(blocks):\n"
     indent = "        "
-    text += f"    for chunk in {'prange' if parallel else 'range'}((rows + block - 1) // block):\n"
+    for t in sums:
+        text += f"{indent}p_{t} = sums_{t}[chunk]\n{indent}for i in range(columns):\n{indent}    p_{t}[i] = 0.0\n"
     text += f"{indent}for row in range(chunk * block, min(rows, (chunk + 1) * block)):\n"
+    text += "".join(f"{indent}    {line}\n" for line in _row_lines(expression, spell, results, dtype))
+    if parallel:
+        text += "    set_num_threads(before)\n"
+    return text + "".join(f"    add_up(sums_{t}, a_{t})\n" for t in sums)
+
+
+def _row_lines(
+    expression: Expression, spell: Speller, results: Sequence[tuple[str, Symbol]], dtype: torch.dtype
+) -> list[str]:
+    """What is done with one row."""
     kinds = {n.arguments[0]: n.kind for n in expression.order if n.operation == "input"}
     kinds |= {t: r.kind for t, r in results}
     lines = []
     for name, kind in kinds.items():
         if kind == "column sum":
-            lines.append(f"p_{name} = sums(a_{name} + chunk * 8 * columns)")
             continue
         stride = {"tensor": f"{dtype.itemsize} * columns", "label": 8, "column": 0}.get(kind, dtype.itemsize)
         lines.append(f"p_{name} = {'labels' if kind == 'label' else 'pointer'}(a_{name} + row * {stride})")
@@ -243,6 +276,4 @@ def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype
         if body:
             lines += ["for i in range(columns):", *(f"    {line}" for line in body)]
         lines += [f"{spell.name(r)} = real({spell.name(r)})" for r in step.reductions if r.operation == "row_sum"]
-    lines += _stores(spell, [(t, r) for t, r in results if rows.per_row(r)], "0", dtype)
-    text += "".join(f"{indent}    {line}\n" for line in lines)
-    return text + "    set_num_threads(before)\n" * parallel
+    return lines + _stores(spell, [(t, r) for t, r in results if rows.per_row(r)], "0", dtype)

@@ -25,15 +25,20 @@ from torch_bp.kernels.symbol import RETURNED, FormulaError, Symbol, Trace
 class Expression:
     """What a formula computes: `outputs[i]` from the tensors `inputs` and from `scalars`, in SSA form.
 
-    `scalars` holds the scalar nodes that tensor nodes use; `host` computes their values from the keyword arguments.
+    `kinds` says which kind of `Symbol` each of the inputs is, those among them that no output reads included. `scalars` holds the scalar nodes that tensor nodes use; `host` computes their values from the keyword arguments.
     """
 
     name: str
     given: tuple[bool, ...]  # which of the function's results are not None
-    inputs: tuple[str, ...]
+    kinds: Mapping[str, str]
     outputs: tuple[Symbol, ...]
     scalars: tuple[Symbol, ...]
     host: Callable[..., tuple[Any, ...]]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the tensors that a call brings."""
+        return tuple(self.kinds)
 
     def operands(self, targets: Sequence[str]) -> list[str]:
         """Return the names of all memory a kernel touches: the inputs, then targets that are not inputs."""
@@ -161,7 +166,7 @@ def trace(
     if kinds != sorted(kinds):
         raise FormulaError(f"formula {name}: totals must be the last of the results.")
     used = _scalars_of(outputs)
-    present = tuple(n for n in tensors if n not in absent)
+    present = {n: kind for n, kind in tensors.items() if n not in absent}
     given = tuple(r is not None for r in results)
     return Expression(name, given, present, outputs, used, _host_function(name, used, keywords, static, defaults))
 

@@ -120,52 +120,49 @@ class Formula:
 
     def __call__(self, *tensors: Any, **keywords: Any) -> Any:
         """Compute the formula on tensors; return its results, or write them where `updates` says and return None."""
-        served = self._served(tensors, keywords)
-        if served is None:
-            if len(tensors) < len(self.tensors):
-                tensors = self.padded(tensors)
-            return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
-        program, first, addresses = served
-        if program.totals:
-            totals = self.launch([None if t is None else [t] for t in tensors], Table(lasting=False), keywords)
-            if totals is None:
-                return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
-            return alone([t[0] for t in totals])
-        if program.simple and not keywords:
-            return program.simply(first, addresses)
-        return program(tensors, first, addresses, keywords)
-
-    def _served(
-        self, tensors: Sequence[Any], keywords: Mapping[str, Any]
-    ) -> tuple[Program, torch.Tensor, list[int]] | None:
-        """The one place that decides whether a kernel serves a call: it, the first tensor and the addresses.
-
-        None for torch. In one piece: around small tensors every call of Python's costs as much as the arithmetic.
-        """
-        if not unwatched():
-            return None
-        addresses = plain.addresses(tensors)
-        if addresses is None or (grad_enabled() and plain.recording(tensors)):
-            return None
-        if keywords and not numbers(keywords.values()):
-            return None
-        count = len(self.tensors)
-        if self._by_tensors and len(tensors) == len(addresses) == count and not keywords:
-            first = tensors[0]
-            program = self._programs.get((engine.forced(), first.dtype, first.is_cpu, ()), _MISSING)
-            if program is not _MISSING:
-                return None if program is None else (program, first, addresses)
-        if len(tensors) < count:
+        if len(tensors) < len(self.tensors):
             tensors = self.padded(tensors)
-        if len(tensors) != count or (self.updates and not _may_write(tensors, addresses)):
-            return None
-        absent: tuple[str, ...] = ()
-        first = tensors[0]
-        if len(addresses) != count:
+        result = self.by_kernel(tensors, keywords)
+        if result is NotImplemented:
+            return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
+        return result
+
+    def by_kernel(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+        """What the call returns where a kernel serves, else NotImplemented, and nothing was done.
+
+        In one piece: around small tensors every call of Python's costs as much as the arithmetic.
+        """
+        if not unwatched() or len(tensors) != len(self.tensors):
+            return NotImplemented
+        handles = plain.handles(tensors)
+        if not handles or (grad_enabled() and plain.recording(tensors)):
+            return NotImplemented
+        if keywords and not numbers(keywords.values()):
+            return NotImplemented
+        first, absent, program = tensors[0], (), _MISSING
+        if len(handles) != len(tensors):
             absent = tuple(n for n, t in zip(self.tensors, tensors) if t is None)
             first = next(t for t in tensors if t is not None)
-        program = self._prepare(first, absent, keywords)
-        return None if program is None else (program, first, addresses)
+        if self._by_tensors:
+            program = self._programs.get((engine.forced(), first.dtype, first.is_cpu, absent), _MISSING)
+        if program is _MISSING:
+            program = self._prepare(first, absent, keywords)
+        if program is None:
+            return NotImplemented
+        if program.entry is not None:
+            return program.at_once(first, handles, keywords)
+        if program.totals:
+            totals = self.launch([None if t is None else [t] for t in tensors], Table(lasting=False), keywords)
+            return NotImplemented if totals is None else alone([t[0] for t in totals])
+        addresses = self._addresses(tensors)
+        return NotImplemented if addresses is None else program(tensors, addresses, keywords)
+
+    def _addresses(self, tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
+        """Return where the tensors begin in memory, if they are fit for a kernel."""
+        addresses = plain.addresses(tensors)
+        if addresses is not None and self.updates and not _may_write(tensors, addresses):
+            return None
+        return addresses
 
     def padded(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """Add the optional arguments that were left out, which are None."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +20,12 @@ def _library() -> ctypes.CDLL:
 
 def export(names: Iterable[str]) -> None:
     """Let compiled code call these functions; AttributeError or OSError where torch has them not."""
+    make_known({name: ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value for name in names})
+
+
+def make_known(addresses: Mapping[str, int | None]) -> None:
+    """Let compiled code call what lies at these addresses by name."""
     import llvmlite.binding
 
-    for name in names:
-        llvmlite.binding.add_symbol(name, ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value)
+    for name, address in addresses.items():
+        llvmlite.binding.add_symbol(name, address)

@@ -22,17 +22,20 @@ CHANGED, SAME, MOVED = range(3)  # what `check` answers
 UNFIT = -1  # what `describe` answers of tensors that are not for one kernel
 
 _ANSWERS = ("layout", "dtype", "device_type", "device_index", "data_ptr", "dim", "sizes", "strides")
-_handle_of = torch.Tensor._cdata.__get__  # type: ignore[attr-defined]
+ROOM = 8  # words that `alike` and `fitting` need beside the handles
+KINDS = ("tensor", "row", "column", "label")  # of arguments of a formula over rows, as `fitting` numbers them
+handle_of = torch.Tensor._cdata.__get__  # type: ignore[attr-defined]
 _log = logging.getLogger(__name__)
 
 _TEXT = '''"""Made by torch_bp: what torch says of many tensors."""
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 ask = types.int32(types.intp, types.intp)
 {functions}
 CHANGED, SAME, MOVED = range(3)
 UNFIT = -1
+LABELS = 4  # int64, by the number that torch gives it
 
 
 {pointer}
@@ -74,14 +77,14 @@ def elements_of_form(handle, forms, at, answer):
 
 
 @njit
-def is_dense(forms, at, elements):
+def is_dense(sizes, strides, dimensions, elements):
     """True if the elements fill one stretch of memory, each in a place of its own."""
-    dimensions, expected = forms[at], 1
+    expected = 1
     while expected < elements:
         before = expected
         for d in range(dimensions - 1, -1, -1):
-            if forms[at + 1 + d] != 1 and forms[at + 1 + dimensions + d] == expected:
-                expected *= forms[at + 1 + d]
+            if sizes[d] != 1 and strides[d] == expected:
+                expected *= sizes[d]
         if expected == before:
             return False
     return True
@@ -127,7 +130,8 @@ def describe(handles, kinds, forms, sizes, addresses, answer):
             if sizes[column] == UNFIT or (answer[2] == 0 and sizes[column]):
                 return UNFIT
             addresses[row, column] = answer[2]
-        if not is_dense(forms, at, sizes[column]):
+        form = forms.ctypes.data + 8 * (at + 1)
+        if not is_dense(integers(form), integers(form + 8 * dimensions), dimensions, sizes[column]):
             return UNFIT
         at += 1 + 2 * dimensions
     return needed
@@ -196,6 +200,90 @@ def write(addresses, value, double):
             doubles(address)[0] = value
         else:
             singles(address)[0] = value
+
+
+@njit
+def asked(handle, at, dtype):
+    """True if a tensor is strided, of this dtype and on the CPU; dimensions, sizes and strides are left at `at`."""
+    answer = integers(at)
+    answer[0] = answer[1] = answer[2] = 0
+    if get_layout(handle, at) or answer[0] or get_dtype(handle, at + 8) or answer[1] != dtype:
+        return False
+    if get_device_type(handle, at + 16) or answer[2]:
+        return False
+    return not (get_dim(handle, at) or get_sizes(handle, at + 8) or get_strides(handle, at + 16))
+
+
+@njit
+def have_addresses(place, count):
+    """Put addresses in the place of `count` handles; False if a tensor has none."""
+    for k in range(count):
+        if get_data_ptr(place + 8 * k, place + 8 * k) or integers(place)[k] == 0:
+            return False
+    return True
+
+
+@cfunc("int64(int64, int64)", cache=ON_DISK)
+def alike(place, count):
+    """Put addresses in the place of `count` handles; the number of elements, or UNFIT.
+
+    Fit are tensors on the CPU, alike in dtype, shape and strides, with no two elements in one place. Beside the handles
+    there is room for ROOM words.
+    """
+    at = place + 8 * count
+    answer = integers(at)
+    answer[3] = 0
+    if get_dtype(place, at + 24) or not asked(place, at, answer[3]):
+        return UNFIT
+    dimensions, sizes, strides = answer[0], integers(answer[1]), integers(answer[2])
+    elements = 1
+    for d in range(dimensions):
+        elements *= sizes[d]
+    if elements == 0 or not is_dense(sizes, strides, dimensions, elements):
+        return UNFIT
+    for k in range(1, count):
+        if not asked(place + 8 * k, at, answer[3]) or answer[0] != dimensions:
+            return UNFIT
+        its_sizes, its_strides = integers(answer[1]), integers(answer[2])
+        for d in range(dimensions):
+            if its_sizes[d] != sizes[d] or (its_strides[d] != strides[d] and sizes[d] != 1):
+                return UNFIT
+    return elements if have_addresses(place, count) else UNFIT
+
+
+@cfunc("int64(int64, int64, int64)", cache=ON_DISK)
+def fitting(place, count, kinds):
+    """As `alike`, for a formula over rows; the matrices' rows and columns are left behind the addresses.
+
+    The last two bits of `kinds` say which of KINDS the first tensor is, the next two the second, and so on. The first
+    matrix must be the first tensor.
+    """
+    at = place + 8 * count
+    answer = integers(at)
+    answer[3] = 0
+    if get_dtype(place, at + 24) or not asked(place, at, answer[3]) or answer[0] != 2:
+        return UNFIT
+    rows, columns = integers(answer[1])[0], integers(answer[1])[1]
+    if rows * columns == 0:
+        return UNFIT
+    for k in range(count):
+        kind = (kinds >> 2 * k) & 3
+        if not asked(place + 8 * k, at, LABELS if kind == 3 else answer[3]) or answer[0] != (1 if kind == 2 else 2):
+            return UNFIT
+        sizes, strides = integers(answer[1]), integers(answer[2])
+        if kind == 2:
+            if sizes[0] != columns or (strides[0] != 1 and columns != 1):
+                return UNFIT
+            continue
+        wide = columns if kind == 0 else 1
+        if sizes[0] != rows or sizes[1] != wide:
+            return UNFIT
+        if (strides[1] != 1 and wide != 1) or (strides[0] != wide and rows != 1):
+            return UNFIT
+    if not have_addresses(place, count):
+        return UNFIT
+    answer[0], answer[1] = rows, columns
+    return rows * columns
 '''
 
 
@@ -207,7 +295,9 @@ def functions() -> ModuleType | None:
     try:
         library.export(f"aoti_torch_get_{a}" for a in _ANSWERS)
         declared = [f'get_{a} = types.ExternalFunction("aoti_torch_get_{a}", ask)' for a in _ANSWERS]
-        return cpu.compiled("native", _TEXT.format(functions="\n".join(declared), pointer=cpu_text.POINTER))
+        module = cpu.compiled("native", _TEXT.format(functions="\n".join(declared), pointer=cpu_text.POINTER))
+        library.make_known({f"torch_bp_{f.__name__}": f.address for f in (module.alike, module.fitting)})
+        return module
     except Exception as error:
         _log.info("tensors are checked one by one (%s: %s)", type(error).__name__, error)
         return None
@@ -215,4 +305,4 @@ def functions() -> ModuleType | None:
 
 def handles(tensors: Iterable[torch.Tensor], count: int) -> np.ndarray:
     """Return the handles of `count` tensors; TypeError if something else is among them."""
-    return np.fromiter(map(_handle_of, tensors), np.int64, count)
+    return np.fromiter(map(handle_of, tensors), np.int64, count)

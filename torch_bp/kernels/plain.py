@@ -7,6 +7,7 @@ torch running the formula itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -19,6 +20,9 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _jit_tracing = torch._C._get_tracing_state
 grad_enabled = torch.is_grad_enabled
 _strided = torch.strided
+_vmap_mode = functools.partial(
+    torch._C._dispatch_tls_is_dispatch_key_included, torch._C._parse_dispatch_key("VmapMode")
+)
 
 
 def unwatched() -> bool:
@@ -26,6 +30,23 @@ def unwatched() -> bool:
     return not (
         _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0 or _jit_tracing() is not None
     )
+
+
+def handles(tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
+    """Return the handles of tensors that compiled code may look at (`torch_bp.kernels.native`), or None.
+
+    They have no pending sign, which it does not see, and answer all its questions; whether they are plain memory, and
+    alike, is for it to say. None in the place of a tensor is passed over.
+    """
+    if _vmap_mode():  # inside `is_grads_batched` tensors have no memory to ask for
+        return None
+    found = []
+    for tensor in tensors:
+        if tensor is not None:
+            if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or tensor.is_nested:
+                return None
+            found.append(tensor._cdata)
+    return found
 
 
 def eager() -> bool:
@@ -68,7 +89,7 @@ def addresses(tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
     None in the place of a tensor is passed over. Empty tensors, zero tensors and freed storages have no address.
     """
     found: list[int] = []
-    first = None
+    first = stride = None
     try:
         for tensor in tensors:
             if tensor is None:
@@ -76,13 +97,15 @@ def addresses(tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
             if type(tensor) not in PLAIN_TYPES or tensor.layout is not _strided or tensor.is_neg():
                 return None
             if first is None:
-                if not dense(tensor):
-                    return None
-                first, on_cpu, dtype, shape, stride = tensor, tensor.is_cpu, tensor.dtype, tensor.shape, tensor.stride()
+                first, on_cpu, dtype, shape = tensor, tensor.is_cpu, tensor.dtype, tensor.shape
+                if not tensor.is_contiguous():
+                    if not dense(tensor):
+                        return None
+                    stride = tensor.stride()
             elif (
                 tensor.dtype is not dtype
                 or tensor.shape != shape
-                or tensor.stride() != stride
+                or not (tensor.is_contiguous() if stride is None else tensor.stride() == stride)
                 or not (tensor.is_cpu if on_cpu else tensor.device == first.device)
             ):
                 return None

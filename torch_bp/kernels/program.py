@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text
+from torch_bp.kernels.entry import Entry
 from torch_bp.kernels.expression import Expression
+from torch_bp.kernels.native import handle_of
 from torch_bp.kernels.table import Table
 
 _address_of = torch.Tensor.data_ptr
@@ -126,27 +128,25 @@ class Program:
         self.written = [i for i, write in enumerate(self.writes) if write]
         self.scalars = bool(expression.scalars)
         self.created = 0 if self.updates else len(targets)
-        several = len(expression.given) > 1
-        self.simple = self.numba and self.created == 1 and not (self.scalars or several)  # `serial` serves as it is
+        self.alone = len(expression.given) == 1
+        self.entry = Entry.over_tensors(expression, targets, dtype) if self.numba and self.created else None
 
-    def simply(self, first: torch.Tensor, addresses: list[int]) -> torch.Tensor:
-        """Run over tensors on the CPU, to one result and without scalars: what the call of most formulas comes to."""
-        elements, result = first.numel(), torch.empty_like(first)
-        if elements < cpu.PARALLEL_FROM:
-            self.serial(elements, *addresses, result.data_ptr())
-        else:
-            self.single.run(elements, elements, *addresses, result.data_ptr())
-        return result
+    def at_once(self, first: torch.Tensor, handles: list[int], keywords: Mapping[str, Any]) -> Any:
+        """Run over tensors that are looked at on the way; NotImplemented, and nothing done, if they are not for it."""
+        values = host_values(self.expression, keywords, True) if keywords or self.scalars else ()
+        if self.alone:
+            result = torch.empty_like(first)
+            ran = self.entry(first.numel(), *handles, result._cdata, *values)  # type: ignore[misc, attr-defined]
+            return result if ran else NotImplemented
+        results = [torch.empty_like(first) for _ in range(self.created)]
+        if not self.entry(first.numel(), *handles, *map(handle_of, results), *values):  # type: ignore[misc]
+            return NotImplemented
+        return as_returned(results, self.expression)
 
-    @functools.cached_property
-    def serial(self) -> Callable[..., None]:
-        """The kernel of small tensors: `serial(elements, *addresses, *addresses of results, *scalars)`."""
-        return self.single.serial
-
-    def __call__(
-        self, tensors: Sequence[Any], first: torch.Tensor, addresses: list[int], keywords: Mapping[str, Any]
-    ) -> Any:
-        """Run over tensors that a kernel may serve, `first` the first that is not None; `addresses` are theirs."""
+    def __call__(self, tensors: Sequence[Any], addresses: list[int], keywords: Mapping[str, Any]) -> Any:
+        """Run over tensors that a kernel may serve; `addresses` are theirs."""
+        present = [t for t in tensors if t is not None]
+        first = present[0]
         values = host_values(self.expression, keywords, self.numba) if keywords or self.scalars else ()
         results = [torch.empty_like(first) for _ in range(self.created)]
         if self.numba:
@@ -154,9 +154,8 @@ class Program:
             count = first.numel()
             self.single.run(count, count, *addresses, *values)
         else:
-            self.single.run_single([*(t for t in tensors if t is not None), *results], values)
+            self.single.run_single([*present, *results], values)
         if self.updates:
-            present = [t for t in tensors if t is not None]
             torch._C._increment_version([present[i] for i in self.written])
             return None
         return as_returned(results, self.expression)

@@ -13,18 +13,21 @@ from typing import Any
 
 import torch
 
-from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text, plain
+from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text
+from torch_bp.kernels.entry import Entry
 from torch_bp.kernels.expression import Expression, trace
-from torch_bp.kernels.formula import Formula, numbers
-from torch_bp.kernels.program import as_returned, as_torch, host_values
+from torch_bp.kernels.formula import Formula
+from torch_bp.kernels.native import handle_of
+from torch_bp.kernels.program import as_returned, host_values
 from torch_bp.kernels.symbol import FormulaError
 
-_BLOCKS = 32  # into which the rows are cut, at the most, where columns are added up: each has sums of its own
 _address_of = torch.Tensor.data_ptr
 
 
 class RowProgram:
     """The kernel of a row formula for one engine, dtype and choice of absent arguments."""
+
+    totals = 0
 
     def __init__(self, expression: Expression, engine: str, dtype: torch.dtype) -> None:
         self.expression = expression
@@ -33,34 +36,53 @@ class RowProgram:
         targets = [f"_result{i}" for i in range(len(expression.outputs))]
         self.kernel: Any = module.Kernel(text.text_rows, expression, targets, dtype)  # type: ignore[attr-defined]
         self.kinds = [output.kind for output in expression.outputs]
+        self.scalars = bool(expression.scalars)
+        self._matrix = next(i for i, kind in enumerate(expression.kinds.values()) if kind == "tensor")
+        self.entry = Entry.over_rows(expression, targets, dtype) if self.numba and self._matrix == 0 else None
 
-    def __call__(
-        self, tensors: Sequence[Any], first: torch.Tensor, addresses: list[int], keywords: Mapping[str, Any]
-    ) -> Any:
-        """Run over tensors that a kernel may serve; `first` is a matrix, `addresses` are theirs."""
+    def at_once(self, first: torch.Tensor, handles: list[int], keywords: Mapping[str, Any]) -> Any:
+        """Run over tensors that are looked at on the way; NotImplemented, and nothing done, if they are not for it."""
+        if first.dim() != 2:
+            return NotImplemented
+        values = host_values(self.expression, keywords, True) if keywords or self.scalars else ()
+        results = self._results(first)
+        if not self.entry(first.numel(), *handles, *map(handle_of, results), *values):  # type: ignore[misc]
+            return NotImplemented
+        return as_returned(results, self.expression)
+
+    def __call__(self, tensors: Sequence[Any], addresses: list[int], keywords: Mapping[str, Any]) -> Any:
+        """Run over tensors that a kernel may serve; `addresses` are theirs."""
+        given = [t for t in tensors if t is not None]
+        first = given[self._matrix]
         count, columns = first.shape
-        block = max(1, cpu_text.CHUNK // columns)
+        values = host_values(self.expression, keywords, self.numba) if keywords or self.scalars else ()
+        results = self._results(first)
+        if self.numba:
+            self.kernel.run(count * columns, count, columns, *addresses, *map(_address_of, results), *values)
+            return as_returned(results, self.expression)
+        block = 1
         if "column sum" in self.kinds:
-            block = max(block, -(-count // _BLOCKS))
-        values = host_values(self.expression, keywords, self.numba) if keywords or self.expression.scalars else ()
-        sums = -(-count // block), columns
-        results = [
+            block = -(-count // cpu_text.BLOCKS)
+            sums = -(-count // block), columns
+            results = [
+                first.new_zeros(sums, dtype=torch.float64) if kind == "column sum" else result
+                for kind, result in zip(self.kinds, results)
+            ]
+        self.kernel.run_rows(count, columns, block, [*given, *results], values)
+        results = [r.sum(0).to(first.dtype) if kind == "column sum" else r for kind, r in zip(self.kinds, results)]
+        return as_returned(results, self.expression)
+
+    def _results(self, first: torch.Tensor) -> list[torch.Tensor]:
+        """Return room for the results."""
+        count, columns = first.shape
+        return [
             torch.empty_like(first)
             if kind == "tensor"
             else first.new_empty((count, 1))
             if kind == "row"
-            else first.new_zeros(sums, dtype=torch.float64)
+            else first.new_empty(columns)
             for kind in self.kinds
         ]
-        if self.numba:
-            self.kernel.run(count * columns, count, columns, block, *addresses, *map(_address_of, results), *values)
-        else:
-            given = [*(t for t in tensors if t is not None), *results]
-            self.kernel.run_rows(count, columns, block if "column sum" in self.kinds else 1, given, values)
-        for position, kind in enumerate(self.kinds):
-            if kind == "column sum":
-                results[position] = results[position].sum(0).to(first.dtype)
-        return as_returned(results, self.expression)
 
 
 class RowFormula(Formula):
@@ -96,26 +118,9 @@ class RowFormula(Formula):
                 f"formula {self.name}: an argument must be a matrix, but per_row, per_column and labels name them all."
             )
 
-    def __call__(self, *tensors: Any, **keywords: Any) -> Any:
-        """Compute the formula on matrices and columns; return its results."""
-        if len(tensors) < len(self.tensors):
-            tensors = self.padded(tensors)
-        served = self._matrices(tensors, keywords)
-        if served is None:
-            return as_torch(self.function, (), self.tensors, tensors, keywords)
-        program, first, addresses = served
-        return program(tensors, first, addresses, keywords)
-
-    def _matrices(
-        self, tensors: Sequence[Any], keywords: Mapping[str, Any]
-    ) -> tuple[RowProgram, torch.Tensor, list[int]] | None:
-        """Decide whether a kernel serves: it, the first matrix and all addresses; None for torch."""
-        if not plain.unwatched() or len(tensors) != len(self._kinds) or plain.recording(tensors):
-            return None
-        if keywords and not numbers(keywords.values()):
-            return None
+    def _addresses(self, tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
         first: Any = next((t for t, k in zip(tensors, self._kinds) if k == "tensor" and t is not None), None)
-        if type(first) not in plain.PLAIN_TYPES or first.dim() != 2:
+        if first is None or first.dim() != 2:
             return None
         shape, dtype, device = first.shape, first.dtype, first.device
         shapes = {"tensor": shape, "row": (shape[0], 1), "label": (shape[0], 1), "column": shape[1:]}
@@ -125,25 +130,17 @@ class RowFormula(Formula):
                 if tensor is None:
                     continue
                 if (
-                    type(tensor) not in plain.PLAIN_TYPES
-                    or tensor.layout is not torch.strided
+                    tensor.layout is not torch.strided
                     or tensor.shape != shapes[kind]
                     or tensor.dtype is not (torch.int64 if kind == "label" else dtype)
                     or not tensor.is_contiguous()
-                    or tensor.is_neg()
                     or tensor.device != device
                 ):
                     return None
                 addresses.append(tensor.data_ptr())
         except RuntimeError:  # a tensor inside `is_grads_batched` has no address to ask for
             return None
-        if not all(addresses):  # empty tensors, zero tensors and freed storages
-            return None
-        absent: tuple[str, ...] = ()
-        if len(addresses) != len(tensors):
-            absent = tuple(n for n, t in zip(self.tensors, tensors) if t is None)
-        program: Any = self._prepare(first, absent, keywords)
-        return None if program is None else (program, first, addresses)
+        return addresses if all(addresses) else None  # empty tensors, zero tensors and freed storages have none
 
     def _program(self, serving: str, dtype: torch.dtype, absent: tuple[str, ...], keywords: Mapping[str, Any]) -> Any:
         static = self.static_values(keywords)

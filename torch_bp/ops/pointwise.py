@@ -103,20 +103,23 @@ def activation(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
             save(ctx, saves(output, *inputs))
-            ctx.keywords = dict(zip(parameters, inputs[1:]))
+            if parameters:
+                ctx.values = inputs[1:]
 
         @staticmethod
         def backward(ctx: Any, dy: torch.Tensor) -> Any:
             (saved,) = ctx.saved_tensors
             if saved.is_complex():  # autograd wants the conjugate of the derivative there; forward mode does not
                 saved = saved.conj()
-            dz = connected(derivative(dy, saved, **ctx.keywords), saved)
-            return (dz, *no_gradients) if parameters else dz
+            if not parameters:
+                return connected(derivative(dy, saved), saved)
+            dz = derivative(dy, saved, **dict(zip(parameters, ctx.values)))
+            return connected(dz, saved), *no_gradients
 
         @staticmethod
         def jvp(ctx: Any, dz: torch.Tensor, *_: None) -> torch.Tensor:
             (saved,) = ctx.saved_tensors
-            return derivative(dz, saved, **ctx.keywords)
+            return derivative(dz, saved, **dict(zip(parameters, ctx.values if parameters else ())))
 
     Node.name_arguments("z", *parameters)
     Node.rename(name)
