@@ -87,8 +87,8 @@ def kernels():
     for formula in (pointwise.gelu_backward, pointwise.gelu_tanh_backward, pointwise.silu_backward):
         yield formula.formula, [torch.ones(2)] * 2, {}
     for formula in (squared_error_backward, bce_backward, bce_target_backward):
-        yield formula.formula, [None, torch.ones(2), torch.ones(2)], {"scale": 1.0}
-    yield bce_logits_backward.formula, [torch.ones(2)] * 4, {"scale": 1.0}
+        yield formula.formula, [None, torch.ones(2), torch.ones(2)], {"scale": 1.0, "factor": 1.0}
+    yield bce_logits_backward.formula, [torch.ones(2)] * 4, {"scale": 1.0, "factor": 1.0}
     yield rows.formula, [torch.ones(2, 2)] * 4, {"factor": 1.0}
     yield measured.formula, [torch.ones(2)] * 2, {"rate": 1.0, "clear": True}
     for formula in (softmax.softmax_backward, softmax.log_softmax_backward, softmax.log_softmax_tangent):

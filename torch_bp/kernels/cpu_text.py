@@ -76,7 +76,7 @@ def pointer_to(kind):
     return pointer
 '''
 
-# Outside of its parallel loop a parallel function loses stores that Numba sees no use for: here they are in another one.
+# Outside of its parallel loop a parallel function loses stores that Numba sees no use for: another function has them.
 _ADDING_UP = """
 @njit
 def add_up(sums, address):

@@ -89,8 +89,9 @@ class Entry:
 
 
 def _text(expression: Expression, targets: Sequence[str], dtype: torch.dtype, by_rows: bool, parallel: bool) -> str:
-    """The function `entry(handle..., scalar...)`, for the end of a module with `run`; a parallel one takes the number of
-    threads first. It returns the number of elements, or `native.UNFIT`.
+    """The function `entry(handle..., scalar...)`, for the end of a module with `run`.
+
+    A parallel one takes the number of threads first. It returns the number of elements, or `native.UNFIT`.
     """
     names = expression.operands(targets)
     count, scalars = len(names), [f"s{i}" for i in range(len(expression.scalars))]

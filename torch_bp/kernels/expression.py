@@ -25,7 +25,8 @@ from torch_bp.kernels.symbol import RETURNED, FormulaError, Symbol, Trace
 class Expression:
     """What a formula computes: `outputs[i]` from the tensors `inputs` and from `scalars`, in SSA form.
 
-    `kinds` says which kind of `Symbol` each of the inputs is, those among them that no output reads included. `scalars` holds the scalar nodes that tensor nodes use; `host` computes their values from the keyword arguments.
+    `kinds` says which kind of `Symbol` each of the inputs is, those among them that no output reads included.
+    `scalars` holds the scalar nodes that tensor nodes use; `host` computes their values from the keyword arguments.
     """
 
     name: str

@@ -16,7 +16,7 @@ import torch
 
 from torch_bp.kernels import engine, plain
 from torch_bp.kernels.expression import trace
-from torch_bp.kernels.plain import grad_enabled, unwatched
+from torch_bp.kernels.plain import PLAIN_TYPES, grad_enabled, inside_vmap, unwatched
 from torch_bp.kernels.program import PLAIN_NUMBERS, Program, alone, as_torch
 from torch_bp.kernels.table import Table
 
@@ -28,14 +28,17 @@ def numbers(values: Collection[Any]) -> bool:
     """True if the tensors among the keyword values are single numbers that may be read on the host or by a kernel."""
     if PLAIN_NUMBERS.issuperset(map(type, values)):
         return True
-    for value in values:
-        if isinstance(value, torch.Tensor) and not (
-            type(value) in plain.PLAIN_TYPES
-            and value.numel() == 1
-            and plain.have_memory((value,))
-            and not plain.recording((value,))
-        ):
-            return False
+    try:
+        for value in values:
+            if isinstance(value, torch.Tensor) and (
+                type(value) not in plain.PLAIN_TYPES
+                or value.numel() != 1
+                or not value.data_ptr()  # a zero tensor, a freed storage
+                or (value.requires_grad and grad_enabled())
+            ):
+                return False
+    except RuntimeError:  # inside `is_grads_batched` a tensor has no address to ask for
+        return False
     return True
 
 
@@ -132,25 +135,36 @@ class Formula:
 
         In one piece: around small tensors every call of Python's costs as much as the arithmetic.
         """
-        if not unwatched() or len(tensors) != len(self.tensors):
+        if len(tensors) != len(self.tensors) or not unwatched() or inside_vmap():
             return NotImplemented
-        handles = plain.handles(tensors)
-        if not handles or (grad_enabled() and plain.recording(tensors)):
+        first: Any = None
+        handles, present = [], 0  # a bit for each tensor that is there
+        for tensor in tensors:
+            present += present
+            if tensor is None:
+                continue
+            if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or tensor.is_nested:
+                return NotImplemented
+            if first is None:
+                first = tensor
+            present += 1
+            handles.append(tensor._cdata)
+        if first is None or (grad_enabled() and plain.recording(tensors)):
             return NotImplemented
-        if keywords and not numbers(keywords.values()):
-            return NotImplemented
-        first, absent, program = tensors[0], (), _MISSING
-        if len(handles) != len(tensors):
-            absent = tuple(n for n, t in zip(self.tensors, tensors) if t is None)
-            first = next(t for t in tensors if t is not None)
+        program, read = _MISSING, keywords
+        if keywords and not PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
+            if not numbers(keywords.values()):
+                return NotImplemented
+            if first.is_cpu:
+                read = {n: v.item() if hasattr(v, "item") else v for n, v in keywords.items()}
         if self._by_tensors:
-            program = self._programs.get((engine.forced(), first.dtype, first.is_cpu, absent), _MISSING)
+            program = self._programs.get((engine.forced(), first.dtype, first.is_cpu, present), _MISSING)
         if program is _MISSING:
-            program = self._prepare(first, absent, keywords)
+            program = self._prepare(first, present, keywords)
         if program is None:
             return NotImplemented
         if program.entry is not None:
-            return program.at_once(first, handles, keywords)
+            return program.at_once(first, handles, read)
         if program.totals:
             totals = self.launch([None if t is None else [t] for t in tensors], Table(lasting=False), keywords)
             return NotImplemented if totals is None else alone([t[0] for t in totals])
@@ -170,12 +184,13 @@ class Formula:
             return tuple(tensors)
         return (*tensors, *[None] * (len(self.tensors) - len(tensors)))
 
-    def _prepare(self, first: torch.Tensor, absent: tuple[str, ...], keywords: Mapping[str, Any]) -> Program | None:
-        """Return the kernels for plain tensors like `first`, a choice of absent ones and of static keywords.
+    def _prepare(self, first: torch.Tensor, present: int, keywords: Mapping[str, Any]) -> Program | None:
+        """Return the kernels for plain tensors like `first`, a choice of present ones and of static keywords.
 
-        None where the engine in use has none.
+        `present` has a bit for each positional argument, the last one's the lowest. None where the engine in use has no
+        kernels.
         """
-        key: Any = (engine.forced(), first.dtype, first.is_cpu, absent)
+        key: Any = (engine.forced(), first.dtype, first.is_cpu, present)
         if self.static:
             static = [keywords[n] if n in keywords else self._default(n) for n in self.static]
             # 1, 1.0 and True are one key of a dictionary, and so are 0.0 and -0.0
@@ -193,6 +208,7 @@ class Formula:
                 f"{', '.join(f'{n}={v!r}' for n, v in zip(self.static, static))}."
             ) from None
         serving = engine.serving(first)
+        absent = tuple(n for k, n in enumerate(reversed(self.tensors)) if not present >> k & 1)
         program = None if serving is None else self._program(serving, first.dtype, absent, keywords)
         self._programs[key] = program
         return program
@@ -273,10 +289,7 @@ class Formula:
             return None  # a replay would read the addresses from memory that has been given back
         if not numbers(keywords.values()) or (grad_enabled() and any(map(plain.recording, present))):
             return None
-        absent: tuple[str, ...] = ()
-        if len(present) != len(lists):
-            absent = tuple(n for n, row in zip(self.tensors, lists) if row is None)
-        program = self._prepare(first, absent, keywords)
+        program = self._prepare(first, int("".join("01"[row is not None] for row in lists), 2), keywords)
         if program is None:
             return None
         if program.created:

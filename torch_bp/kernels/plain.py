@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -20,9 +21,9 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _jit_tracing = torch._C._get_tracing_state
 grad_enabled = torch.is_grad_enabled
 _strided = torch.strided
-_vmap_mode = functools.partial(
-    torch._C._dispatch_tls_is_dispatch_key_included, torch._C._parse_dispatch_key("VmapMode")
-)
+_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
+# True in the backward of `is_grads_batched`, whose tensors have no memory to ask for
+inside_vmap = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, _VMAP_MODE)
 
 
 def unwatched() -> bool:
@@ -30,23 +31,6 @@ def unwatched() -> bool:
     return not (
         _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0 or _jit_tracing() is not None
     )
-
-
-def handles(tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
-    """Return the handles of tensors that compiled code may look at (`torch_bp.kernels.native`), or None.
-
-    They have no pending sign, which it does not see, and answer all its questions; whether they are plain memory, and
-    alike, is for it to say. None in the place of a tensor is passed over.
-    """
-    if _vmap_mode():  # inside `is_grads_batched` tensors have no memory to ask for
-        return None
-    found = []
-    for tensor in tensors:
-        if tensor is not None:
-            if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or tensor.is_nested:
-                return None
-            found.append(tensor._cdata)
-    return found
 
 
 def eager() -> bool:
@@ -116,17 +100,6 @@ def addresses(tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
     except RuntimeError:  # a tensor inside `is_grads_batched` has no address to ask for
         return None
     return found or None
-
-
-def have_memory(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """True unless some tensor has no address: a zero tensor, a freed storage, a tensor inside `is_grads_batched`."""
-    try:
-        for tensor in tensors:
-            if tensor is not None and not tensor.data_ptr():
-                return False
-    except RuntimeError:
-        return False
-    return True
 
 
 def disjoint(stretches: Iterable[tuple[int, int, int, bool]]) -> bool:

@@ -133,7 +133,7 @@ class Program:
 
     def at_once(self, first: torch.Tensor, handles: list[int], keywords: Mapping[str, Any]) -> Any:
         """Run over tensors that are looked at on the way; NotImplemented, and nothing done, if they are not for it."""
-        values = host_values(self.expression, keywords, True) if keywords or self.scalars else ()
+        values = self.expression.host(**keywords) if keywords or self.scalars else ()
         if self.alone:
             result = torch.empty_like(first)
             ran = self.entry(first.numel(), *handles, result._cdata, *values)  # type: ignore[misc, attr-defined]

@@ -44,7 +44,7 @@ class RowProgram:
         """Run over tensors that are looked at on the way; NotImplemented, and nothing done, if they are not for it."""
         if first.dim() != 2:
             return NotImplemented
-        values = host_values(self.expression, keywords, True) if keywords or self.scalars else ()
+        values = self.expression.host(**keywords) if keywords or self.scalars else ()
         results = self._results(first)
         if not self.entry(first.numel(), *handles, *map(handle_of, results), *values):  # type: ignore[misc]
             return NotImplemented

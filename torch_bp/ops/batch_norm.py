@@ -29,6 +29,7 @@ from torch_bp.ops.rows import from_rows, to_rows
 from torch_bp.ops.standardize import (
     affine,
     affine_tangent,
+    narrow,
     statistics,
     statistics_backward,
     tangents,
@@ -73,24 +74,27 @@ def batch_norm_backward(
     d_mean: _Optional = None,
     d_inverse: _Optional = None,
 ) -> tuple[_Optional, _Optional, _Optional]:
-    """The gradients at x, w and b, where `wanted`, of a batch with these statistics."""
+    """The gradients at x, w and b, where `wanted`, of a batch with these statistics (C)."""
     n, wide_x = x.numel() // mean.numel(), wide(x)
     dy = torch.zeros_like(wide_x) if dy is None else wide(dy)
-    given = to_rows(dy, 1), to_rows(wide_x, 1), mean.reshape(-1), inverse.reshape(-1)
+    given = to_rows(dy, 1), to_rows(wide_x, 1), mean, inverse
     dx: Any = None
+    dw: Any = None
     if wanted[0] or wanted[1]:
         db, dw, rest = batch_norm_sums(*given)
-        dw = dw - db / n * rest
+        dw = torch.addcmul(dw, db, rest, value=-1 / n)
     else:
-        dw, db = None, dy.sum(_rows(x))
+        db = dy.sum(_rows(x))
     if wanted[0]:
         scale = None if weight is None else wide(weight)
         dx = from_rows(batch_norm_slope(*given, db, dw, scale, count=float(n)), x, 1)
         by_statistics = statistics_backward(d_mean, d_inverse, inverse, n)
         if by_statistics is not None:
-            dx = dx + by_statistics[0] - (wide_x - mean) * inverse * by_statistics[1]
-        dx = dx.to(x.dtype)
-    return dx, dw.to(weight.dtype) if wanted[1] else None, db.to(bias_dtype) if wanted[2] else None
+            by_mean, by_inverse = (_per_channel(slope, x) for slope in by_statistics)
+            dx = dx + by_mean - (wide_x - _per_channel(mean, x)) * _per_channel(inverse, x) * by_inverse
+        dx = narrow(dx, x.dtype)
+    dw = narrow(dw, weight.dtype) if wanted[1] else None
+    return dx, dw, narrow(db, bias_dtype) if wanted[2] else None
 
 
 class BatchNorm(Function):
@@ -107,13 +111,13 @@ class BatchNorm(Function):
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         y, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
-        if forward_over_forward():
-            mean, inverse = statistics(x, _rows(x), eps)
-            y = affine((wide(x) - mean) * inverse, _per_channel(weight, x), _per_channel(bias, x))
-            return y.to(x.dtype), mean, inverse
-        if mean.dtype in HALF:
-            return y, *statistics(x, _rows(x), eps)
-        return y, _per_channel(mean, x), _per_channel(inverse, x)
+        again = forward_over_forward()
+        if again or mean.dtype in HALF:
+            mean, inverse = (t.reshape(-1) for t in statistics(x, _rows(x), eps))
+        if again:
+            standard = (wide(x) - _per_channel(mean, x)) * _per_channel(inverse, x)
+            y = affine(standard, _per_channel(weight, x), _per_channel(bias, x)).to(x.dtype)
+        return y, mean, inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -131,12 +135,14 @@ class BatchNorm(Function):
     @staticmethod
     def jvp(ctx: Any, dx: _Optional, dw: _Optional, db: _Optional, *_: None) -> tuple[torch.Tensor, ...]:
         x, mean, inverse, weight = ctx.saved_tensors
+        mean, inverse = (_per_channel(t, x) for t in (mean, inverse))
         standard = (wide(x) - mean) * inverse
         change, d_mean, d_inverse = None, torch.zeros_like(mean), torch.zeros_like(inverse)
         if dx is not None:
             change, d_mean, d_inverse = tangents(wide(dx), standard, inverse, _rows(x))
         parameters = (_per_channel(values, x) for values in (weight, dw, db))
-        return affine_tangent(change, standard, *parameters).to(x.dtype), d_mean, d_inverse
+        tangent = affine_tangent(change, standard, *parameters).to(x.dtype)
+        return tangent, d_mean.reshape(-1), d_inverse.reshape(-1)
 
 
 class FixedBatchNorm(Function):

@@ -21,51 +21,51 @@ _Optional = torch.Tensor | None
 
 
 @formula
-def bce_backward(dy, x, t, *, scale):
+def bce_backward(dy, x, t, *, scale, factor):
     """eq. 5: dl/dx; the denominator is kept from 0 as torch keeps it."""
-    slope = scale * (x - t) / maximum((1 - x) * x, 1e-12)
+    slope = scale * factor * (x - t) / maximum((1 - x) * x, 1e-12)
     return slope if dy is None else slope * dy
 
 
 @formula
-def bce_target_backward(dy, x, t, *, scale):
+def bce_target_backward(dy, x, t, *, scale, factor):
     """eq. 5: dl/dt = log(1 - x) - log(x)."""
-    slope = scale * (log(1 - x) - log(x))
+    slope = scale * factor * (log(1 - x) - log(x))
     return slope if dy is None else slope * dy
 
 
 @formula
-def bce_logits_backward(dy, z, t, p, *, scale):
+def bce_logits_backward(dy, z, t, p, *, scale, factor):
     """eq. 5 after eq. 12: dl/dz, with s = sigmoid(z). Without class weight p it is s - t."""
     s = sigmoid(z)
-    slope = scale * (s - t) if p is None else scale * ((1 + (p - 1) * t) * s - p * t)
+    slope = scale * factor * (s - t) if p is None else scale * factor * ((1 + (p - 1) * t) * s - p * t)
     return slope if dy is None else slope * dy
 
 
 @formula
-def bce_logits_target_backward(dy, z, positive, negative, p, *, scale):
+def bce_logits_target_backward(dy, z, positive, negative, p, *, scale, factor):
     """eq. 5 after eq. 12: dl/dt = log s(-z) - p log s(z), from log s(z) and log s(-z); -z without class weight p."""
-    slope = -scale * z if p is None else scale * (negative - p * positive)
+    slope = -(scale * factor) * z if p is None else scale * factor * (negative - p * positive)
     return slope if dy is None else slope * dy
 
 
-def _bce_slopes(dy: _Optional, x: Any, t: Any, p: None, scale: Any, wanted: tuple[bool, bool]) -> Any:
+def _bce_slopes(dy: _Optional, x: Any, t: Any, p: None, wanted: tuple[bool, bool], **numbers: Any) -> Any:
     return (
-        bce_backward(dy, x, t, scale=scale) if wanted[0] else None,
-        bce_target_backward(dy, x, t, scale=scale) if wanted[1] else None,
+        bce_backward(dy, x, t, **numbers) if wanted[0] else None,
+        bce_target_backward(dy, x, t, **numbers) if wanted[1] else None,
     )
 
 
-def _bce_logits_slopes(dy: _Optional, z: Any, t: Any, p: _Optional, scale: Any, wanted: tuple[bool, bool]) -> Any:
+def _bce_logits_slopes(dy: _Optional, z: Any, t: Any, p: _Optional, wanted: tuple[bool, bool], **numbers: Any) -> Any:
     dz = dt = None
     if wanted[0]:
         weight = None if p is None else p.expand_as(z)
-        dz = bce_logits_backward(dy, z, t, weight, scale=scale)
+        dz = bce_logits_backward(dy, z, t, weight, **numbers)
     if wanted[1]:
         log_s = torch.nn.functional.logsigmoid
         positive, negative = (None, None) if p is None else (log_s(z), log_s(-z))
         weight = None if p is None else p.expand_as(z)
-        dt = bce_logits_target_backward(dy, z, positive, negative, weight, scale=scale)
+        dt = bce_logits_target_backward(dy, z, positive, negative, weight, **numbers)
     return dz, dt
 
 

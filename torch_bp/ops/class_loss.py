@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from torch_bp.autograd.function import Function, save
-from torch_bp.kernels.plain import reusable
+from torch_bp.autograd.function import Function, save, under_autocast
+from torch_bp.kernels.plain import PLAIN_TYPES, reusable
 from torch_bp.ops.reduction import MEAN, NONE, SUM
 
 _Optional = torch.Tensor | None
@@ -26,13 +26,44 @@ def along_classes(weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return weight.view([-1 if d == class_dim(z) else 1 for d in range(z.dim())])
 
 
+_nll_loss_forward = torch.ops.aten.nll_loss_forward.default
+
+
+def counted_nll(
+    logp: torch.Tensor, target: torch.Tensor, reduction: int, ignored: int
+) -> tuple[torch.Tensor, float | None]:
+    """Return torch's negative log likelihood of log-probabilities (N, C), and how many rows count, of none 1.
+
+    None where only the device knows.
+    """
+    loss, count = _nll_loss_forward(logp, target, None, reduction, ignored)
+    return loss, (count.item() or 1.0) if reduction == MEAN and count.is_cpu else None
+
+
+def countable(z: torch.Tensor, target: torch.Tensor, weight: _Optional) -> bool:
+    """True if `counted_nll` takes these and nobody watches, who would have to know the count before it is there."""
+    return (
+        weight is None
+        and type(z) in PLAIN_TYPES
+        and reusable()
+        and z.dim() == 2
+        and target.dtype is torch.int64
+        and target.shape == z.shape[:1]
+        and z.dtype in (torch.float32, torch.float64)
+        and z.device == target.device
+        and z.numel() > 0
+        and not under_autocast(z)
+    )
+
+
 def column(target: torch.Tensor, ignored: int) -> tuple[torch.Tensor, int]:
     """Return class indices as a column (R, 1), and the index that is ignored.
 
     Torch takes uint8 indices, in which -100 would be class 156. A kernel compares in float32: an index that has no
     place there is replaced by -1.
     """
-    labels = target.long().reshape(-1, 1)
+    labels = target.unsqueeze(1) if target.dim() == 1 else target.reshape(-1, 1)
+    labels = labels.long() if labels.dtype is not torch.int64 else labels
     if abs(ignored) < 2**24:
         return labels, ignored
     return torch.where(labels == ignored, -1, labels), -1
@@ -44,22 +75,32 @@ def number(mask: torch.Tensor) -> torch.Tensor:
 
 
 def from_above(
-    dy: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: int, ignored: int
-) -> tuple[Any, Any, Any]:
-    """Return what multiplies the loss of each row: per row, as a number, and per row before class weights.
+    dy: torch.Tensor,
+    target: torch.Tensor,
+    weight: _Optional,
+    reduction: int,
+    ignored: int,
+    count: float | torch.Tensor | None = None,
+) -> tuple[Any, dict[str, Any], Any]:
+    """Return what multiplies the loss of each row: per row, as numbers for formulas, and per row before class weights.
 
-    None in the place of ones. Rows that are ignored have 0; where there is a number for all rows, formulas see to it.
-    Of no counted rows that number is divided by 1: dy / 0 would make NaN of the formulas' own derivatives.
+    None in the place of ones. Rows that are ignored have 0; where there are numbers for all rows, formulas see to it.
+    A mean is `scale` over `count`, how many rows count, which may be known already. Of none it is 1: dy / 0 would make
+    NaN of the formulas' own derivatives.
     """
+    if weight is None and reduction == SUM:
+        return None, {"scale": dy}, None
+    if weight is None and reduction == MEAN and count is not None:
+        return None, {"scale": dy, "count": count}, None
     labels, ignored = column(target, ignored)
     counted = labels != ignored
     if weight is None:
         if reduction == NONE:
-            return torch.where(counted, dy.reshape(-1, 1), 0), None, None
-        return None, dy / number(counted).clamp(min=1) if reduction == MEAN else dy, None
+            return torch.where(counted, dy.reshape(-1, 1), 0), {}, None
+        return None, {"scale": dy, "count": number(counted).clamp(min=1)}, None
     weights = torch.where(counted, weight.to(dy.dtype)[torch.where(counted, labels, 0)], 0)
     rows = dy.reshape(-1, 1) if reduction == NONE else dy / weights.sum() if reduction == MEAN else dy
-    return torch.where(counted, rows * weights, 0), None, torch.where(counted, rows, 0)
+    return torch.where(counted, rows * weights, 0), {}, torch.where(counted, rows, 0)
 
 
 def ones(z: torch.Tensor, reduction: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ p the softmax of z over classes, the gradient is the report's "difference betwee
     probabilities   dz = r (p sum(q) - q),  q = w ((1 - e) t + e/C)
 
 Saved: z and the target, no softmax: it is computed again in backward, which spares a tensor of the size of z and keeps
-double backward. Where kernels serve, also two numbers a row, the maximum and the sum of exp(z - max): apart, since the
+double backward. Of many logits also two numbers a row, the maximum and the sum of exp(z - max): apart, since the
 logarithm of the second would be rounded away beside the first at large logits. Rows of `ignore_index` have r = 0.
 """
 
@@ -27,6 +27,8 @@ from torch_bp.ops.class_loss import (
     along_classes,
     class_dim,
     column,
+    countable,
+    counted_nll,
     from_above,
     label_tangent,
     number,
@@ -51,7 +53,9 @@ def label_losses(z, target, picked, *, ignored, hit, spread, smoothed):
 
 
 @formula(per_row=("rows", "factor", "top", "total"), labels=("target",))
-def label_slope(z, target, rows=None, factor=None, top=None, total=None, *, scale=1.0, hit=1.0, spread=0.0, ignored):
+def label_slope(
+    z, target, rows=None, factor=None, top=None, total=None, *, scale=1.0, count=1.0, hit=1.0, spread=0.0, ignored
+):
     """eq. 4: the gradient at the logits for class indices, softmax minus one-hot. NaN in ignored rows stays."""
     if top is None:
         top = row_max(z)
@@ -61,8 +65,8 @@ def label_slope(z, target, rows=None, factor=None, top=None, total=None, *, scal
     if factor is not None:
         return factor * p - rows * true
     if rows is not None:
-        return rows * (p - true)
-    return where(target == ignored, 0 * p, scale * (p - true))
+        return rows * p - rows * true  # not of p - true, which would be rounded once more where p is small
+    return where(target == ignored, 0 * p, scale / count * p - scale / count * true)
 
 
 @formula(per_row=("rows",))
@@ -86,8 +90,9 @@ def cross_entropy_backward(
     smoothing: float,
     top: _Optional = None,
     total: _Optional = None,
+    count: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient at logits of any shape for class indices."""
+    """The gradient at logits of any shape for class indices; the last three may be known already."""
     dim, dtype = class_dim(z), z.dtype
     classes = z.shape[dim]
     if not classes:
@@ -95,15 +100,13 @@ def cross_entropy_backward(
     if dtype in HALF:
         z, dy = z.float(), dy.float()
     spread = smoothing / classes
-    rows, scale, even = from_above(dy, target, weight, reduction, ignored)
+    rows, options, even = from_above(dy, target, weight, reduction, ignored, count)
     labels, ignored = column(target, ignored)
-    options = {"scale": 1.0 if scale is None else scale, "hit": 1 - smoothing, "ignored": ignored}
+    options |= {"hit": 1 - smoothing, "spread": spread if weight is None else 0.0, "ignored": ignored}
     factor = None
-    if weight is None:
-        options["spread"] = spread
-    elif smoothing:
+    if even is not None and smoothing:
         even = spread * even  # rounded once for both terms, which cancel
-        factor = (1 - smoothing) * rows + even * weight.to(dy.dtype).sum()
+        factor = (1 - smoothing) * rows + even * weight.to(dy.dtype).sum()  # type: ignore[union-attr]
     slope = label_slope(to_rows(z, dim), labels, rows, factor, top, total, **options)
     dz = from_rows(slope, z, dim)
     if factor is not None:
@@ -182,7 +185,7 @@ class CrossEntropy(ClassLoss):
 
 
 class RowCrossEntropy(Function):
-    """eq. 4 with class indices, from one kernel over the rows, where nobody watches; else `CrossEntropy`."""
+    """eq. 4 with class indices and without class weights, where nobody watches, from one kernel over the rows."""
 
     @staticmethod
     def forward(
@@ -216,6 +219,26 @@ class RowCrossEntropy(Function):
         if torch.is_grad_enabled():  # the statistics depend on z
             statistics = []
         return cross_entropy_backward(dy, z, target, None, *ctx.options, *statistics), None, None, None, None
+
+
+class CountedCrossEntropy(Function):
+    """The same of few logits, of which torch's two kernels make less ado. Keeps how many rows count."""
+
+    @staticmethod
+    def forward(z: torch.Tensor, target: torch.Tensor, reduction: int, ignored: int) -> tuple[torch.Tensor, Any]:
+        return counted_nll(torch.log_softmax(z, 1), target, reduction, ignored)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1])
+        ctx.options = (*inputs[2:], output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor, _: None) -> tuple[_Optional, ...]:
+        z, target = ctx.saved_tensors
+        reduction, ignored, count = ctx.options
+        slope = cross_entropy_backward(dy, z, target, None, reduction, ignored, 0.0, count=count)
+        return slope, None, None, None
 
 
 class SoftCrossEntropy(ClassLoss):
@@ -255,7 +278,6 @@ def _by_rows(z: torch.Tensor, target: torch.Tensor) -> bool:
         and z.dtype in (torch.float32, torch.float64)
         and (target.dtype is torch.int64 or (target.dtype is torch.uint8 and z.dim() == 2))
         and z.dim() > 0
-        and z.numel() >= _WORTHWHILE
         and z.device == target.device
         and target.shape == (z.shape[:1] + z.shape[2:] if z.dim() > 1 else ())
         and not under_autocast(z)
@@ -307,7 +329,10 @@ def cross_entropy(
     else:
         function, args = CrossEntropy, (input, target, weight, code, ignore_index, label_smoothing)
         no_gradient("cross_entropy", weight=weight)
-        if weight is None and _by_rows(input, target) and label_smoothing <= 1:
+        if input.numel() < _WORTHWHILE:
+            if not label_smoothing and countable(input, target, weight):
+                return CountedCrossEntropy.apply(input, target, code, ignore_index)[0]
+        elif weight is None and label_smoothing <= 1 and _by_rows(input, target):
             return RowCrossEntropy.apply(input, target, code, ignore_index, label_smoothing)[0]
     if under_autocast(input):
         return cast_apply(function, torch.float32, *args)

@@ -20,20 +20,20 @@ def elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Call
     """Make the Function of a loss of `(input, target, weight, pos_weight, reduction, factor)`.
 
     `value(input, target, weight, pos_weight, reduction)` is reduced by torch, by NONE, MEAN or SUM, and multiplied
-    with `factor`; `slopes(dy, input, target, pos_weight, scale, wanted)` returns scale times dl/dx and dl/dt, times dy
-    where that is not None.
+    with `factor`; `slopes(dy, input, target, pos_weight, wanted, scale=, factor=)` returns both times dl/dx and dl/dt,
+    times dy where that is not None.
     """
 
     def upstream(dy: torch.Tensor, x: torch.Tensor, weight: _Optional, options: tuple[int, float]) -> tuple[Any, Any]:
-        """Split what comes from above into one value per element, or None, and a number."""
+        """Split what comes from above into one value per element, or None, and numbers that formulas multiply."""
         reduction, factor = options
         if reduction == NONE:
-            return dy if weight is None else dy * weight, factor
+            return dy if weight is None else dy * weight, {"scale": 1.0, "factor": factor}
         if reduction == MEAN:
             factor = factor / max(x.numel(), 1)
         if weight is None:  # 1/n is subnormal in half precision for a large n
-            return None, (dy.float() if dy.dtype in HALF else dy) * factor
-        return (weight * dy).expand_as(x), factor
+            return None, {"scale": dy.float() if dy.dtype in HALF else dy, "factor": factor}
+        return (weight * dy).expand_as(x), {"scale": 1.0, "factor": factor}
 
     class Loss(Function):
         @staticmethod
@@ -56,12 +56,12 @@ def elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Call
         @staticmethod
         def backward(ctx: Any, dy: torch.Tensor) -> tuple[_Optional, ...]:
             given = (*ctx.saved_tensors, dy)
-            dtype = given[0].dtype
+            dtype = dy.dtype
             if dtype in HALF:  # rounded once, at the end
                 given = tuple(None if tensor is None else tensor.float() for tensor in given)
             x, t, weight, pos_weight, dy = given
-            dy, scale = upstream(dy, x, weight, ctx.options)
-            dx, dt = slopes(dy, x, t, pos_weight, scale, ctx.needs_input_grad[:2])
+            dy, numbers = upstream(dy, x, weight, ctx.options)
+            dx, dt = slopes(dy, x, t, pos_weight, ctx.needs_input_grad[:2], **numbers)
             if dtype in HALF:
                 dx, dt = (None if slope is None else slope.to(dtype) for slope in (dx, dt))
             return dx, dt, None, None, None, None
@@ -73,8 +73,8 @@ def elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Call
             x, t, weight, pos_weight = ctx.saved_tensors
             reduction, factor = ctx.options
             one = torch.ones_like(x) if reduction == NONE else x.new_ones(())
-            dy, scale = upstream(one, x, weight, ctx.options)
-            by_x, by_t = slopes(dy, x, t, pos_weight, scale, (dx is not None, dt is not None))
+            dy, numbers = upstream(one, x, weight, ctx.options)
+            by_x, by_t = slopes(dy, x, t, pos_weight, (dx is not None, dt is not None), **numbers)
             changes = [slope * d for slope, d in ((by_x, dx), (by_t, dt)) if d is not None]
             changes = changes if reduction == NONE else [change.sum() for change in changes]
             if dweight is not None:  # the loss is linear in this weight, and affine in the next

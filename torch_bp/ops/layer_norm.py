@@ -21,9 +21,11 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch_bp.autograd.function import Function, cast_apply, forward_over_forward, save, under_autocast
 from torch_bp.kernels import column_sum, formula, row_sum
 from torch_bp.kernels.program import HALF
+from torch_bp.ops.rows import shaped
 from torch_bp.ops.standardize import (
     affine,
     affine_tangent,
+    narrow,
     statistics,
     statistics_backward,
     tangents,
@@ -52,12 +54,6 @@ def layer_norm_backward(dy, x, mean, inverse, weight=None, *, count, wanted):
     return dx, column_sum(dy * standard) if wanted[1] else None, column_sum(dy) if wanted[2] else None
 
 
-def _as_matrices(dy: Any, x: torch.Tensor, mean: Any, inverse: Any, count: int) -> tuple[torch.Tensor, ...]:
-    """See examples of any shape as rows of `count` numbers, and their statistics as columns."""
-    rows = x.numel() // count
-    return *(t.reshape(rows, count) for t in (dy, x)), *(t.reshape(rows, 1) for t in (mean, inverse))
-
-
 class LayerNorm(Function):
     """y, m and r of examples of `dims` dimensions."""
 
@@ -84,29 +80,31 @@ class LayerNorm(Function):
     def backward(ctx: Any, dy: _Optional, d_mean: _Optional, d_inverse: _Optional) -> tuple[_Optional, ...]:
         x, mean, inverse, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        dy = torch.zeros_like(x) if dy is None else dy
-        wide_x, dy = wide(x), wide(dy)
-        count = math.prod(x.shape[x.dim() - ctx.dims :])
+        wide_x, dy = wide(x), torch.zeros_like(wide(x)) if dy is None else wide(dy)
+        shape = x.shape[x.dim() - ctx.dims :]
+        count = math.prod(shape)
         dx: Any = None
         dw: Any = None
         db: Any = None
-        scale = None if weight is None else wide(weight)
+        if not any(wanted):
+            return (None,) * 5
         if not x.numel():
             dx = dy * wide_x
-            dw = db = dx.sum_to_size(x.shape[x.dim() - ctx.dims :])
-        elif any(wanted):
-            matrices = _as_matrices(dy, wide_x, mean, inverse, count)
-            scale = None if scale is None else scale.reshape(-1)
-            dx, dw, db = layer_norm_backward(*matrices, scale, count=float(count), wanted=wanted)
-        by_statistics = statistics_backward(d_mean, d_inverse, inverse, count)
+            dw = db = dx.sum_to_size(shape) if wanted[1] or wanted[2] else None
+        else:
+            rows = x.numel() // count
+            matrices = shaped(dy, (rows, count)), shaped(wide_x, (rows, count))
+            columns = shaped(mean, (rows, 1)), shaped(inverse, (rows, 1))
+            scale = None if weight is None else shaped(wide(weight), (count,))
+            dx, dw, db = layer_norm_backward(*matrices, *columns, scale, count=float(count), wanted=wanted)
         if wanted[0]:
-            dx = dx.view(x.shape)
+            dx = shaped(dx, x.shape)
+            by_statistics = statistics_backward(d_mean, d_inverse, inverse, count)
             if by_statistics is not None:
                 dx = dx + by_statistics[0] - (wide_x - mean) * inverse * by_statistics[1]
-            dx = dx.to(x.dtype)
-        shape = x.shape[x.dim() - ctx.dims :]
-        dw = dw.view(shape).to(weight.dtype) if wanted[1] else None
-        return dx if wanted[0] else None, dw, db.view(shape).to(ctx.bias) if wanted[2] else None, None, None
+            dx = narrow(dx, x.dtype)
+        dw = narrow(shaped(dw, shape), weight.dtype) if wanted[1] else None
+        return dx if wanted[0] else None, dw, narrow(shaped(db, shape), ctx.bias) if wanted[2] else None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: _Optional, dw: _Optional, db: _Optional, *_: None) -> tuple[torch.Tensor, ...]:

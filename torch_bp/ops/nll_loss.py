@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import cast_apply, connected, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, connected, under_autocast
 from torch_bp.kernels import formula, one_hot, where
 from torch_bp.kernels.program import HALF
 from torch_bp.ops import pairing
-from torch_bp.ops.class_loss import ClassLoss, class_dim, column, from_above, label_tangent
+from torch_bp.ops.class_loss import (
+    ClassLoss,
+    class_dim,
+    column,
+    countable,
+    counted_nll,
+    from_above,
+    label_tangent,
+)
 from torch_bp.ops.reduction import no_gradient, reduction_code
 from torch_bp.ops.rows import from_rows, to_rows
 
@@ -23,21 +31,29 @@ _Optional = torch.Tensor | None
 
 
 @formula(per_row=("rows",), labels=("target",))
-def nll_slope(logp, target, rows=None, *, scale=1.0, ignored):
+def nll_slope(logp, target, rows=None, *, scale=1.0, count=1.0, ignored):
     """The gradient at log-probabilities: minus what comes from above at the target's class."""
     hit = one_hot(target, logp)
-    slope = -scale * hit if rows is None else -rows * hit
+    slope = -(scale / count) * hit if rows is None else -rows * hit
     return where((hit > 0) & (target != ignored), slope, 0)  # 0 elsewhere, also where what comes from above is NaN
 
 
-def nll_backward(dy: Any, z: torch.Tensor, target: Any, weight: _Optional, reduction: int, ignored: int) -> Any:
+def nll_backward(
+    dy: Any,
+    z: torch.Tensor,
+    target: Any,
+    weight: _Optional,
+    reduction: int,
+    ignored: int,
+    count: float | None = None,
+) -> Any:
     """The gradient at log-probabilities of any shape."""
     dtype, dim = z.dtype, class_dim(z)
     if dtype in HALF:
         z, dy = z.float(), dy.float()
-    rows, scale, _ = from_above(dy, target, weight, reduction, ignored)
+    rows, numbers, _ = from_above(dy, target, weight, reduction, ignored, count)
     labels, ignored = column(target, ignored)
-    slope = nll_slope(to_rows(z, dim), labels, rows, scale=1.0 if scale is None else scale, ignored=ignored)
+    slope = nll_slope(to_rows(z, dim), labels, rows, **numbers, ignored=ignored)
     return from_rows(slope, z, dim).to(dtype)
 
 
@@ -59,6 +75,25 @@ class NegativeLogLikelihood(ClassLoss):
     @staticmethod
     def jvp(ctx: Any, dlogp: _Optional, _: None, dw: _Optional, *__: Any) -> Any:
         return label_tangent(NegativeLogLikelihood.forward, nll_backward, ctx, dlogp, dw)
+
+
+class CountedNegativeLogLikelihood(Function):
+    """The same without class weights where nobody watches, which keeps how many rows count."""
+
+    @staticmethod
+    def forward(logp: torch.Tensor, target: torch.Tensor, reduction: int, ignored: int) -> tuple[torch.Tensor, Any]:
+        return counted_nll(logp, target, reduction, ignored)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1])
+        ctx.options = (*inputs[2:], output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor, _: None) -> tuple[_Optional, ...]:
+        logp, target = ctx.saved_tensors
+        reduction, ignored, count = ctx.options
+        return connected(nll_backward(dy, logp, target, None, reduction, ignored, count), logp), None, None, None
 
 
 def nll_loss(
@@ -92,6 +127,8 @@ def nll_loss(
         pairing.check("nll_loss", input)
     code = reduction_code(size_average, reduce, reduction)
     no_gradient("nll_loss", weight=weight)
+    if countable(input, target, weight):
+        return CountedNegativeLogLikelihood.apply(input, target, code, ignore_index)[0]
     args = (input, target, weight, code, ignore_index)
     if under_autocast(input):
         return cast_apply(NegativeLogLikelihood, torch.float32, *args)

@@ -1,6 +1,7 @@
 """Any tensor seen as a matrix whose rows run along one of its dimensions, which is how formulas over rows see it."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -23,3 +24,8 @@ def from_rows(rows: torch.Tensor, like: torch.Tensor, dim: int) -> torch.Tensor:
     if like.dim() == 0:
         return rows.reshape(())
     return rows.reshape(like.movedim(dim, -1).shape).movedim(-1, dim)
+
+
+def shaped(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return the tensor in this shape; itself if it has it: a view costs as much as a small tensor's arithmetic."""
+    return tensor if tensor.shape == shape else tensor.reshape(shape)

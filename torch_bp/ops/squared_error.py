@@ -21,14 +21,14 @@ _Optional = torch.Tensor | None
 
 
 @formula
-def squared_error_backward(dy, x, t, *, scale):
-    """dl/dx of (x - t)^2; eq. 3 with its factor in `scale`. dl/dt is the negative."""
-    slope = 2 * scale * (x - t)
+def squared_error_backward(dy, x, t, *, scale, factor):
+    """dl/dx of (x - t)^2; eq. 3 with its own `factor`. dl/dt is the negative."""
+    slope = 2 * (scale * factor) * (x - t)
     return slope if dy is None else slope * dy
 
 
-def _squared_error_slopes(dy: _Optional, x: Any, t: Any, p: None, scale: Any, wanted: tuple[bool, bool]) -> Any:
-    slope = squared_error_backward(dy, x, t, scale=scale)
+def _squared_error_slopes(dy: _Optional, x: Any, t: Any, p: None, wanted: tuple[bool, bool], **numbers: Any) -> Any:
+    slope = squared_error_backward(dy, x, t, **numbers)
     return slope if wanted[0] else None, -slope if wanted[1] else None
 
 

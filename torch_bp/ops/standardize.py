@@ -22,6 +22,11 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
+def narrow(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the tensor in this dtype; itself if it has it, since asking for it costs more than looking."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def statistics(x: torch.Tensor, over: tuple[int, ...], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return m and r, those of half precision in float32, by operations that can be differentiated any number of times.
 
