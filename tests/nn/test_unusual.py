@@ -1,6 +1,7 @@
 """Modules in careless hands: strange layouts, writes between forward and backward, threads, loss scaling."""
 
 import copy
+import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -161,6 +162,61 @@ def test_parameters_may_be_swapped(name, kwargs, inputs):
         assert_same(run(module, inputs), run(other.double(), inputs))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+SHAPES = [
+    (3,),
+    (0, 3),
+    (1, 3),
+    (2, 4, 3),
+    (2, 3, 4),
+    (2, 0, 3),
+    (0, 3, 2),
+    (2, 1, 2, 3),
+    (),
+    (4, 5),
+    (1, 3, 1),
+    (5, 3, 0),
+]
+
+
+@table([row for row in TWINNED if len(row[2]) == 1])
+def test_any_shape_or_torchs_refusal(name, kwargs, inputs):
+    for shape in SHAPES:
+        found = []
+        for module in pair(name, kwargs):
+            leaf = torch.linspace(-2, 2, max(math.prod(shape), 1), dtype=inputs[0].dtype)[: math.prod(shape)].view(
+                shape
+            )
+            found.append(outcome(lambda module=module, leaf=leaf: run(module, (leaf,))))
+        if refused(found[1]):
+            assert found[0] == found[1]
+        else:
+            assert_same(*found)
+        for dtype in (torch.int64, torch.bool):
+            whole = torch.ones(shape, dtype=dtype)
+            found = [outcome(lambda m=module, z=whole: m(z.clone())) for module in pair(name, kwargs)]
+            assert found[0] == found[1] if refused(found[1]) else torch.equal(*found)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@table([row for row in TWINNED if len(row[2]) == 1])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_ragged_rows(name, kwargs, inputs, layout):
+    """Nested tensors, where torch's modules take them."""
+
+    def run_nested(module):
+        torch.manual_seed(0)
+        rows = torch.nested.nested_tensor([inputs[0][:2], inputs[0]], layout=layout).requires_grad_()
+        output = module(rows * 1)
+        (slope,) = torch.autograd.grad(torch.nested.to_padded_tensor(output, 0.0).sin().sum(), rows)
+        return [torch.nested.to_padded_tensor(t, 0.0) for t in (output, slope)]
+
+    modules = [*pair(name, kwargs), *([ours.Dropout(0.5), theirs.Dropout(0.5)] if name == "Dropout" else [])]
+    for mine, other in zip(modules[::2], modules[1::2]):
+        expected = outcome(lambda other=other: run_nested(other))
+        if not refused(expected):
+            assert_same(run_nested(mine), expected)
 
 
 def test_loss_scaling():
