@@ -12,14 +12,14 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import torch_bp.nn as ours
-from tests.nn.test_modules import ROWS, assert_same, build, every_row, run, theirs, torchs_row, twinned_row
+from tests.nn.test_modules import ROWS, TWINNED, assert_same, build, every_row, run, theirs, torchs_row, twinned_row
 
 OUT_OF_PLACE = [row for row in ROWS if not row[1].get("inplace")]
 out_of_place_rows = pytest.mark.parametrize(
     ("name", "kwargs", "inputs"), OUT_OF_PLACE, ids=[f"{r[0]}-{i}" for i, r in enumerate(OUT_OF_PLACE)]
 )
 WITH_PARAMETERS = [row for row in ROWS if row[0] in ("Linear", "BatchNorm1d", "LayerNorm")]
-WITH_WEIGHT = [row for row in WITH_PARAMETERS if "affine" not in row[1] and "elementwise_affine" not in row[1]]
+WITH_WEIGHT = [row for row in TWINNED if not row[0].endswith("Loss") and [*build(ours, *row[:2]).parameters()]]
 rows_with_weight = pytest.mark.parametrize(("name", "kwargs", "inputs"), WITH_WEIGHT)
 
 
@@ -78,12 +78,13 @@ def test_a_whole_module_is_saved_and_loaded(name, kwargs, inputs):
 
 
 @out_of_place_rows
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_export(name, kwargs, inputs):
-    """An exported program is torch's operations alone, and needs no torch_bp."""
-    module = build(ours, name, kwargs).eval()
+def test_export(name, kwargs, inputs, training):
+    """An exported program is torch's operations alone, needs no torch_bp, and can be trained."""
+    module = build(ours, name, kwargs).train(training)
     program = torch.export.export(module, inputs)
-    assert_same(program.module()(*inputs), module(*inputs))
+    assert_same(run(program.module(), inputs), run(build(ours, name, kwargs).train(training), inputs))
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
     calls = [call for call in calls if call is not operator.getitem]
     assert calls or name == "Dropout"
@@ -256,16 +257,20 @@ def test_tools_that_replace_the_weight(name, kwargs, inputs, tool):
     found = []
     for module in pair(name, kwargs):
         torch.manual_seed(0)
-        with torch.no_grad():
-            module.weight.copy_(torch.rand(module.weight.shape))
-        if tool == "parametrize":
-            parametrize.register_parametrization(module, "weight", Doubled())
-        elif tool == "prune":
-            prune.l1_unstructured(module, "weight", amount=0.5)
-        else:
-            parametrizations.weight_norm(module)
-        found.append(run(module, inputs))
-        assert isinstance(module, getattr(theirs, name))
+        layers = [part for part in module.modules() if isinstance(part._parameters.get("weight"), torch.Tensor)]
+        for layer in layers:
+            with torch.no_grad():
+                layer.weight.copy_(torch.rand(layer.weight.shape))
+            if tool == "parametrize":
+                parametrize.register_parametrization(layer, "weight", Doubled())
+            elif tool == "prune":
+                prune.l1_unstructured(layer, "weight", amount=0.5)
+            else:
+                parametrizations.weight_norm(layer)
+            assert isinstance(layer, (torch.nn.Linear, torch.nn.BatchNorm1d, torch.nn.LayerNorm))
+        assert layers
+        output, slope, *slopes = run(module, inputs)
+        found.append((output, slope, sorted(slopes, key=lambda s: (s.numel(), s.sum().item()))))
     assert_same(*found)
 
 
