@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -274,4 +276,30 @@ def test_compiled_whole(name, kwargs, inputs):
         slopes = torch.autograd.grad(output.sin().sum(), [leaf, *module.parameters()])
         results.append((output, slopes, [*module.buffers()]))
     assert_same(*results)
+    torch._dynamo.reset()
+
+
+class OneOfEach(torch.nn.Module):
+    """The sum of what every class makes of its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = torch.nn.ModuleList([build(ours, name, kwargs) for name, kwargs, _ in CLASSES])
+
+    def forward(self, factor):
+        inputs = [[row[2][0] * factor, *row[2][1:]] for row in CLASSES]
+        return sum(part(*given).sin().sum() for part, given in zip(self.parts, inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="Inductor needs a C++ compiler")
+@dynamo
+def test_inductor():
+    torch._dynamo.reset()
+    found = []
+    for model in (OneOfEach(), torch.compile(OneOfEach(), fullgraph=True)):
+        factor = torch.tensor(0.9, requires_grad=True)
+        total = model(factor)
+        found.append((total, torch.autograd.grad(total, [factor, *model.parameters()]), [*model.buffers()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
