@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torch_bp.kernels.plain import PLAIN_TYPES
 from torch_bp.kernels.symbol import FUNCTION_NAMES, WHERE_OF_NUMBERS, FormulaError, Symbol
 
 
@@ -76,7 +77,11 @@ zeros_like = _dispatch("zeros_like", torch.zeros_like, lambda a: 0)
 
 def _one_hot(label: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     # not scatter, which vmap cannot do with a label of its own
-    return (label == torch.arange(like.shape[-1], device=like.device)).to(like.dtype)
+    if type(like) in PLAIN_TYPES:
+        columns = torch.arange(like.shape[-1], device=like.device)
+    else:  # of its own kind: DTensor does not mix with others
+        columns = torch.ones_like(like, dtype=torch.long).cumsum(-1) - 1
+    return (label == columns).to(like.dtype)
 
 
 def _of_rows(operation: str, of_tensor: Callable[..., torch.Tensor], text: str) -> Callable[..., Any]:

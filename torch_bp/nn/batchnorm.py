@@ -56,11 +56,13 @@ class BatchNormActivation(BatchNorm1d):
     """`BatchNorm1d` and the activation after it, which keep one tensor of the batch's size for backward, not two.
 
     Parameters, buffers and `state_dict` are those of `BatchNorm1d`. What is computed is what the two modules compute.
+    Tools that put another class in the place of a `BatchNorm1d`, as `SyncBatchNorm.convert_sync_batchnorm` does, lose
+    the activation: give them the two modules.
 
     Args:
         num_features: C of an input (N, C) or (N, C, L).
         activation: a module, or its name in lower case: see `torch_bp.nn.LinearActivation`.
-        **options: as of `BatchNorm1d`: eps, momentum, affine, track_running_stats, device, dtype.
+        device, dtype, **options: as of `BatchNorm1d`: eps, momentum, affine, track_running_stats, bias.
 
     Raises:
         TypeError, ValueError: the activation is none that can be joined.
@@ -70,8 +72,16 @@ class BatchNormActivation(BatchNorm1d):
         tensor(0., grad_fn=<MinBackward1>)
     """
 
-    def __init__(self, num_features: int, activation: str | torch.nn.Module = "relu", **options: Any) -> None:
-        super().__init__(num_features, **options)
+    def __init__(
+        self,
+        num_features: int,
+        activation: str | torch.nn.Module = "relu",
+        *,
+        device: Any = None,  # by name, for `torch.nn.utils.skip_init`
+        dtype: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, **options, device=device, dtype=dtype)
         self.activation = activation_module(activation)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ from torch_bp.nn.linear import Linear
 class LinearActivation(Linear):
     """`Linear` and the activation after it, as one node of the graph: eq. 1 and eq. 2 of a layer.
 
-    Parameters and `state_dict` are those of `Linear`; values and gradients are those of the two modules.
+    Parameters and `state_dict` are those of `Linear`; values and gradients are those of the two modules. Tools that put
+    another class in the place of a `Linear` lose the activation: give them the two modules.
 
     Args:
         in_features, out_features, bias, device, dtype: as of `Linear`.

@@ -73,6 +73,8 @@ def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if not training or p == 0 or not input.numel():
         return input
+    if input.is_nested:  # ragged rows are torch's alone
+        return torch.nn.functional.dropout(input, p, training, inplace)
     k = input.new_zeros(()) if p == 1 else torch.empty_like(input).bernoulli_(1 - p).div_(1 - p)
     result = Dropout.apply(input, k, p)
     return input.copy_(result) if inplace else result

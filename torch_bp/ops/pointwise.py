@@ -128,6 +128,8 @@ def activation(
     def function(input: torch.Tensor, *values: float) -> torch.Tensor:
         if has_torch_function_unary(input):
             return handle_torch_function(function, (input,), input, *values)
+        if getattr(input, "is_nested", False) and input.layout is torch.strided:  # has no shape: torch's alone
+            return Node.forward(input, *values)
         return apply(input, *values)
 
     function.pointwise = Pointwise(name, value, derivative, saves, parameters, function)  # type: ignore[attr-defined]

@@ -95,6 +95,8 @@ def _along(
         input = input.to(dtype)
     elif input.is_cuda and under_autocast(input):  # on the CPU torch leaves the dtype as it is
         return cast_apply(function, torch.float32, input, dim)
+    if input.is_nested:  # ragged rows are torch's alone
+        return function.forward(input, dim)
     return function.apply(input, dim)
 
 
