@@ -10,7 +10,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import cross_entropy, fusion, honesty, network, operations, optimizers, start
+from tests.benchmarks import (
+    cross_entropy,
+    fusion,
+    honesty,
+    network,
+    normalised,
+    operations,
+    optimizers,
+    start,
+)
 from tests.benchmarks.protocol import Result, machine, size
 
 BENCHMARKS: dict[str, dict[str, Callable[[str, int], Iterator[Result]]]] = {
@@ -20,6 +29,7 @@ BENCHMARKS: dict[str, dict[str, Callable[[str, int], Iterator[Result]]]] = {
         "C5": operations.measure,
         "C6": fusion.measure,
         "C7": cross_entropy.measure,
+        "C8": normalised.measure,
         "C9": honesty.measure,
         "start": start.measure,
     },
@@ -38,7 +48,7 @@ def _value(result: Result, value: float) -> str:
 def table(results: list[Result]) -> Table:
     """Ratios below 1 mean that ours is faster, or takes less memory."""
     columns = ("", "what", "workload", "working set", "against", "ours / peer", "95 %", "ours", "peer", "target", "")
-    drawn = Table(*columns, title="time, ours / peer; medians of interleaved pairs. Memory: peak, counted")
+    drawn = Table(*columns, title="time, ours / peer; medians of interleaved pairs. Memory: counted")
     for r in results:
         verdict = {None: "", True: "met", False: "missed"}[r.met]
         spread = f"{r.low:.2f}-{r.high:.2f}" if r.unit == "us" else "exact"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.benchmarks import cross_entropy, fusion, honesty, network, operations
+from tests.benchmarks import cross_entropy, fusion, honesty, network, normalised, operations
 from tests.benchmarks.protocol import agree
 from tests.ops.test_graph import Recorder
 
@@ -58,6 +58,23 @@ def test_networks_are_of_both_libraries():
     assert layers == [f"torch.nn.modules.{name}" for name in ("linear", "activation") * 2 + ("linear",)]
 
 
+def test_normalised_networks_agree(uncompiled):
+    runs, _ = normalised.sides(2, 4, 32)
+    shapes = [(32, 4), *[(4, 4), (4,), (4,)] * 2, (4, 4), (4,)]
+    for run in runs.values():
+        assert [tuple(t.shape) for t in run()] == shapes
+        agree(runs["ours"](), run())
+
+
+def test_bytes_that_normalised_networks_keep(uncompiled):
+    """Ours: the input, a tensor a block, and two statistics of each of its channels; torch's: two tensors a block."""
+    runs, there = normalised.sides(2, 4, 32)
+    found = {name: normalised.kept_bytes(run, there) for name, run in runs.items()}
+    statistics, tensor = 2 * 2 * 4 * 4, 32 * 4 * 4
+    expected = {"ours": 3 * tensor + statistics, "torch": 5 * tensor + statistics}
+    assert found == expected | {"compiled": expected["torch"]}
+
+
 def test_steps_agree_and_learn():
     runs = honesty.steps(WIDTHS, 4)
     assert list(runs) == ["torch_bp", *honesty.SETTINGS]
@@ -93,6 +110,7 @@ SMALL = {
     "C5": (operations, {"SIZES": {"128x512": ((3, 2), 1.3)}, "OPERATIONS": {"relu": operations.OPERATIONS["relu"]}}),
     "C6": (fusion, {"SIZES": {"32x64->64": ((4, 3, 2), 1.1)}, "ACTIVATIONS": ("tanh",)}),
     "C7": (cross_entropy, {"WORKLOADS": {"C7": {(64, 512): (0.8, 0.35)}}}),
+    "C8": (normalised, {"WIDTH": 4, "BATCH": 2048}),
     "C9": (honesty, {"WORKLOADS": {"C9": ((2, 4, 3, "cpu", torch.float32), (None, None))}}),
     "G2": (network, {"WIDTHS": WIDTHS, "BATCH": 4, "DEVICE": "cpu"}),
     "G4": (honesty, {"WORKLOADS": {"G4": ((2, 4, 3, "cpu", torch.bfloat16), (1.08, 0.93))}}),
@@ -106,6 +124,12 @@ LINES = {  # what is printed: what is measured, against what, and the target
         ("memory", "torch", 0.35),
         ("cross_entropy", "compiled", None),
         ("memory", "compiled", None),
+    ],
+    "C8": [
+        ("kept for backward", "torch", 0.53),
+        ("forward, backward", "torch", 1.05),
+        ("kept for backward", "compiled", None),
+        ("forward, backward", "compiled", None),
     ],
     "C9": [
         *[(f"step, {name}", "bare products", None) for name in ("torch_bp", "torch", "torch, fused Adam")],
@@ -131,3 +155,6 @@ def test_lines_of_the_table(group, monkeypatch, uncompiled):
             assert result.unit == "bytes"
             assert result.ratio == result.low == result.high <= 0.35
             assert result.working_set == 2 * 4 * 64 * 512
+        if result.what == "kept for backward":
+            assert result.unit == "bytes"
+            assert result.ratio <= 0.53
