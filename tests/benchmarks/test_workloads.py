@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from tests.benchmarks import cross_entropy, fusion, honesty, network, normalised, operations
+from tests import hostile, tables
+from tests.benchmarks import cross_entropy, exactness, fusion, honesty, network, normalised, operations
 from tests.benchmarks.protocol import agree
 from tests.ops.test_graph import Recorder
+from torch_bp import ops
 
 WIDTHS = (6, 5, 4, 3)
 
@@ -75,6 +77,16 @@ def test_bytes_that_normalised_networks_keep(uncompiled):
     assert found == expected | {"compiled": expected["torch"]}
 
 
+def test_every_operation_has_hostile_inputs():
+    """What takes an activation, with some of them."""
+    names = {row.name for row in hostile.HOSTILE}
+    assert names >= {row.name for row in tables.ROWS}
+    made = {"activation", "saves_input", "saves_output", "gelu_tanh", "linear_activation", "batch_norm_activation"}
+    assert names >= set(ops.__all__) - made
+    assert names >= {"batch_norm_relu", "batch_norm_gelu"}
+    assert {row.name for row in exactness.ROWS} == names
+
+
 def test_steps_agree_and_learn():
     runs = honesty.steps(WIDTHS, 4)
     assert list(runs) == ["torch_bp", *honesty.SETTINGS]
@@ -112,6 +124,7 @@ SMALL = {
     "C7": (cross_entropy, {"WORKLOADS": {"C7": {(64, 512): (0.8, 0.35)}}}),
     "C8": (normalised, {"WIDTH": 4, "BATCH": 2048}),
     "C9": (honesty, {"WORKLOADS": {"C9": ((2, 4, 3, "cpu", torch.float32), (None, None))}}),
+    "R5": (exactness, {"ROWS": [row for row in exactness.ROWS if row.name == "silu"][:2]}),
     "G2": (network, {"WIDTHS": WIDTHS, "BATCH": 4, "DEVICE": "cpu"}),
     "G4": (honesty, {"WORKLOADS": {"G4": ((2, 4, 3, "cpu", torch.bfloat16), (1.08, 0.93))}}),
     "G7": (cross_entropy, {"WORKLOADS": {"G7": {(64, 512): (0.4, 0.35)}}, "DEVICES": {"G7": "cpu"}}),
@@ -131,6 +144,7 @@ LINES = {  # what is printed: what is measured, against what, and the target
         ("kept for backward", "compiled", None),
         ("forward, backward", "compiled", None),
     ],
+    "R5": [("silu", "torch", 1.0)] * 3,
     "C9": [
         *[(f"step, {name}", "bare products", None) for name in ("torch_bp", "torch", "torch, fused Adam")],
         *[("step, torch_bp", name, None) for name in ("torch", "torch, fused Adam")],
@@ -155,6 +169,9 @@ def test_lines_of_the_table(group, monkeypatch, uncompiled):
             assert result.unit == "bytes"
             assert result.ratio == result.low == result.high <= 0.35
             assert result.working_set == 2 * 4 * 64 * 512
+        if result.unit == "ulp":
+            assert result.met
+            assert result.low <= result.ratio <= result.high <= result.most == 1.5
         if result.what == "kept for backward":
             assert result.unit == "bytes"
             assert result.ratio <= 0.53
