@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import torch_bp.nn.functional as ours
+from torch_bp import ops
 
 linear_activation = sys.modules["torch_bp.ops.linear_activation"]  # the name in the package is the function's
 LOGITS = (0.0, -0.0, 1.0, -1.0, 1e4, -1e4, 1e-30, 40.0, inf, -inf, nan)
@@ -116,12 +117,32 @@ def _linear_activation(activation):
     )
 
 
+def _batch_norm_activation(activation):
+    """In training, without running statistics; followed by an affine map."""
+
+    def joint(input, weight, bias, following, following_bias):
+        affine = (following, following_bias)
+        return ops.batch_norm_activation(activation, (), input, None, None, weight, bias, True, following=affine)
+
+    return joint
+
+
+def _batch_norm_then(activation):
+    def steps(input, weight, bias, following, following_bias):
+        y = torch.nn.functional.batch_norm(input, None, None, weight, bias, training=True)
+        return torch.nn.functional.linear(activation(y), following, following_bias)
+
+    return steps
+
+
+JOINT = {f"batch_norm_{name}": _batch_norm_activation(getattr(ops, name)) for name in ("relu", "gelu")}
 TWINS = {
     "half_mse_loss": _half_mse_loss,
     **{
         f"linear_{name}": _linear_activation(getattr(torch.nn.functional, name))
-        for name in ("sigmoid", "tanh", "relu", "leaky_relu")
+        for name in ("sigmoid", "tanh", "relu", "leaky_relu", "hardtanh", "elu", "softplus", "silu", "gelu")
     },
+    **{f"batch_norm_{name}": _batch_norm_then(getattr(torch.nn.functional, name)) for name in ("relu", "gelu")},
 }
 # Under `torch.func` torch's second derivatives of these are wrong, and without a weight `layer_norm` has none at all.
 TWICE = {"batch_norm": _batch_norm_in_steps, "layer_norm": _layer_norm_in_steps}
@@ -130,9 +151,11 @@ TWICE = {"batch_norm": _batch_norm_in_steps, "layer_norm": _layer_norm_in_steps}
 class Row:
     """A function by name, a word on the case, and its arguments: makers, or values passed as they are."""
 
+    upstream = staticmethod(_normal)  # draws the gradient at the output
+
     def __init__(self, name: str, case: str = "", **arguments: Any) -> None:
         self.name, self.id = name, f"{name}-{case}" if case else name
-        self.ours = getattr(ours, name, None) or getattr(linear_activation, name)
+        self.ours = JOINT.get(name) or getattr(ours, name, None) or getattr(linear_activation, name)
         self.theirs = TWINS.get(name) or getattr(torch.nn.functional, name)
         self.theirs_twice = TWICE.get(name) or self.theirs
         self.arguments = arguments

@@ -1,4 +1,4 @@
-"""The memory that a call takes at its peak, counted and not sampled."""
+"""The memory that a call takes at its peak, and that it keeps for backward, counted and not sampled."""
 
 import json
 import tempfile
@@ -29,6 +29,14 @@ def peak(function: Callable[[], object], device: str = "cpu") -> int:
         (event for event in _events(profile) if event["name"] == "[memory]"), key=lambda event: event["ts"]
     )
     return max(accumulate((event["args"]["Bytes"] for event in changes), initial=0))
+
+
+def kept(function: Callable[[], object]) -> tuple[object, list[torch.Tensor]]:
+    """Return the result of `function`, and the tensors that its graph keeps for backward, each memory once."""
+    found: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.setdefault(t.data_ptr(), t), lambda t: t):
+        output = function()
+    return output, list(found.values())
 
 
 def _events(profile: torch.autograd.profiler.profile) -> list[dict]:

@@ -26,12 +26,15 @@ class Result:
     ours_value: float
     peer_value: float
     target: float | None = None
-    unit: str = "us"  # of the two values: microseconds or bytes
+    unit: str = "us"  # of the two values: microseconds, bytes or units in the last place
     working_set: int | None = None  # bytes; small ones may stay in a cache
+    most: float | None = None  # target of `high`, where that is the worst of many
 
     @property
     def met(self) -> bool | None:
-        return None if self.target is None else self.ratio <= self.target
+        if self.target is None:
+            return None
+        return self.ratio <= self.target and (self.most is None or self.high <= self.most)
 
     def as_dict(self) -> dict:
         return asdict(self) | {"met": self.met}

@@ -67,6 +67,7 @@ RESULTS = [
     Result("C0", "nothing", "none", "torch", 0.5, 0.4, 0.6, 1.0, 2.0, 0.7),
     Result("C0", "memory", "none", "torch", *counted(300, 1000), 0.2, unit="bytes", working_set=5000),
     Result("C0", "nothing", "none", "compiled", 2.0, 1.5, 2.5, 2.0, 1.0),
+    *[Result("C0", "error", "none", "torch", 0.9, 0.0, w, 0.8, 0.5, 1.0, unit="ulp", most=1.5) for w in (1.5, 1.6)],
 ]
 
 
@@ -79,6 +80,8 @@ def test_table_says_which_targets_are_met():
         ["C0", "nothing", "none", "", "torch", "0.50", "0.40-0.60", "1 us", "2 us", "0.7", "met"],
         ["C0", "memory", "none", "5 kB", "torch", "0.30", "exact", "300 B", "1 kB", "0.2", "missed"],
         ["C0", "nothing", "none", "", "compiled", "2.00", "1.50-2.50", "2 us", "1 us", "", ""],
+        ["C0", "error", "none", "", "torch", "0.90", "0.00-1.50", "0.8 ulp", "0.5 ulp", "1.0, worst 1.5", "met"],
+        ["C0", "error", "none", "", "torch", "0.90", "0.00-1.60", "0.8 ulp", "0.5 ulp", "1.0, worst 1.5", "missed"],
     ]
 
 
@@ -96,7 +99,7 @@ def test_what_is_kept(tmp_path, monkeypatch, capsys):
     (kept,) = (tmp_path / "logs" / "benchmarks").glob("*.json")
     text = (tmp_path / "here.json").read_text()
     assert kept.read_text() == text
-    assert [r["met"] for r in json.loads(text)["results"]] == [True, False, None]
+    assert [r["met"] for r in json.loads(text)["results"]] == [True, False, None, True, False]
     assert "C0 memory" in capsys.readouterr().out
     program.main([])
     assert asked[1:] == [("C0", 30), ("C1", 30)]

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from tests.benchmarks import cross_entropy, fusion, honesty, network, operations
+from tests import hostile, tables
+from tests.benchmarks import cross_entropy, exactness, fusion, honesty, network, normalised, operations
 from tests.benchmarks.protocol import agree
 from tests.ops.test_graph import Recorder
+from torch_bp import ops
 
 WIDTHS = (6, 5, 4, 3)
 
@@ -58,6 +60,33 @@ def test_networks_are_of_both_libraries():
     assert layers == [f"torch.nn.modules.{name}" for name in ("linear", "activation") * 2 + ("linear",)]
 
 
+def test_normalised_networks_agree(uncompiled):
+    runs, _ = normalised.sides(2, 4, 32)
+    shapes = [(32, 4), *[(4, 4), (4,), (4,)] * 2, (4, 4), (4,)]
+    for run in runs.values():
+        assert [tuple(t.shape) for t in run()] == shapes
+        agree(runs["ours"](), run())
+
+
+def test_bytes_that_normalised_networks_keep(uncompiled):
+    """Ours: the input, a tensor a block, and two statistics of each of its channels; torch's: two tensors a block."""
+    runs, there = normalised.sides(2, 4, 32)
+    found = {name: normalised.kept_bytes(run, there) for name, run in runs.items()}
+    statistics, tensor = 2 * 2 * 4 * 4, 32 * 4 * 4
+    expected = {"ours": 3 * tensor + statistics, "torch": 5 * tensor + statistics}
+    assert found == expected | {"compiled": expected["torch"]}
+
+
+def test_every_operation_has_hostile_inputs():
+    """What takes an activation, with some of them."""
+    names = {row.name for row in hostile.HOSTILE}
+    assert names >= {row.name for row in tables.ROWS}
+    made = {"activation", "saves_input", "saves_output", "gelu_tanh", "linear_activation", "batch_norm_activation"}
+    assert names >= set(ops.__all__) - made
+    assert names >= {"batch_norm_relu", "batch_norm_gelu"}
+    assert {row.name for row in exactness.ROWS} == names
+
+
 def test_steps_agree_and_learn():
     runs = honesty.steps(WIDTHS, 4)
     assert list(runs) == ["torch_bp", *honesty.SETTINGS]
@@ -93,7 +122,9 @@ SMALL = {
     "C5": (operations, {"SIZES": {"128x512": ((3, 2), 1.3)}, "OPERATIONS": {"relu": operations.OPERATIONS["relu"]}}),
     "C6": (fusion, {"SIZES": {"32x64->64": ((4, 3, 2), 1.1)}, "ACTIVATIONS": ("tanh",)}),
     "C7": (cross_entropy, {"WORKLOADS": {"C7": {(64, 512): (0.8, 0.35)}}}),
+    "C8": (normalised, {"WIDTH": 4, "BATCH": 2048}),
     "C9": (honesty, {"WORKLOADS": {"C9": ((2, 4, 3, "cpu", torch.float32), (None, None))}}),
+    "R5": (exactness, {"ROWS": [row for row in exactness.ROWS if row.name == "silu"][:2]}),
     "G2": (network, {"WIDTHS": WIDTHS, "BATCH": 4, "DEVICE": "cpu"}),
     "G4": (honesty, {"WORKLOADS": {"G4": ((2, 4, 3, "cpu", torch.bfloat16), (1.08, 0.93))}}),
     "G7": (cross_entropy, {"WORKLOADS": {"G7": {(64, 512): (0.4, 0.35)}}, "DEVICES": {"G7": "cpu"}}),
@@ -107,6 +138,13 @@ LINES = {  # what is printed: what is measured, against what, and the target
         ("cross_entropy", "compiled", None),
         ("memory", "compiled", None),
     ],
+    "C8": [
+        ("kept for backward", "torch", 0.53),
+        ("forward, backward", "torch", 1.05),
+        ("kept for backward", "compiled", None),
+        ("forward, backward", "compiled", None),
+    ],
+    "R5": [("silu", "torch", 1.0)] * 3,
     "C9": [
         *[(f"step, {name}", "bare products", None) for name in ("torch_bp", "torch", "torch, fused Adam")],
         *[("step, torch_bp", name, None) for name in ("torch", "torch, fused Adam")],
@@ -131,3 +169,9 @@ def test_lines_of_the_table(group, monkeypatch, uncompiled):
             assert result.unit == "bytes"
             assert result.ratio == result.low == result.high <= 0.35
             assert result.working_set == 2 * 4 * 64 * 512
+        if result.unit == "ulp":
+            assert result.met
+            assert result.low <= result.ratio <= result.high <= result.most == 1.5
+        if result.what == "kept for backward":
+            assert result.unit == "bytes"
+            assert result.ratio <= 0.53

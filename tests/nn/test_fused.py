@@ -9,6 +9,7 @@ import torch
 
 import torch_bp
 import torch_bp.nn as ours
+from tests.benchmarks.memory import kept
 from torch_bp import ops
 
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "leaky_relu", "hardtanh", "elu", "softplus", "silu", "gelu")
@@ -33,14 +34,6 @@ def derivatives(module, x):
     inputs = [x, *module.parameters()]
     first = torch.autograd.grad(output.sin().sum(), inputs, create_graph=True)
     return output, first, torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
-
-
-def kept(function):
-    """Tensors that the graph of function() keeps, each memory once."""
-    found = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.setdefault(t.data_ptr(), t), lambda t: t):
-        output = function()
-    return output, list(found.values())
 
 
 @pytest.mark.parametrize("residual", [False, True])

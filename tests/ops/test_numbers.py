@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from tests import exactness
+from tests.hostile import HOSTILE
 from tests.ops.test_values import gradients
 from tests.tables import LOGITS, ROWS, Maker
 
@@ -12,12 +14,12 @@ FILLED = [row for row in ROWS if not row.empty]
 filled_rows = pytest.mark.parametrize("row", FILLED, ids=lambda row: row.id)
 
 
-def both(row, drawn, theirs=None, upstream=None):
-    """Output and gradients of ours, and of torch's on the same or on other arguments."""
+def both(row, drawn):
+    """Output and gradients of ours and of torch's."""
     results = []
-    for function, arguments in ((row.ours, drawn), (row.theirs, theirs or drawn)):
-        tensors = tuple(arguments[k].requires_grad_() for k in row.differentiable)
-        output, slopes = gradients(row.function(function, arguments), tensors, upstream)
+    for function in (row.ours, row.theirs):
+        tensors = tuple(drawn[k].requires_grad_() for k in row.differentiable)
+        output, slopes = gradients(row.function(function, drawn), tensors)
         results.append((output.detach(), *slopes))
     return results
 
@@ -70,37 +72,19 @@ def test_all_rows_ignored(name, smoothing, weight):
     assert torch.equal(curvature, torch.zeros(2, 3))
 
 
-def largest_errors(row, dtype, offset, least, number):
-    """Of each result: ours, torch's, and a unit in the last place of the largest value."""
-    drawn = row.draw(dtype, number=number)
-    if row.arguments["input"].special is LOGITS:
-        drawn["input"] += offset * torch.randn_like(drawn["input"]).sign()
-    real = [k for k, v in drawn.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
-    with torch.no_grad():
-        shape = row.theirs(**drawn).shape
-    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(dtype)
-    got, expected = both(row, drawn, upstream=upstream)
-    _, exact = both(row, drawn | {k: drawn[k].detach().double() for k in real}, upstream=upstream.double())
-    for mine, other, reference in zip(got, expected, exact):
-        assert mine.dtype == other.dtype == dtype
-        size = reference.abs().max().clamp(min=least)
-        yield torch.stack([(mine - reference).abs().max(), (other - reference).abs().max(), size]).double()
+TWO_ROUNDINGS = pytest.mark.xfail(strict=True, reason="scale (p - 1) rounds twice, and torch's scale p - scale once")
+HARD = [pytest.param(r, marks=TWO_ROUNDINGS if "many of both" in r.id else (), id=r.id) for r in HOSTILE]
 
 
-def assert_no_less_exact_than_torch(row, dtype, offset=0, least=0):
-    draws = [torch.stack(list(largest_errors(row, dtype, offset, least, number))) for number in range(64)]
-    # One draw compares the luck of two roundings; the root mean square over several compares how exact they are.
-    for error, others, size in torch.stack(draws).square().mean(0).sqrt():
-        assert error <= 1.5 * others + torch.finfo(dtype).eps * size / 2, (error, others)
-
-
-@filled_rows
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in FILLED] + HARD)
 def test_no_less_exact_than_torch(row):
-    """Against float64: at most 1.5 times torch's largest error, and half a unit in the last place of the largest."""
-    assert_no_less_exact_than_torch(row, torch.float16)
-    assert_no_less_exact_than_torch(row, torch.bfloat16)
-    assert_no_less_exact_than_torch(row, torch.float32)
-    assert_no_less_exact_than_torch(row, torch.float32, offset=1e4, least=1)
+    """R5: against float64 at most 1.5 times torch's largest error, or half a unit in the last place of the largest.
+
+    `python -m tests.benchmarks R5` prints the numbers.
+    """
+    for dtype in exactness.DTYPES:
+        for result in exactness.measure(row, dtype):
+            assert result.ratio <= exactness.WORST, (dtype, result)
 
 
 @pytest.mark.parametrize("row", [r for r in FILLED if r.arguments["input"].special is LOGITS], ids=lambda row: row.id)
