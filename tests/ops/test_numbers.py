@@ -72,8 +72,7 @@ def test_all_rows_ignored(name, smoothing, weight):
     assert torch.equal(curvature, torch.zeros(2, 3))
 
 
-TWO_ROUNDINGS = pytest.mark.xfail(strict=True, reason="scale (p - 1) rounds twice, and torch's scale p - scale once")
-HARD = [pytest.param(r, marks=TWO_ROUNDINGS if "many of both" in r.id else (), id=r.id) for r in HOSTILE]
+HARD = [pytest.param(row, id=row.id) for row in HOSTILE]
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in FILLED] + HARD)
