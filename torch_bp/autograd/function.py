@@ -24,6 +24,7 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _unwrap = torch._C._functorch.unwrap_if_dead  # a tensor that escaped from a transform that has ended
 _Tensor = torch.Tensor
+_grad_enabled = torch.is_grad_enabled
 
 
 class Function(torch.autograd.Function):
@@ -120,7 +121,7 @@ def connected(derivative: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
     The slope of a ReLU is constant almost everywhere: its derivative is 0, as torch has it, and not an error.
     """
-    if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled() or _transforms_active():
+    if not _grad_enabled() or torch.compiler.is_dynamo_compiling() or _transforms_active():
         return derivative
     if derivative.requires_grad or not x.requires_grad:
         return derivative
@@ -130,7 +131,7 @@ def connected(derivative: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
     """Save inputs and outputs for backward and, where somebody may ask for it, for jvp. Call it in `setup_context`."""
     ctx.save_for_backward(*tensors)
-    if tangents_possible():
+    if _transforms_active() or forward_ad._current_level >= 0:
         ctx.save_for_forward(*tensors)
 
 

@@ -98,7 +98,7 @@ def formula(
     return formula_function(Formula(function))
 
 
-_FORMULAS: dict[int, Formula] = {}
+_CALLS: dict[int, Callable[..., Any]] = {}
 
 
 def formula_function(formula: Formula) -> Any:
@@ -114,9 +114,9 @@ def formula_function(formula: Formula) -> Any:
     def call(*tensors: Any, **keywords: Any) -> Any:
         if _is_compiling():
             return as_torch(function, updates, tensors_of, tensors, keywords)
-        return _FORMULAS[number](*tensors, **keywords)
+        return _CALLS[number](*tensors, **keywords)
 
-    _FORMULAS[number] = formula
-    weakref.finalize(call, _FORMULAS.pop, number).atexit = False  # still there for what runs at exit
+    _CALLS[number] = formula.__call__
+    weakref.finalize(call, _CALLS.pop, number).atexit = False  # still there for what runs at exit
     call.foreach_, call.formula = formula.foreach_, formula  # type: ignore[attr-defined]
     return call
