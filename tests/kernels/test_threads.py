@@ -44,7 +44,7 @@ def test_a_parallel_kernel_sets_the_number_it_is_given(threads):
         pytest.skip("there is only one thread")
     cpu._start_threads(torch.get_num_threads())
     expression = product_rule.formula._program("numba", torch.float64, (), {}).expression
-    text = cpu_text._function(expression, torch.float64, ["place"], ["int64"], True)
+    text = cpu_text.function(expression, torch.float64, ["place"], ["int64"], True)
     text += "    pointer(place)[0] = get_num_threads()\n    for i in prange(1):\n        pass\n"
     text += "    set_num_threads(before)\n"
     seen, before = torch.zeros(1, dtype=torch.float64), numba.get_num_threads()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import cpu, native
-from torch_bp.kernels.cpu_text import DTYPES, text_rows, text_single
+from torch_bp.kernels.cpu_row_text import text_rows
+from torch_bp.kernels.cpu_text import DTYPES, text_single
 from torch_bp.kernels.expression import Expression
 
 _TEXT = """

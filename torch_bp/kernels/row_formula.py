@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text
+from torch_bp.kernels import cpu, cpu_row_text, cuda, cuda_text
 from torch_bp.kernels.entry import Entry
 from torch_bp.kernels.expression import Expression, trace
 from torch_bp.kernels.formula import Formula
@@ -32,7 +32,7 @@ class RowProgram:
     def __init__(self, expression: Expression, engine: str, dtype: torch.dtype) -> None:
         self.expression = expression
         self.numba = engine == "numba"
-        module, text = (cpu, cpu_text) if self.numba else (cuda, cuda_text)
+        module, text = (cpu, cpu_row_text) if self.numba else (cuda, cuda_text)
         targets = [f"_result{i}" for i in range(len(expression.outputs))]
         self.kernel: Any = module.Kernel(text.text_rows, expression, targets, dtype)  # type: ignore[attr-defined]
         self.kinds = [output.kind for output in expression.outputs]
@@ -62,7 +62,7 @@ class RowProgram:
             return as_returned(results, self.expression)
         block = 1
         if "column sum" in self.kinds:
-            block = -(-count // cpu_text.BLOCKS)
+            block = -(-count // cpu_row_text.BLOCKS)
             sums = -(-count // block), columns
             results = [
                 first.new_zeros(sums, dtype=torch.float64) if kind == "column sum" else result
