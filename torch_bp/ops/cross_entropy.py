@@ -40,7 +40,7 @@ from torch_bp.ops.reduction import MEAN, NONE, SUM, no_gradient, reduction_code
 from torch_bp.ops.rows import from_rows, to_rows
 
 _Optional = torch.Tensor | None
-_WORTHWHILE = 1 << 18  # logits below which the steps around the kernel cost more than they save
+_WORTHWHILE = 1 << 19  # logits below which the steps around the kernel cost more than they save
 
 
 @formula(per_row=("picked",), labels=("target",), static=("smoothed",))
