@@ -15,6 +15,7 @@ from tests.benchmarks import (
     exactness,
     fusion,
     honesty,
+    loops,
     network,
     normalised,
     operations,
@@ -27,6 +28,7 @@ BENCHMARKS: dict[str, dict[str, Callable[[str, int], Iterator[Result]]]] = {
     "cpu": {
         "C1": optimizers.measure,
         "C2": optimizers.measure,
+        "C4": loops.measure,
         "C5": operations.measure,
         "C6": fusion.measure,
         "C7": cross_entropy.measure,

@@ -47,12 +47,16 @@ def products(widths: Sequence[int], count: int, device: str = "cpu", dtype: torc
     return run
 
 
-def steps(widths: Sequence[int], count: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict:
+def steps(
+    widths: Sequence[int], count: int, device: str = "cpu", dtype: torch.dtype = torch.float32, loss: str = "MSELoss"
+) -> dict:
     """Return functions that do one training step and return its loss: ours and torch's by setting."""
     x, y = batch(count, widths, device, dtype)
+    if loss == "CrossEntropyLoss":
+        y = y.argmax(1)
 
     def stepper(library, options):
-        network, loss_fn = perceptron(library.nn, widths, device, dtype), library.nn.MSELoss()
+        network, loss_fn = perceptron(library.nn, widths, device, dtype), getattr(library.nn, loss)()
         optimizer = library.optim.Adam(network.parameters(), **options)
 
         def run():

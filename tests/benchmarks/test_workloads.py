@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import hostile, tables
-from tests.benchmarks import cross_entropy, exactness, fusion, honesty, network, normalised, operations
+from tests.benchmarks import cross_entropy, exactness, fusion, honesty, loops, network, normalised, operations
 from tests.benchmarks.protocol import agree
 from tests.ops.test_graph import Recorder
 from torch_bp import ops
@@ -119,6 +119,7 @@ def test_bare_products_are_those_of_a_step():
 
 
 SMALL = {
+    "C4": (loops, {"WORKLOADS": {"4-3-2, batch 5": ((4, 3, 2), 5)}}),
     "C5": (operations, {"SIZES": {"128x512": ((3, 2), 1.3)}, "OPERATIONS": {"relu": operations.OPERATIONS["relu"]}}),
     "C6": (fusion, {"SIZES": {"32x64->64": ((4, 3, 2), 1.1)}, "ACTIVATIONS": ("tanh",)}),
     "C7": (cross_entropy, {"WORKLOADS": {"C7": {(64, 512): (0.8, 0.35)}}}),
@@ -130,6 +131,7 @@ SMALL = {
     "G7": (cross_entropy, {"WORKLOADS": {"G7": {(64, 512): (0.4, 0.35)}}, "DEVICES": {"G7": "cpu"}}),
 }
 LINES = {  # what is printed: what is measured, against what, and the target
+    "C4": [("step", "torch", 0.75), ("step", "torch, fused Adam", 1.05)],
     "C5": [("relu", "torch", 1.3)],
     "C6": [("linear_tanh", "torch", 1.1), ("linear_tanh", "compiled", None)],
     "C7": [
