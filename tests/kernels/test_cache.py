@@ -28,7 +28,7 @@ PROGRAM = """
         shrink.foreach_([x], [torch.ones(100)], rate=0.25)
         assert product(x, x).eq(x * x * {factor}).all()
     programs = [next(iter(f.formula._programs.values())) for f in (shrink, product)]
-    stats = [kernel.stats for kernel in (programs[0].single.serial, programs[1].entry._serial)]
+    stats = [kernel.stats for kernel in (programs[0].single.serial, programs[1].entry.serial)]
     print("hits", sum(sum(s.cache_hits.values()) for s in stats), end=" ")
     print("misses", sum(sum(s.cache_misses.values()) for s in stats))
 """

@@ -19,7 +19,20 @@ from tests.kernels.formulas import (
     scaled,
     size,
 )
-from torch_bp.kernels import FormulaError, Table, cpu_text, formula, half, native, row_sum, total, use
+from torch_bp.kernels import (
+    FormulaError,
+    Table,
+    column_sum,
+    cpu_text,
+    exp,
+    formula,
+    half,
+    native,
+    row_max,
+    row_sum,
+    total,
+    use,
+)
 
 DTYPES = [torch.float32, torch.float64]
 HALF = [torch.bfloat16, torch.float16]
@@ -60,6 +73,37 @@ def test_rows_agree_with_torch(shape, dtype):
             sizes = expected.where(expected.isfinite(), 0).abs().max()
             close = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps * float(sizes) * shape[1] ** 0.5}
             torch.testing.assert_close(result.double(), expected, equal_nan=True, **close)
+
+
+@formula(per_row=())
+def stored_before_it_is_needed(x, y):
+    """A value that two loops need, and results that are written before the last of these, and in it."""
+    e = exp(x)
+    total = row_sum(e)
+    return y, row_sum(e * (y - total)), 2 * x, row_sum(e / total), e * total
+
+
+@formula(per_row=())
+def kept_where_it_is_written_last(x):
+    e = exp(x - row_max(x))
+    return e / row_sum(e)
+
+
+@pytest.mark.parametrize("function", [stored_before_it_is_needed, kept_where_it_is_written_last])
+@pytest.mark.parametrize("shape", MATRICES)
+def test_values_that_several_loops_need(function, shape):
+    given = [torch.randn(shape, dtype=torch.float64) for _ in function.formula.tensors]
+    actual = function.formula.by_kernel(given, {})
+    torch.testing.assert_close(actual, function.formula.function(*given), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x, w: (x, w * 2), lambda x, w: column_sum(w * 2), lambda x, w: row_sum(w) * x]
+)
+def test_values_of_columns_alone_are_no_results(function):
+    tried = formula(per_row=(), per_column=("w",))(function)
+    with use("numba"), pytest.raises(FormulaError, match=r"got column|of a column"):
+        tried(torch.randn(3, 4), torch.randn(4))
 
 
 def test_rows_run_on_several_threads_as_on_one():

@@ -191,3 +191,10 @@ def test_a_frozen_layer_in_evaluation_keeps_no_input():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
     assert {t.numel() for t in kept} == {3}
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 4), (2, 3, 4, 5)])
+def test_the_gradient_lies_in_memory_as_the_input(shape):
+    x = torch.randn(shape, requires_grad=True)
+    (slope,) = torch.autograd.grad(ours.functional.batch_norm(x, None, None, training=True).sin().sum(), x)
+    assert slope.is_contiguous()

@@ -190,3 +190,22 @@ def test_legacy_reductions(legacy):
             expected = getattr(torch.nn.functional, name)(*args, **arguments)
         with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
             assert torch.equal(getattr(ours, name)(*args, **arguments), expected)
+
+
+@pytest.mark.parametrize("size", [4, 800])
+@pytest.mark.parametrize("ignored", [-100, 2**40])
+def test_labels_out_of_range_whatever_is_ignored(size, ignored):
+    """Few logits and many, which different code serves."""
+    target = torch.zeros(size, dtype=torch.int64)
+    for wrong in (-1, size):
+        target[0] = wrong
+        for module in (ours, torch.nn.functional):
+            with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+                module.cross_entropy(torch.randn(size, size), target, ignore_index=ignored)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+def test_a_list_is_no_target(name):
+    for module in (ours, torch.nn.functional):
+        with pytest.raises(TypeError):
+            getattr(module, name)(torch.randn(2, 3), [0, 1])

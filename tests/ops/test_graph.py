@@ -264,3 +264,12 @@ def test_threads():
         rounds = [pool.submit(lambda: [gradients(mine, tensors) for mine, _, tensors in pairs]) for _ in range(4)]
     for done in rounds:
         assert_same(done.result(), expected, torch.float32)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if len(row.differentiable) > 1], ids=lambda row: row.id)
+def test_gradients_share_no_memory(row):
+    mine, _, tensors = row.pair(torch.float32, requires_grad=True)
+    slopes = gradients(mine, tensors)[1]
+    assert len({id(slope) for slope in slopes}) == len(slopes)
+    places = [slope.data_ptr() for slope in slopes if slope.numel()]
+    assert len({*places}) == len(places)

@@ -105,9 +105,9 @@ def _start_threads(threads: int) -> bool:
     return not _state["serial_only"]
 
 
-def threads_for(elements: int) -> int:
-    """Return how many threads a kernel over so many elements takes: torch's number, or 1."""
-    if elements < PARALLEL_FROM or _state["serial_only"]:
+def _threads() -> int:
+    """Return how many threads a large kernel takes: torch's number, or 1."""
+    if _state["serial_only"]:
         return 1
     threads = torch.get_num_threads()
     if threads == 1 or not (_state["parallel_ran"] or _start_threads(threads)):
@@ -127,7 +127,12 @@ def compiled(name: str, text: str) -> ModuleType:
 
 
 class Kernel:
-    """A compiled formula for one dtype and shape of call; the serial and the parallel text are compiled when needed."""
+    """A compiled formula for one dtype and shape of call; the serial and the parallel text are compiled when needed.
+
+    Args:
+        text: makes the module's text of `expression`, `targets`, `dtype` and whether it is parallel.
+        function: the name of the module's function that is called. Default: "run".
+    """
 
     def __init__(
         self,
@@ -135,28 +140,28 @@ class Kernel:
         expression: Expression,
         targets: Sequence[str],
         dtype: torch.dtype,
+        function: str = "run",
     ) -> None:
         self.expression = expression
-        self._text = text
+        self._text, self._function = text, function
         self._arguments = (expression, tuple(targets), dtype)
 
     @functools.cached_property
-    def serial(self) -> Callable[..., None]:
+    def serial(self) -> Callable[..., Any]:
         """The kernel for the calling thread alone."""
         return self._compiled(parallel=False)
 
     @functools.cached_property
-    def _parallel(self) -> Callable[..., None]:
+    def _parallel(self) -> Callable[..., Any]:
         return self._compiled(parallel=True)
 
-    def run(self, elements: int, *arguments: Any) -> None:
-        """Run over `elements` elements in all, on torch's number of threads."""
-        threads = threads_for(elements)
-        if threads > 1:
-            self._parallel(threads, *arguments)
-        else:
-            self.serial(*arguments)
+    def run(self, elements: int, *arguments: Any) -> Any:
+        """Run over `elements` elements in all, on torch's number of threads; return what the kernel returns."""
+        if elements < PARALLEL_FROM:
+            return self.serial(*arguments)
+        threads = _threads()
+        return self._parallel(threads, *arguments) if threads > 1 else self.serial(*arguments)
 
-    def _compiled(self, *, parallel: bool) -> Callable[..., None]:
-        text = self._text(*self._arguments, parallel)
-        return compiled(f"{self.expression.name}_{'parallel' if parallel else 'serial'}", text).run
+    def _compiled(self, *, parallel: bool) -> Callable[..., Any]:
+        name = f"{self.expression.name}_{'parallel' if parallel else 'serial'}_{self._function}"
+        return getattr(compiled(name, self._text(*self._arguments, parallel)), self._function)

@@ -68,21 +68,19 @@ def _row_lines(
         lines.append(f"p_{name} = {'labels' if kind == 'label' else 'pointer'}(a_{name} + row * {stride})")
     given = [n for n in expression.order if n.operation == "input" and rows.per_row(n)]
     lines += [load(n, dtype, "0") for n in given]
-    kept, first, room = _kept(expression, results, dtype)
+    kept, first, place = _kept(expression, results, dtype)
     for number, step in enumerate(rows.steps(expression)):
         lines += [spell.line(n) for n in step.before]
         lines += [f"{spell.name(r)} = {START[r.operation]}" for r in step.reductions]
-        body = [
-            f"{spell.name(n)} = {room}"
-            if n is kept and number > first
-            else load(n, dtype)
-            if n.operation == "input"
-            else spell.line(n)
-            for n in step.elements
-        ]
+        body = []
+        for node in step.elements:
+            if node is kept and number > first:
+                body.append(f"{spell.name(node)} = {place}")
+            else:
+                body.append(load(node, dtype) if node.operation == "input" else spell.line(node))
         body += [gathered(spell, r) for r in step.reductions]
         if kept is not None and number == first:
-            body.append(f"{room} = {spell.name(kept)}")
+            body.append(f"{place} = {spell.name(kept)}")
         if step.stores:
             body += stores(spell, [(t, r) for t, r in results if r.kind == "tensor"], "i", dtype)
             added = [(t, spell.name(r.arguments[0])) for t, r in results if r.kind == "column sum"]
@@ -96,16 +94,17 @@ def _row_lines(
 def _kept(
     expression: Expression, results: Sequence[tuple[str, Symbol]], dtype: torch.dtype
 ) -> tuple[Symbol | None, int, str]:
-    """Return a value per element that is dear and that two loops need, the first of these loops, and room to keep it.
+    """Return a value per element that is dear and that several loops need, the first of these, and where it is kept.
 
-    The room is a result that nothing has been written to yet, one of full precision.
+    That is the place of a result of full precision, which the last of these loops, or a later one, writes.
     """
     target = next((t for t, r in results if r.kind == "tensor"), None)
     if target is None or half.is_half(dtype):
         return None, 0, ""
-    seen: dict[int, int] = {}
-    for number, step in enumerate(rows.steps(expression)):
-        for node in step.elements:
-            if node.operation in _DEAR and seen.setdefault(id(node), number) < number:
-                return node, seen[id(node)], f"p_{target}[i]"
+    steps = rows.steps(expression)
+    written = next(number for number, step in enumerate(steps) if step.stores)
+    for node in expression.order:
+        needed = [number for number, step in enumerate(steps) if any(n is node for n in step.elements)]
+        if node.operation in _DEAR and len(needed) > 1 and needed[-1] <= written:
+            return node, needed[0], f"p_{target}[i]"
     return None, 0, ""

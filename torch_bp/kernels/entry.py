@@ -6,9 +6,7 @@ in (`torch_bp.kernels.native`), and what comes out says whether the kernel has r
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -46,63 +44,41 @@ def entry({arguments}):
 """
 
 
-class Entry:
-    """A kernel over one tensor, or over the rows of matrices, for one dtype.
+def entry(expression: Expression, targets: Sequence[str], dtype: torch.dtype, by_rows: bool) -> cpu.Kernel | None:
+    """Return the way into a kernel over one tensor, or over the rows of matrices; None where there can be none.
 
-    Call it with the number of elements, then handles of inputs and results, then scalars. True: the kernel has run.
-    False: the tensors are not for it, and nothing was done.
+    Its `run(elements, handle..., scalar...)` takes handles of the inputs and of the results, and returns UNFIT if the
+    tensors are not for the kernel; then nothing was done.
     """
-
-    def __init__(self, expression: Expression, targets: Sequence[str], dtype: torch.dtype, by_rows: bool) -> None:
-        self._arguments = expression, tuple(targets), dtype
-        self._by_rows = by_rows
-
-    @classmethod
-    def over_tensors(cls, expression: Expression, targets: Sequence[str], dtype: torch.dtype) -> Entry | None:
-        """Return the entry to a kernel over one tensor, or None where compiled code cannot look at tensors."""
-        return cls(expression, targets, dtype, by_rows=False) if native.functions() else None
-
-    @classmethod
-    def over_rows(cls, expression: Expression, targets: Sequence[str], dtype: torch.dtype) -> Entry | None:
-        """As `over_tensors`, to a kernel over the rows of matrices, the first of its tensors."""
-        return cls(expression, targets, dtype, by_rows=True) if native.functions() else None
-
-    def __call__(self, elements: int, *arguments: Any) -> bool:
-        if elements < cpu.PARALLEL_FROM:
-            return self._serial(*arguments) != native.UNFIT
-        threads = cpu.threads_for(elements)
-        if threads == 1:
-            return self._serial(*arguments) != native.UNFIT
-        return self._parallel(threads, *arguments) != native.UNFIT
-
-    @functools.cached_property
-    def _serial(self) -> Callable[..., int]:
-        return self._compiled(parallel=False)
-
-    @functools.cached_property
-    def _parallel(self) -> Callable[..., int]:
-        return self._compiled(parallel=True)
-
-    def _compiled(self, *, parallel: bool) -> Callable[..., int]:
-        text = (text_rows if self._by_rows else text_single)(*self._arguments, parallel)
-        text += _text(*self._arguments, self._by_rows, parallel)
-        return cpu.compiled(f"{self._arguments[0].name}_{'parallel' if parallel else 'serial'}_entry", text).entry
+    if native.functions() is None:  # compiled code cannot look at tensors
+        return None
+    return cpu.Kernel(_text_rows if by_rows else _text_single, expression, targets, dtype, function="entry")
 
 
-def _text(expression: Expression, targets: Sequence[str], dtype: torch.dtype, by_rows: bool, parallel: bool) -> str:
+def _text_single(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
+    names = expression.operands(targets)
+    text = text_single(expression, targets, dtype, parallel)
+    return text + _text(expression, names, dtype, parallel, f"alike(place, {len(names)})", ["elements"])
+
+
+def _text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
+    names = expression.operands(targets)
+    kinds = dict(expression.kinds) | {t: r.kind.removesuffix(" sum") for t, r in zip(targets, expression.outputs)}
+    code = sum(native.KINDS.index(kinds[n]) << 2 * k for k, n in enumerate(names))
+    count = len(names)
+    sizes = [f"words[{count}]", f"words[{count + 1}]"]
+    text = text_rows(expression, targets, dtype, parallel)
+    return text + _text(expression, names, dtype, parallel, f"fitting(place, {count}, {code})", sizes)
+
+
+def _text(
+    expression: Expression, names: Sequence[str], dtype: torch.dtype, parallel: bool, look: str, sizes: Sequence[str]
+) -> str:
     """The function `entry(handle..., scalar...)`, for the end of a module with `run`.
 
     A parallel one takes the number of threads first. It returns the number of elements, or `native.UNFIT`.
     """
-    names = expression.operands(targets)
-    count, scalars = len(names), [f"s{i}" for i in range(len(expression.scalars))]
-    addresses = [f"words[{k}]" for k in range(count)]
-    sizes, look = ["elements"], f"alike(place, {count})"
-    if by_rows:
-        kinds = dict(expression.kinds) | {t: r.kind.removesuffix(" sum") for t, r in zip(targets, expression.outputs)}
-        code = sum(native.KINDS.index(kinds[n]) << 2 * k for k, n in enumerate(names))
-        sizes, look = [f"words[{count}]", f"words[{count + 1}]"], f"fitting(place, {count}, {code})"
-    threads = ["threads"] * parallel
+    count, scalars, threads = len(names), [f"s{i}" for i in range(len(expression.scalars))], ["threads"] * parallel
     return _TEXT.format(
         words=count + native.ROOM,
         signature=", ".join(["int64"] * (count + parallel) + [DTYPES[dtype][1]] * len(scalars)),
@@ -110,5 +86,5 @@ def _text(expression: Expression, targets: Sequence[str], dtype: torch.dtype, by
         given="\n".join(f"    words[{k}] = h_{n}" for k, n in enumerate(names)),
         look=look,
         unfit=native.UNFIT,
-        passed=", ".join([*threads, *sizes, *addresses, *scalars]),
+        passed=", ".join([*threads, *sizes, *(f"words[{k}]" for k in range(count)), *scalars]),
     )

@@ -16,11 +16,12 @@ import torch
 
 from torch_bp.kernels import engine, plain
 from torch_bp.kernels.expression import trace
-from torch_bp.kernels.plain import PLAIN_TYPES, grad_enabled, inside_vmap, unwatched
+from torch_bp.kernels.plain import PLAIN_TYPES, grad_enabled, unwatched
 from torch_bp.kernels.program import PLAIN_NUMBERS, Program, alone, as_torch
 from torch_bp.kernels.table import Table
 
 _MISSING: Any = object()
+_strided = torch.strided
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -30,8 +31,11 @@ def numbers(values: Collection[Any]) -> bool:
         return True
     try:
         for value in values:
+            if isinstance(value, complex):
+                return False
             if isinstance(value, torch.Tensor) and (
                 type(value) not in plain.PLAIN_TYPES
+                or value.is_complex()
                 or value.numel() != 1
                 or not value.data_ptr()  # a zero tensor, a freed storage
                 or (value.requires_grad and grad_enabled())
@@ -135,7 +139,7 @@ class Formula:
 
         In one piece: around small tensors every call of Python's costs as much as the arithmetic.
         """
-        if len(tensors) != len(self.tensors) or not unwatched() or inside_vmap():
+        if len(tensors) != len(self.tensors) or not unwatched():
             return NotImplemented
         first: Any = None
         handles, present = [], 0  # a bit for each tensor that is there
@@ -143,7 +147,7 @@ class Formula:
             present += present
             if tensor is None:
                 continue
-            if type(tensor) not in PLAIN_TYPES or tensor.is_neg() or tensor.is_nested:
+            if type(tensor) not in PLAIN_TYPES or tensor.layout is not _strided or tensor.is_neg() or tensor.is_nested:
                 return NotImplemented
             if first is None:
                 first = tensor
@@ -210,7 +214,8 @@ class Formula:
         serving = engine.serving(first)
         absent = tuple(n for k, n in enumerate(reversed(self.tensors)) if not present >> k & 1)
         program = None if serving is None else self._program(serving, first.dtype, absent, keywords)
-        self._programs[key] = program
+        if first.is_cpu or first.is_cuda:  # whatever else is no CPU has the key of CUDA
+            self._programs[key] = program
         return program
 
     def _program(

@@ -19,10 +19,10 @@ import torch
 from torch_bp.kernels import cpu, cpu_text, library
 
 CHANGED, SAME, MOVED = range(3)  # what `check` answers
-UNFIT = -1  # what `describe` answers of tensors that are not for one kernel
+UNFIT = -1  # what `describe`, `alike` and `fitting` answer of tensors that are not for one kernel
 
 _ANSWERS = ("layout", "dtype", "device_type", "device_index", "data_ptr", "dim", "sizes", "strides")
-ROOM = 8  # words that `alike` and `fitting` need beside the handles
+ROOM = 4  # words that `alike` and `fitting` need beside the handles
 KINDS = ("tensor", "row", "column", "label")  # of arguments of a formula over rows, as `fitting` numbers them
 handle_of = torch.Tensor._cdata.__get__  # type: ignore[attr-defined]
 _log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ ask = types.int32(types.intp, types.intp)
 {functions}
 CHANGED, SAME, MOVED = range(3)
 UNFIT = -1
-LABELS = 4  # int64, by the number that torch gives it
+INT64 = 4  # by the number that torch gives it
+TENSOR, ROW, COLUMN, LABEL = range(4)
 
 
 {pointer}
@@ -203,7 +204,7 @@ def write(addresses, value, double):
 
 
 @njit
-def asked(handle, at, dtype):
+def is_plain(handle, at, dtype):
     """True if a tensor is strided, of this dtype and on the CPU; dimensions, sizes and strides are left at `at`."""
     answer = integers(at)
     answer[0] = answer[1] = answer[2] = 0
@@ -233,7 +234,7 @@ def alike(place, count):
     at = place + 8 * count
     answer = integers(at)
     answer[3] = 0
-    if get_dtype(place, at + 24) or not asked(place, at, answer[3]):
+    if get_dtype(place, at + 24) or not is_plain(place, at, answer[3]):
         return UNFIT
     dimensions, sizes, strides = answer[0], integers(answer[1]), integers(answer[2])
     elements = 1
@@ -242,7 +243,7 @@ def alike(place, count):
     if elements == 0 or not is_dense(sizes, strides, dimensions, elements):
         return UNFIT
     for k in range(1, count):
-        if not asked(place + 8 * k, at, answer[3]) or answer[0] != dimensions:
+        if not is_plain(place + 8 * k, at, answer[3]) or answer[0] != dimensions:
             return UNFIT
         its_sizes, its_strides = integers(answer[1]), integers(answer[2])
         for d in range(dimensions):
@@ -255,27 +256,29 @@ def alike(place, count):
 def fitting(place, count, kinds):
     """As `alike`, for a formula over rows; the matrices' rows and columns are left behind the addresses.
 
-    The last two bits of `kinds` say which of KINDS the first tensor is, the next two the second, and so on. The first
-    matrix must be the first tensor.
+    The last two bits of `kinds` say what the first tensor is, which must be a matrix, the next two the second, and so
+    on: TENSOR, ROW, COLUMN or LABEL.
     """
     at = place + 8 * count
     answer = integers(at)
     answer[3] = 0
-    if get_dtype(place, at + 24) or not asked(place, at, answer[3]) or answer[0] != 2:
+    if get_dtype(place, at + 24) or not is_plain(place, at, answer[3]) or answer[0] != 2:
         return UNFIT
     rows, columns = integers(answer[1])[0], integers(answer[1])[1]
     if rows * columns == 0:
         return UNFIT
     for k in range(count):
         kind = (kinds >> 2 * k) & 3
-        if not asked(place + 8 * k, at, LABELS if kind == 3 else answer[3]) or answer[0] != (1 if kind == 2 else 2):
+        if not is_plain(place + 8 * k, at, INT64 if kind == LABEL else answer[3]):
+            return UNFIT
+        if answer[0] != (1 if kind == COLUMN else 2):
             return UNFIT
         sizes, strides = integers(answer[1]), integers(answer[2])
-        if kind == 2:
+        if kind == COLUMN:
             if sizes[0] != columns or (strides[0] != 1 and columns != 1):
                 return UNFIT
             continue
-        wide = columns if kind == 0 else 1
+        wide = columns if kind == TENSOR else 1
         if sizes[0] != rows or sizes[1] != wide:
             return UNFIT
         if (strides[1] != 1 and wide != 1) or (strides[0] != wide and rows != 1):
@@ -289,7 +292,7 @@ def fitting(place, count, kinds):
 
 @functools.cache
 def functions() -> ModuleType | None:
-    """Return the compiled functions `describe`, `check`, `holds` and `write`, or None where they cannot be had."""
+    """Return the compiled functions, or None where they cannot be had; kernels may call `alike` and `fitting` then."""
     if not cpu.usable():
         return None
     try:

@@ -23,13 +23,17 @@ grad_enabled = torch.is_grad_enabled
 _strided = torch.strided
 _VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 # True in the backward of `is_grads_batched`, whose tensors have no memory to ask for
-inside_vmap = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, _VMAP_MODE)
+_inside_vmap = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, _VMAP_MODE)
 
 
 def unwatched() -> bool:
     """True unless a transform, a tangent level, a dispatch mode or a tracer would miss what a kernel does."""
     return not (
-        _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0 or _jit_tracing() is not None
+        _transforms_active()
+        or _dispatch_modes()
+        or forward_ad._current_level >= 0
+        or _jit_tracing() is not None
+        or _inside_vmap()
     )
 
 

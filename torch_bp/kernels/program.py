@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text
-from torch_bp.kernels.entry import Entry
+from torch_bp.kernels.entry import entry
 from torch_bp.kernels.expression import Expression
-from torch_bp.kernels.native import handle_of
+from torch_bp.kernels.native import UNFIT, handle_of
 from torch_bp.kernels.table import Table
 
 _address_of = torch.Tensor.data_ptr
@@ -129,17 +129,18 @@ class Program:
         self.scalars = bool(expression.scalars)
         self.created = 0 if self.updates else len(targets)
         self.alone = len(expression.given) == 1
-        self.entry = Entry.over_tensors(expression, targets, dtype) if self.numba and self.created else None
+        self.entry = entry(expression, targets, dtype, by_rows=False) if self.numba and self.created else None
 
     def at_once(self, first: torch.Tensor, handles: list[int], keywords: Mapping[str, Any]) -> Any:
         """Run over tensors that are looked at on the way; NotImplemented, and nothing done, if they are not for it."""
         values = self.expression.host(**keywords) if keywords or self.scalars else ()
         if self.alone:
             result = torch.empty_like(first)
-            ran = self.entry(first.numel(), *handles, result._cdata, *values)  # type: ignore[misc, attr-defined]
-            return result if ran else NotImplemented
+            answer = self.entry.run(first.numel(), *handles, handle_of(result), *values)  # type: ignore[union-attr]
+            return NotImplemented if answer == UNFIT else result
         results = [torch.empty_like(first) for _ in range(self.created)]
-        if not self.entry(first.numel(), *handles, *map(handle_of, results), *values):  # type: ignore[misc]
+        answer = self.entry.run(first.numel(), *handles, *map(handle_of, results), *values)  # type: ignore[union-attr]
+        if answer == UNFIT:
             return NotImplemented
         return as_returned(results, self.expression)
 

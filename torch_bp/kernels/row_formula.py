@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import cpu, cpu_row_text, cuda, cuda_text
-from torch_bp.kernels.entry import Entry
+from torch_bp.kernels.entry import entry
 from torch_bp.kernels.expression import Expression, trace
 from torch_bp.kernels.formula import Formula
-from torch_bp.kernels.native import handle_of
+from torch_bp.kernels.native import UNFIT, handle_of
 from torch_bp.kernels.program import as_returned, host_values
 from torch_bp.kernels.symbol import FormulaError
 
@@ -27,7 +27,7 @@ _address_of = torch.Tensor.data_ptr
 class RowProgram:
     """The kernel of a row formula for one engine, dtype and choice of absent arguments."""
 
-    totals = 0
+    totals, created = 0, True
 
     def __init__(self, expression: Expression, engine: str, dtype: torch.dtype) -> None:
         self.expression = expression
@@ -38,7 +38,7 @@ class RowProgram:
         self.kinds = [output.kind for output in expression.outputs]
         self.scalars = bool(expression.scalars)
         self._matrix = next(i for i, kind in enumerate(expression.kinds.values()) if kind == "tensor")
-        self.entry = Entry.over_rows(expression, targets, dtype) if self.numba and self._matrix == 0 else None
+        self.entry = entry(expression, targets, dtype, by_rows=True) if self.numba and self._matrix == 0 else None
 
     def at_once(self, first: torch.Tensor, handles: list[int], keywords: Mapping[str, Any]) -> Any:
         """Run over tensors that are looked at on the way; NotImplemented, and nothing done, if they are not for it."""
@@ -46,7 +46,8 @@ class RowProgram:
             return NotImplemented
         values = self.expression.host(**keywords) if keywords or self.scalars else ()
         results = self._results(first)
-        if not self.entry(first.numel(), *handles, *map(handle_of, results), *values):  # type: ignore[misc]
+        answer = self.entry.run(first.numel(), *handles, *map(handle_of, results), *values)  # type: ignore[union-attr]
+        if answer == UNFIT:
             return NotImplemented
         return as_returned(results, self.expression)
 

@@ -207,13 +207,15 @@ class Trace:
         per_row = not kinds & {"tensor", "column", "mask"} and kinds != {"scalar"}
         if operation in COMPARE or operation in LOGIC:
             return self._enter(operation, symbols, "row mask" if per_row else "mask")
-        return self._enter(operation, symbols, "scalar" if kinds == {"scalar"} else "row" if per_row else "tensor")
+        if kinds <= {"scalar", "column"}:
+            return self._enter(operation, symbols, "column" if "column" in kinds else "scalar")
+        return self._enter(operation, symbols, "row" if per_row else "tensor")
 
     def _number(self, mask: Symbol) -> Symbol:
         return self._enter("number", (mask,), "row" if mask.kind == "row mask" else "tensor")
 
     def _reduce(self, operation: str, value: Symbol) -> Symbol:
-        if value.kind not in ("tensor", "column"):
+        if value.kind != "tensor":
             value._refuse(f"{operation} of a {value.kind}", "it takes one value per element")
         return self._enter(operation, (value,), "row")
 

@@ -8,8 +8,8 @@ In training m and v are the mean and the biased variance of the batch, which cha
 
     db = sum of dy        d = dy - db / n        dw = sum of d x^        dx = w r (d - x^ dw / n)
 
-(The sum of d x^ is that of dy x^, with less rounding, and is had as the sum of dy x^ less db / n times that of x^.)
-In evaluation they are the running statistics, which do not:
+(The sum of d x^ is that of dy x^; it is had as the latter less db / n times the sum of x^, which is 0 but for the
+rounding of m, so that one pass gives all sums.) In evaluation they are the running statistics, which do not:
 
     db = sum of dy        dw = sum of dy x^        dx = w r dy
 
@@ -17,15 +17,15 @@ Saved: x, w, and m and r of each channel; x^ is computed again. In training m an
 y, so that derivatives of the derivative see them change with x (`torch_bp.ops.standardize`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, forward_over_forward, recomputing, save, tangents_possible
-from torch_bp.kernels import column_sum, formula
+from torch_bp.kernels import column_sum, formula, row_sum
 from torch_bp.kernels.program import HALF
-from torch_bp.ops.rows import from_rows, to_rows
 from torch_bp.ops.standardize import (
     affine,
     affine_tangent,
@@ -49,18 +49,50 @@ def _per_channel(values: Any, x: torch.Tensor) -> Any:
     return None if values is None else wide(values).view(1, -1, *[1] * (x.dim() - 2))
 
 
-@formula(per_column=("mean", "inverse"))
-def batch_norm_sums(dy, x, mean, inverse):
-    """The sums of dy, dy x^ and x^ over the batch; the last is 0 but for rounding."""
-    standard = (x - mean) * inverse
-    return column_sum(dy), column_sum(dy * standard), column_sum(standard)
+def _sums_by(add: Callable[[Any], Any]) -> Callable[..., Any]:
+    def batch_norm_sums(dy, x, mean, inverse):
+        """The sums of dy, dy x^ and x^ over the batch; the last is 0 but for rounding."""
+        standard = (x - mean) * inverse
+        return add(dy), add(dy * standard), add(standard)
+
+    return batch_norm_sums
 
 
-@formula(per_column=("mean", "inverse", "db", "dw", "weight"))
-def batch_norm_slope(dy, x, mean, inverse, db, dw, weight=None, *, count):
+def _slope(dy, x, mean, inverse, db, dw, weight=None, *, count):
     """dx for given statistics: w r (d - x^ dw / n)."""
     slope = inverse if weight is None else weight * inverse
     return slope * (dy - db / count - (x - mean) * inverse * (dw / count))
+
+
+_STATISTICS = ("mean", "inverse", "db", "dw", "weight")
+# Channels are the columns of a matrix (N, C), and of (N, C, *) the rows of one of N C rows, which is the same memory.
+batch_norm_sums = formula(per_column=_STATISTICS[:2])(_sums_by(column_sum))
+batch_norm_row_sums = formula(per_row=_STATISTICS[:2])(_sums_by(row_sum))
+batch_norm_slope = formula(per_column=_STATISTICS)(_slope)
+batch_norm_row_slope = formula(per_row=_STATISTICS)(_slope)
+
+
+def _in_rows(values: Any, x: torch.Tensor) -> Any:
+    """Return (C) values, or None, as a column (N C, 1)."""
+    return None if values is None else values.expand(x.shape[0], -1).reshape(-1, 1)
+
+
+def _sums(dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, inverse: torch.Tensor) -> Any:
+    """The three sums (C)."""
+    if x.dim() == 2:
+        return batch_norm_sums(dy, x, mean, inverse)
+    shape = mean.numel() * x.shape[0], -1
+    found = batch_norm_row_sums(dy.reshape(shape), x.reshape(shape), _in_rows(mean, x), _in_rows(inverse, x))
+    return (each.view(x.shape[:2]).sum(0) for each in found)
+
+
+def _slopes(dy: torch.Tensor, x: torch.Tensor, *statistics: Any, count: float) -> torch.Tensor:
+    """dx in the shape of x."""
+    if x.dim() == 2:
+        return batch_norm_slope(dy, x, *statistics, count=count)
+    shape = x.shape[0] * x.shape[1], -1
+    columns = (_in_rows(values, x) for values in statistics)
+    return batch_norm_row_slope(dy.reshape(shape), x.reshape(shape), *columns, count=count).view(x.shape)
 
 
 def batch_norm_backward(
@@ -77,17 +109,17 @@ def batch_norm_backward(
     """The gradients at x, w and b, where `wanted`, of a batch with these statistics (C)."""
     n, wide_x = x.numel() // mean.numel(), wide(x)
     dy = torch.zeros_like(wide_x) if dy is None else wide(dy)
-    given = to_rows(dy, 1), to_rows(wide_x, 1), mean, inverse
+    given = dy, wide_x, mean, inverse
     dx: Any = None
     dw: Any = None
     if wanted[0] or wanted[1]:
-        db, dw, rest = batch_norm_sums(*given)
+        db, dw, rest = _sums(*given)
         dw = torch.addcmul(dw, db, rest, value=-1 / n)
     else:
         db = dy.sum(_rows(x))
     if wanted[0]:
         scale = None if weight is None else wide(weight)
-        dx = from_rows(batch_norm_slope(*given, db, dw, scale, count=float(n)), x, 1)
+        dx = _slopes(*given, db, dw, scale, count=float(n))
         by_statistics = statistics_backward(d_mean, d_inverse, inverse, n)
         if by_statistics is not None:
             by_mean, by_inverse = (_per_channel(slope, x) for slope in by_statistics)

@@ -45,6 +45,7 @@ def countable(z: torch.Tensor, target: torch.Tensor, weight: _Optional) -> bool:
     return (
         weight is None
         and type(z) in PLAIN_TYPES
+        and type(target) in PLAIN_TYPES
         and reusable()
         and z.dim() == 2
         and target.dtype is torch.int64
@@ -80,7 +81,7 @@ def from_above(
     weight: _Optional,
     reduction: int,
     ignored: int,
-    count: float | torch.Tensor | None = None,
+    count: float | None = None,
 ) -> tuple[Any, dict[str, Any], Any]:
     """Return what multiplies the loss of each row: per row, as numbers for formulas, and per row before class weights.
 

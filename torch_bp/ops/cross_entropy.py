@@ -90,7 +90,7 @@ def cross_entropy_backward(
     smoothing: float,
     top: _Optional = None,
     total: _Optional = None,
-    count: float | torch.Tensor | None = None,
+    count: float | None = None,
 ) -> torch.Tensor:
     """The gradient at logits of any shape for class indices; the last three may be known already."""
     dim, dtype = class_dim(z), z.dtype
@@ -193,9 +193,9 @@ class RowCrossEntropy(Function):
     ) -> tuple[torch.Tensor, ...]:
         dim = class_dim(z)
         rows = to_rows(z, dim)
-        labels, ignored = column(target, ignored)
         # Checks the labels as torch checks them; 0 for rows that are ignored.
-        picked = -torch._C._nn.nll_loss_nd(rows, labels.view(-1), None, NONE, ignored)  # type: ignore[arg-type]
+        picked = -torch._C._nn.nll_loss_nd(rows, target.reshape(-1), None, NONE, ignored)  # type: ignore[arg-type]
+        labels, ignored = column(target, ignored)
         options = {"hit": 1 - smoothing, "spread": smoothing / z.shape[dim], "smoothed": smoothing != 0}
         losses, top, total = label_losses(rows, labels, picked.view(-1, 1), ignored=ignored, **options)
         if reduction == NONE:
@@ -275,6 +275,7 @@ def _by_rows(z: torch.Tensor, target: torch.Tensor) -> bool:
     """True if `RowCrossEntropy` may serve: nobody watches, and torch would take these arguments."""
     return (
         eager()
+        and isinstance(target, torch.Tensor)
         and z.dtype in (torch.float32, torch.float64)
         and (target.dtype is torch.int64 or (target.dtype is torch.uint8 and z.dim() == 2))
         and z.dim() > 0
@@ -321,7 +322,7 @@ def cross_entropy(
     code = reduction_code(size_average, reduce, reduction)
     label_smoothing = max(label_smoothing, 0.0)  # torch takes what is negative for none
     args: tuple[Any, ...]
-    if target.is_floating_point() and input.shape == target.shape:
+    if isinstance(target, torch.Tensor) and target.is_floating_point() and input.shape == target.shape:
         if ignore_index >= 0:
             raise RuntimeError("ignore_index is not supported for floating point target")
         function: type[Function] = SoftCrossEntropy

@@ -90,7 +90,7 @@ class LayerNorm(Function):
             return (None,) * 5
         if not x.numel():
             dx = dy * wide_x
-            dw = db = dx.sum_to_size(shape) if wanted[1] or wanted[2] else None
+            dw, db = (dx.sum_to_size(shape) if want else None for want in wanted[1:])
         else:
             rows = x.numel() // count
             matrices = shaped(dy, (rows, count)), shaped(wide_x, (rows, count))
