@@ -172,7 +172,7 @@ def test_many_certificates_in_one_process():
 
 
 def test_errors():
-    with pytest.raises(TypeError, match=r"to_torch: model must be a torch.nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"verify: model must be a torch.nn.Module, got function"):
         torch_bp.verify(lambda x: x, x)
     with pytest.raises(ValueError, match=r"checks must be names from outputs, gradients, .*; got 'outputs'"):
         torch_bp.verify(mlp(), x, checks="outputs")

@@ -20,7 +20,7 @@ def run(mode, **environment):
         capture_output=True,
         text=True,
         env={**clean, **environment},
-        timeout=400,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

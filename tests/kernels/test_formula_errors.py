@@ -120,3 +120,15 @@ def test_arguments_may_be_called_like_results():
 
     with use("numba"):
         assert torch.equal(doubled(X), 2 * X)
+
+
+def test_a_vector_is_no_column():
+    """torch would take it for one value per column."""
+
+    @formula(per_row=("t",))
+    def shifted(z, t):
+        return z - t
+
+    for engine in ("numba", "torch"):
+        with use(engine), pytest.raises(ValueError, match=r"t must be \(R, 1\), one value per row, got \(3,\)"):
+            shifted(torch.ones(3, 3), torch.ones(3))

@@ -408,3 +408,14 @@ def test_the_output_is_not_judged():
     assert found.rows[-1].forward_ratio < 1e-4
     assert found.forward_change == found.rows[1].forward_ratio
     assert found.verdict == "healthy"
+
+
+@pytest.mark.parametrize("options", [{"norm": "batch"}, {"norm": "batch", "residual": True}, {"dropout": 0.2}])
+def test_what_runs_as_one_node_is_reported_apart(options):
+    torch.manual_seed(0)
+    model, x = nn.MLP([6, 8, 8, 3], **options), torch.randn(16, 6)
+    fused = init.report(model, x)
+    plain = nn.MLP([6, 8, 8, 3], **options, fused=False)
+    plain.load_state_dict(model.state_dict())
+    assert str(fused) == str(init.report(plain, x))
+    assert [row.activation for row in fused.rows] == ["relu", "relu", "end"]

@@ -9,6 +9,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import torch_bp.nn.functional
 from tests.tables import ROWS
+from torch_bp.kernels import formula
+from torch_bp.ops import activation, saves_input
 
 FILLED = [row for row in ROWS if not row.empty]
 ONE_OF_EACH = list({row.name: row for row in reversed(FILLED)}.values())
@@ -178,3 +180,20 @@ def test_half_precision_targets_do_not_make_the_gradient_coarse():
     share = torch.softmax(torch.randn(64, 10), 1).bfloat16()
     exact = torch.autograd.grad(torch.nn.functional.cross_entropy(z.double(), share.double()), z)[0]
     torch.testing.assert_close(torch.autograd.grad(torch_bp.nn.functional.cross_entropy(z, share), z)[0], exact)
+
+
+def test_a_derivative_from_the_input_says_so():
+    """Given the output, which is what it is given otherwise, it would be wrong without a word."""
+
+    @formula
+    def value(z):
+        return z / (1 + abs(z))
+
+    @formula
+    def slope(dy, z):
+        return dy / (1 + abs(z)) ** 2
+
+    with pytest.raises(TypeError, match="pass saves=saves_input"):
+        activation("softsign", value, slope)
+    softsign = activation("softsign", value, slope, saves=saves_input)
+    assert torch.autograd.gradcheck(softsign, torch.randn(5, dtype=torch.float64, requires_grad=True))

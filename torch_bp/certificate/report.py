@@ -77,6 +77,8 @@ class Certificate:
         if self.conversion.kept:
             lines.append(str(self.conversion).splitlines()[-1])
         differ = [row.check for row in self.rows if row.verdict == DIFFERS]
+        if not differ and not self.conversion.ours:
+            return "\n".join([*lines, "It holds, and says nothing: no module is torch_bp's."])
         return "\n".join([*lines, f"It does not hold: {', '.join(differ)}." if differ else "It holds."])
 
     def to_dict(self) -> dict[str, Any]:

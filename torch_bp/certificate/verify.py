@@ -16,7 +16,7 @@ from torch_bp.certificate.checks import CHECKS, Check
 from torch_bp.certificate.comparison import coarsest, deviations, mismatch, tolerance
 from torch_bp.certificate.report import DIFFERS, HOLDS, TORCH_CANNOT, Certificate, Row
 from torch_bp.certificate.subject import Subject, Tensors, projection, reproducible
-from torch_bp.nn.convert import conversion, convert, to_torch
+from torch_bp.nn.convert import conversion, convert, require_module, to_torch
 
 # The distance from float64 is a matter of chance, most of all where a gradient is zero but for rounding: torch's is the
 # largest of several points that differ by roundings, and ours may be a few times that.
@@ -72,6 +72,7 @@ def verify(
     """
     import torch_bp.optim  # here and not above: a second SGD in the process is LightningCLI's trouble
 
+    require_module("verify", model)
     chosen, inputs = _chosen(checks), _arguments(example_inputs)
     with torch.inference_mode(False):  # copies made inside of it could not be trained
         theirs = Subject(to_torch(model), inputs, torch.optim)

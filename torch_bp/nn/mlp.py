@@ -36,6 +36,7 @@ class MLP(torch.nn.Sequential):
         residual: hidden layers that keep their width are wrapped in `Residual`, sec. 9.3.
         init: "auto" (default) or another method of `torch_bp.nn.init.auto_`; None for torch's own initialisation.
         fused: run neighbours as one node.
+        bias: give the linear layers biases.
         device, dtype: of the parameters.
 
     Raises:
@@ -60,6 +61,7 @@ class MLP(torch.nn.Sequential):
         residual: bool = False,
         init: str | None = "auto",
         fused: bool = True,
+        bias: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -72,7 +74,7 @@ class MLP(torch.nn.Sequential):
         options = {"device": device, "dtype": dtype}
         layers: list[torch.nn.Module] = []
         for width_in, width in itertools.pairwise(sizes[:-1]):
-            block: list[torch.nn.Module] = [Linear(width_in, width, **options)]
+            block: list[torch.nn.Module] = [Linear(width_in, width, bias, **options)]
             if norm is not None:
                 block.append(_NORMS[norm](width, **options) if isinstance(norm, str) else norm(width))
             block.append(activation_module(activation))
@@ -80,7 +82,7 @@ class MLP(torch.nn.Sequential):
                 block.append(Dropout(dropout))
             container = _Joined if fused else torch.nn.Sequential
             layers += [Residual(container(*block))] if residual and width == width_in else block
-        super().__init__(*layers, Linear(sizes[-2], sizes[-1], **options))
+        super().__init__(*layers, Linear(sizes[-2], sizes[-1], bias, **options))
         self.fused = fused
         if init is not None and self[-1].weight.device.type != "meta":
             auto_(self, init)

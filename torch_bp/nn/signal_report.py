@@ -80,8 +80,9 @@ class SignalReport:
                 f"  {_text(row.error_variance):>10} {_text(row.backward_ratio):>8}  {_text(row.idle, '.0%'):>5}"
             )
         lines.append(
-            f"{self.verdict}: from end to end the variance of the activations changes by {self.forward_change:.2g}, "
-            f"the squared length of the error signal by {self.backward_change:.2g}; "
+            f"{self.verdict}: from the first hidden layer to the last the variance of the activations changes by "
+            f"{self.forward_change:.2g}, back from the output the squared length of the error signal by "
+            f"{self.backward_change:.2g}; "
             f"vanishing is below {VANISHING:g}, exploding above {EXPLODING:g}."
         )
         return "\n".join(lines)

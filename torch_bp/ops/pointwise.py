@@ -92,8 +92,15 @@ def activation(
         >>> z.grad
         tensor([0.2500, 1.0000])
     """
+    if by_name := hasattr(value, "formula"):
+        kept, given = derivative.formula.tensors[1:2], value.formula.tensors[:1]  # type: ignore[attr-defined]
+        if saves is saves_output and kept == given:
+            raise TypeError(
+                f"activation {name}: derivative is given the output, got a formula of the input "
+                f"{', '.join(kept)!r}, by the name that value has for it; pass saves=saves_input, or call the output "
+                "something else."
+            )
     no_gradients = (None,) * len(parameters)
-    by_name = hasattr(value, "formula")
 
     class Node(Function):
         @staticmethod
