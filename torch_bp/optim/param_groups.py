@@ -56,7 +56,7 @@ def _is_embedding(entry: _Entry) -> bool:
     return any(isinstance(owner, (torch.nn.Embedding, torch.nn.EmbeddingBag)) for owner in entry.owners)
 
 
-_WORDS: dict[str, Callable[[_Entry], bool]] = {
+_WORDS: dict[Pattern, Callable[[_Entry], bool]] = {
     "bias": _is_bias,
     "norm": _is_norm,
     "embedding": _is_embedding,
@@ -178,7 +178,7 @@ def param_groups(
     if layer_decay is not None:
         entries = _deepened(model, entries, depth)
     deepest = max((entry.depth or 0 for entry in entries), default=0)
-    gathered: dict[tuple, list[_Entry]] = {}
+    gathered: dict[tuple[float | None, float | None], list[_Entry]] = {}
     for entry in entries:
         if entry.parameter.requires_grad:
             rate = find(rates, entry.names)
