@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-WORLD, SECONDS = 2, 60
+WORLD = 2
 folder = Path()  # of this test, the same in all processes
 
 
@@ -58,19 +58,19 @@ def work(rank, world, path, module):
     distributed.destroy_process_group()
 
 
-def run(module, path, world=WORLD):
+def run(module, path, world=WORLD, seconds=60):
     """Run all `CASES` of a module in `world` processes, and fail with what they report."""
     context = multiprocessing.get_context("spawn")
     started = [context.Process(target=work, args=(r, world, str(path), module), daemon=True) for r in range(world)]
     for process in started:
         process.start()
     for process in started:
-        process.join(SECONDS)
+        process.join(seconds)
     hung = [rank for rank, process in enumerate(started) if process.is_alive()]
     for process in started:
         process.kill()
     reports = [torch.load(path / str(rank)) for rank in range(world)]
     failures = [f"{name}, rank {r}:\n{found[name]}" for r, found in enumerate(reports) for name in found if found[name]]
     assert not failures, "\n".join(failures)
-    assert not hung, f"ranks {hung} still ran after {SECONDS} s"
+    assert not hung, f"ranks {hung} still ran after {seconds} s"
     assert [*reports[0]] == [*reports[1]] == [*importlib.import_module(module).CASES]
