@@ -17,6 +17,7 @@ from tests import processes
 from tests.optim.table import PAIRS, parameters
 from torch_bp import optim
 from torch_bp.kernels import use
+from torch_bp.optim.shards import alike
 
 WORLD, STEPS = processes.WORLD, 20
 CASES = {}
@@ -223,6 +224,15 @@ def a_gradient_cut_differently_in_mid_training(rank):
         p.grad = DTensor.from_local(torch.ones(4), mesh, [placement], run_check=False)
         optimizer.step()
     same(whole(p).detach(), torch.full((4,), -1.0 - WORLD - 1))
+
+
+@cases()
+def sums_that_are_yet_to_be_made_are_not_alike(rank):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for placement in (Partial(), Shard(0)):
+        p, grad = (DTensor.from_local(torch.ones(4), mesh, [placement], run_check=False) for _ in range(2))
+        assert alike(p, [grad]) is not placement.is_partial()
+        assert not alike(p, [torch.ones(4)])
 
 
 @cases(root=False, parts=True)

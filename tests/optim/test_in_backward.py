@@ -161,6 +161,7 @@ def test_state_is_loaded_in_mid_training(name):
         model.load_state_dict(saved[0])
         optimizer.load_state_dict(saved[1])
         model.calls = 3
+        optimizer.param_groups[0]["lr"] = 0.02  # in the group that was loaded
         train(model, optimizer, range(3, 8))
     assert_same(models, optimizers)
 

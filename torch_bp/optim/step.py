@@ -2,8 +2,8 @@
 
 - *The list kernels.* Parameters of one group, device, dtype and step count are one call over a table of addresses.
   What was collected (`Plan`) is kept while it still holds, which one compiled look at all tensors tells; step counts
-  are read once and then known.
-- *One by one*, through the same formula: sparse and complex gradients, tensor subclasses, `differentiable`,
+  are read once and then known. Of DTensors that are cut alike, the parts on this rank.
+- *One by one*, through the same formula: sparse and complex gradients, other tensor subclasses, `differentiable`,
   `capturable`, `torch.compile`, and whatever else a kernel may not serve.
 """
 
