@@ -1,13 +1,5 @@
-"""Two processes that train together, over gloo on the CPU: data parallel, sharded, and tensors in parts.
+"""Two processes that train together, over gloo on the CPU: data parallel, sharded, and tensors in parts."""
 
-The processes are started once and run every case. A case compares by itself and raises in its process; what was raised
-is what the test reports.
-"""
-
-import datetime
-import multiprocessing
-import traceback
-import warnings
 from functools import partial
 
 import torch
@@ -21,28 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_bp
 import torch_bp.nn as ours
+from tests import processes
 from tests.nn.test_modules import TWINNED, build, run
 from torch_bp import optim
 
-WORLD, SECONDS = 2, 60
+WORLD = processes.WORLD
 CASES = {}
+cases = partial(processes.cases, CASES)
 theirs = torch.nn
 numbers = torch.Generator().manual_seed(0)
 x = torch.randn(10, 12, 6, generator=numbers, dtype=torch.float64)  # step, example, feature
 labels = torch.randint(3, (10, 12), generator=numbers)
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
-
-
-def cases(**named):
-    """Make a case of every value; of none, one case without."""
-
-    def decorate(function):
-        CASES.update({f"{function.__name__}-{name}": partial(function, choice) for name, choice in named.items()})
-        if not named:
-            CASES[function.__name__] = function
-        return function
-
-    return decorate
 
 
 def layers(module, norm="BatchNorm1d"):
@@ -282,39 +264,6 @@ def distributed_tensors(row, rank):
     close([whole(t) for t in got], list(run(build(theirs, name, kwargs), inputs)), rtol=1e-5, atol=1e-6)
 
 
-def work(rank, path):
-    """What a process does: all cases, and a report of each."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    store = distributed.FileStore(f"{path}/store", WORLD)
-    patience = datetime.timedelta(seconds=20)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=patience)
-    reports = {}
-    for name, function in CASES.items():
-        torch.manual_seed(0)
-        try:
-            function(rank)
-            reports[name] = ""
-        except Exception:
-            reports[name] = traceback.format_exc()
-        torch.save(reports, f"{path}/{rank}")
-        distributed.barrier()
-    distributed.destroy_process_group()
-
-
 def test_two_processes(tmp_path):
     """All cases in one test, so that no two runners start processes of their own."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, str(tmp_path)), daemon=True) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(SECONDS)
-    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
-        process.kill()
-    reports = [torch.load(tmp_path / str(rank)) for rank in range(WORLD)]
-    failures = [f"{name}, rank {r}:\n{found[name]}" for r, found in enumerate(reports) for name in found if found[name]]
-    assert not failures, "\n".join(failures)
-    assert not hung, f"ranks {hung} still ran after {SECONDS} s"
-    assert [*reports[0]] == [*reports[1]] == [*CASES]
+    processes.run(__name__, tmp_path, WORLD)

@@ -11,7 +11,10 @@ from torch_bp.optim import lr_scheduler
 from torch_bp.optim.adagrad import Adagrad
 from torch_bp.optim.adam import Adam
 from torch_bp.optim.adamw import AdamW
+from torch_bp.optim.in_backward import apply_in_backward
+from torch_bp.optim.loading import load_state_dict_by_name
 from torch_bp.optim.optimizer import RuleOptimizer
+from torch_bp.optim.param_groups import param_groups
 from torch_bp.optim.rmsprop import RMSprop
 from torch_bp.optim.sgd import SGD
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import formula, sqrt
+from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.step import step
 
 
@@ -60,3 +61,4 @@ class Adagrad(torch.optim.Adagrad):
         return group["initial_accumulator_value"]
 
     step = step
+    load_state_dict = load_state_dict

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import formula, maximum, sqrt
+from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import step
 
@@ -95,3 +96,4 @@ class Adam(torch.optim.Adam):
 
     initial = RuleOptimizer.initial
     step = step
+    load_state_dict = load_state_dict

@@ -6,6 +6,7 @@ W <- (1 - lr weight_decay) W, then Adam's update. Source: Loshchilov and Hutter 
 import torch
 
 from torch_bp.optim.adam import Adam, adam
+from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import step
 
@@ -29,3 +30,4 @@ class AdamW(torch.optim.AdamW):
     sparse = Adam.sparse
     initial = RuleOptimizer.initial
     step = step
+    load_state_dict = load_state_dict

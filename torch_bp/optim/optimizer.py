@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.step import step
 
 
@@ -118,3 +119,4 @@ class RuleOptimizer(torch.optim.Optimizer):
         return "dense"
 
     step = step
+    load_state_dict = load_state_dict

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_bp.kernels import Table, engine, native, plain
+from torch_bp.optim import shards
 
 Layout = Sequence[str | None]
 Gradients = Sequence[Tensor | None]
@@ -54,8 +55,12 @@ def on_device(group: Mapping[str, Any]) -> bool:
     return bool(group.get("fused")) and any(p.device.type != "cpu" for p in group["params"])
 
 
-def eligible(p: Tensor, grad: Tensor | None) -> bool:
-    """True if a list kernel may update `p` from `grad`, as far as the two of them tell."""
+def eligible(p: Tensor, grad: Tensor | None, state: Mapping[str, Any], layout: Layout) -> bool:
+    """True if a list kernel may update `p` from `grad`, as far as the two of them tell, and where its state lies."""
+    if grad is not None and shards.is_distributed(p):
+        if not shards.alike(p, [grad, *(t for name, t in state.items() if name in layout and t is not None)]):
+            return False
+        p, grad = shards.local(p), shards.local(grad)
     return (
         grad is not None
         and plain.PLAIN_TYPES.issuperset((type(p), type(grad)))
@@ -98,10 +103,10 @@ class Counter:
 
 
 class Bucket:
-    """Parameters of a group that one call updates: one device, one dtype, one step count."""
+    """Parameters of a group that one call updates: one device, one dtype, one step count; all DTensors, or none."""
 
-    def __init__(self, layout: Layout, step: float | None, fresh: bool) -> None:
-        self.layout, self.fresh = layout, fresh
+    def __init__(self, layout: Layout, step: float | None, fresh: bool, distributed: bool) -> None:
+        self.layout, self.fresh, self.distributed = layout, fresh, distributed
         self.created: list[tuple[dict[str, Any], list[str]]] = []
         self.positions: list[int] = []
         self.params: list[Tensor] = []
@@ -137,8 +142,16 @@ class Bucket:
         step = 0 if self.counter is None else self.counter.value + 1
         scalars = optimizer.scalars(group, step, self.fresh)
         rows = [None if name is None else self.state[name] for name in self.layout]
-        if optimizer.rule.formula.launch((self.params, grads, *rows), self.table, scalars) is None:
+        lists: Sequence[Any] = (self.params, grads, *rows)
+        if self.distributed:
+            if not all(shards.alike(p, [g]) for p, g in zip(self.params, grads)):
+                return False
+            lists = [None if row is None else shards.locals_of(row) for row in lists]
+        if optimizer.rule.formula.launch(lists, self.table, scalars) is None:
             return False
+        if self.distributed:  # each DTensor counts its versions apart from its part
+            for row in (self.params, *rows):
+                torch._C._increment_version(row or ())
         if self.counter is not None:
             self.counter.advance(self.state["step"])
         self.created = []
@@ -158,15 +171,16 @@ class Share:
             if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
                 optimizer.sparse(group)  # may refuse, before anything is changed
         listed = not on_device(group)
-        self.others = [i for i in self.present if not (listed and eligible(self.params[i], gradients[i]))]
+        self.others = [i for i in self.present if not (listed and self._eligible(optimizer, i, gradients))]
         buckets: dict[Any, Bucket] = {}
         try:
             for i in sorted({*self.present}.difference(self.others)):
                 p = self.params[i]
                 state, created = initial_state(optimizer, p, group, self.layout)
                 step = state["step"].item() if optimizer.counts_steps else None
-                key = (p.device, p.dtype, step, bool(created))
-                bucket = buckets.setdefault(key, Bucket(self.layout, step, bool(created)))
+                distributed = shards.is_distributed(p)
+                key = (p.device, p.dtype, step, bool(created), distributed)
+                bucket = buckets.setdefault(key, Bucket(self.layout, step, bool(created), distributed))
                 bucket.add(i, p, state)
                 bucket.created.append((state, created))
         except BaseException:
@@ -175,6 +189,10 @@ class Share:
         self.buckets = list(buckets.values())
         for bucket in self.buckets:
             bucket.collect()
+
+    def _eligible(self, optimizer: Any, i: int, gradients: Gradients) -> bool:
+        p = self.params[i]
+        return eligible(p, gradients[i], optimizer.state.get(p, {}), self.layout)
 
     def fits(self, optimizer: Any, group: dict[str, Any], gradients: Gradients) -> bool:
         """True if this share, made at an earlier step, still tells the truth."""
@@ -189,7 +207,7 @@ class Share:
         flags = tuple(map(group.get, _FLAGS))
         if tuple(optimizer.state_layout(group)) != self.layout or flags != self.flags:
             return False
-        if self.others and not on_device(group) and any(eligible(params[i], gradients[i]) for i in self.others):
+        if self.others and not on_device(group) and any(self._eligible(optimizer, i, gradients) for i in self.others):
             return False
         return all(map(Bucket.holds, self.buckets))
 

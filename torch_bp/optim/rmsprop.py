@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import formula, sqrt
+from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import step
 
@@ -80,3 +81,4 @@ class RMSprop(torch.optim.RMSprop):
 
     initial = RuleOptimizer.initial
     step = step
+    load_state_dict = load_state_dict

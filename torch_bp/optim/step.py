@@ -2,8 +2,8 @@
 
 - *The list kernels.* Parameters of one group, device, dtype and step count are one call over a table of addresses.
   What was collected (`Plan`) is kept while it still holds, which one compiled look at all tensors tells; step counts
-  are read once and then known.
-- *One by one*, through the same formula: sparse and complex gradients, tensor subclasses, `differentiable`,
+  are read once and then known. Of DTensors that are cut alike, the parts on this rank.
+- *One by one*, through the same formula: sparse and complex gradients, other tensor subclasses, `differentiable`,
   `capturable`, `torch.compile`, and whatever else a kernel may not serve.
 """
 
@@ -94,7 +94,7 @@ def _overflowed(optimizer: Any) -> bool:
 def _update(self: Any, scale: Tensor | None) -> None:
     """Update group by group: by list kernels where they may serve, and what is left one by one."""
     plan = None
-    if scale is None and not _watched() and not torch.is_inference_mode_enabled():
+    if scale is None and lists_may_serve():
         plan = self.__dict__.get("_plan")
         if plan is None:
             plan = self._plan = Plan()
@@ -104,16 +104,26 @@ def _update(self: Any, scale: Tensor | None) -> None:
         if plan is not None:
             plan.look(self)
         for index, group in enumerate(self.param_groups):
-            gradients: Gradients = [p.grad for p in group["params"]]
-            if plan is not None:
-                gradients = plan.update(self, index, group, gradients)
-            if gradients:
-                _one_by_one(self, group, gradients, scale)
+            update_group(self, plan, index, group, scale)
         if plan is not None:
             plan.remember(self)
     finally:
         if plan is not None:
             plan.lock.release()
+
+
+def update_group(self: Any, plan: Plan | None, index: int, group: Any, scale: Tensor | None = None) -> None:
+    """Update the parameters of one group; `plan` is None where no list kernel may serve."""
+    gradients: Gradients = [p.grad for p in group["params"]]
+    if plan is not None:
+        gradients = plan.update(self, index, group, gradients)
+    if gradients:
+        _one_by_one(self, group, gradients, scale)
+
+
+def lists_may_serve() -> bool:
+    """True unless every operation must go through torch."""
+    return not _watched() and not torch.is_inference_mode_enabled()
 
 
 def _watched() -> bool:

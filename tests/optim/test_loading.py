@@ -1,0 +1,240 @@
+"""Checkpoints between optimizers: engine flags stay, and by name everything finds its place or nothing is changed."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+
+import torch_bp.optim
+from tests.optim.table import PAIRS, parameters, train
+from torch_bp.optim import load_state_dict_by_name, param_groups
+from torch_bp.optim.loading import load_state_dict
+
+EACH = pytest.mark.parametrize("name", PAIRS)
+FUSED = pytest.mark.parametrize(
+    "name", [n for n, (kind, _) in PAIRS.items() if "fused" in inspect.signature(kind).parameters]
+)
+SAME = {"rtol": 0, "atol": 0}
+
+
+def test_every_optimizer_of_ours_loads_in_this_way():
+    kinds = [v for v in vars(torch_bp.optim).values() if isinstance(v, type) and hasattr(v, "state_layout")]
+    assert len(kinds) > len(PAIRS)
+    assert all(kind.load_state_dict is load_state_dict for kind in kinds)
+
+
+def trained(kind, **options):
+    params = parameters()
+    optimizer = kind(params, **options)
+    train(optimizer, params, 3)
+    return optimizer
+
+
+@FUSED
+@pytest.mark.parametrize("flag", ["foreach", "fused"])
+@pytest.mark.parametrize("source", [0, 1], ids=["ours", "torch's"])
+def test_flags_stay_as_built(name, flag, source):
+    saved = trained(PAIRS[name][source], lr=0.5, weight_decay=0.2, **{flag: True}).state_dict()
+    before = copy.deepcopy(saved["param_groups"])
+    ours = PAIRS[name][0](parameters(), weight_decay=0.1)
+    with pytest.warns(UserWarning, match=rf"{name}.load_state_dict: .*got {flag}=True where it has None") as caught:
+        ours.load_state_dict(saved)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    (group,) = ours.param_groups
+    assert group[flag] is None
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.2)
+    assert saved["param_groups"] == before
+    kept = PAIRS[name][0](parameters(), **{flag: True})
+    kept.load_state_dict(saved)  # no warning: the same
+    assert kept.param_groups[0][flag] is True
+
+
+@EACH
+def test_torch_takes_the_flags_of_ours(name):
+    """In torch's own way: they replace those it was built with."""
+    theirs = PAIRS[name][1](parameters(), foreach=False)
+    theirs.load_state_dict(trained(PAIRS[name][0], foreach=True).state_dict())
+    assert theirs.param_groups[0]["foreach"] is True
+
+
+def test_old_checkpoints_without_flags():
+    saved = trained(torch.optim.Adam).state_dict()
+    for flag in ("foreach", "fused", "capturable"):
+        del saved["param_groups"][0][flag]
+    ours = torch_bp.optim.Adam(parameters(), fused=True)
+    ours.load_state_dict(saved)
+    assert ours.param_groups[0]["fused"] is True
+    assert ours.param_groups[0]["capturable"] is False
+
+
+def test_hooks_see_the_loading_and_none_is_left():
+    ours, called = torch_bp.optim.Adam(parameters()), []
+    ours.register_load_state_dict_pre_hook(lambda o, state: called.append("pre") or {**state, "param_groups": fused})
+    ours.register_load_state_dict_post_hook(lambda o: called.append("post"))
+    saved = trained(torch.optim.Adam).state_dict()
+    fused = [{**saved["param_groups"][0], "fused": True}]
+    with pytest.warns(UserWarning, match="fused=True"):
+        ours.load_state_dict(saved)
+    assert called == ["pre", "post"]
+    assert ours.param_groups[0]["fused"] is None
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        torch_bp.optim.SGD(parameters()).load_state_dict({"state": {}, "param_groups": []})
+    assert len(ours._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2)).double()
+
+
+def step(model, optimizer, number):
+    generator = torch.Generator().manual_seed(number)
+    optimizer.zero_grad()
+    model(torch.randn(5, 4, generator=generator, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+
+
+@EACH
+@pytest.mark.parametrize("library", [0, 1], ids=["ours", "torch's"])
+def test_other_order_and_other_groups_train_on_as_before(name, library):
+    kind = PAIRS[name][library]
+    reference = network()
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    uninterrupted = kind(reference.named_parameters(), lr=0.05, weight_decay=0.01, **options)
+    for number in range(3):
+        step(reference, uninterrupted, number)
+    model = copy.deepcopy(reference)
+    named = [*model.named_parameters()][::-1]
+    resumed = kind([{"params": named[:2]}, {"params": named[2:], "lr": 0.5}])
+    report = load_state_dict_by_name(resumed, copy.deepcopy(uninterrupted.state_dict()))
+    assert not report
+    for number in range(3, 6):
+        step(reference, uninterrupted, number)
+        step(model, resumed, number)
+    torch.testing.assert_close(list(model.parameters()), list(reference.parameters()), **SAME)
+    assert [group["param_names"] for group in resumed.param_groups] == [
+        [n for n, _ in named[:2]],
+        [n for n, _ in named[2:]],
+    ]
+
+
+def test_groups_made_by_param_groups():
+    model = network()
+    optimizer = torch_bp.optim.AdamW(param_groups(model, lr=0.1))
+    step(model, optimizer, 0)
+    other = torch_bp.optim.AdamW(param_groups(model, layer_decay=0.5, lr=1.0))  # four groups for two
+    assert not load_state_dict_by_name(other, optimizer.state_dict())
+    assert {group["lr"] for group in other.param_groups} == {0.1}
+
+
+def test_names_given_by_the_model():
+    model = network()
+    optimizer = torch_bp.optim.Adam(model.named_parameters())
+    step(model, optimizer, 0)
+    unnamed = torch_bp.optim.Adam(reversed(list(model.parameters())))
+    with pytest.raises(ValueError, match="must know the names of its parameters, got one built without; give model="):
+        load_state_dict_by_name(unnamed, optimizer.state_dict())
+    assert not load_state_dict_by_name(unnamed, optimizer.state_dict(), model=model)
+    assert unnamed.state_dict()["param_groups"][0]["param_names"][0] == "2.bias"
+    torch.testing.assert_close(unnamed.state[model[0].weight], optimizer.state[model[0].weight], **SAME)
+    with pytest.raises(ValueError, match="must have all parameters of the optimizer, got one without 4 of them"):
+        load_state_dict_by_name(unnamed, optimizer.state_dict(), model=model[0])
+
+
+def test_state_keyed_by_names():
+    """As `torch.distributed.checkpoint.state_dict` gives it."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = network()
+    optimizer = torch_bp.optim.Adam(model.parameters(), lr=0.25)
+    step(model, optimizer, 0)
+    other = torch_bp.optim.Adam(model.named_parameters())
+    assert not load_state_dict_by_name(other, get_optimizer_state_dict(model, optimizer))
+    torch.testing.assert_close(dict(other.state), dict(optimizer.state), **SAME)
+    assert other.param_groups[0]["lr"] == 0.25
+
+
+def changed():
+    """A model that has a layer more, lacks one, and has one of another shape; its optimizer; and a saved state."""
+    model = network()
+    optimizer = torch_bp.optim.Adam(model.named_parameters(), lr=0.5)
+    step(model, optimizer, 0)
+    state = optimizer.state_dict()
+    model[1], model[2] = torch.nn.Identity(), torch.nn.Linear(3, 7)
+    model.append(torch.nn.Linear(7, 1))
+    model.double()
+    other = torch_bp.optim.Adam(model.named_parameters(), lr=0.1)
+    step(model, other, 1)
+    return model, other, state
+
+
+def test_strict_changes_nothing():
+    _, other, state = changed()
+    before = pickle.dumps(other.state_dict())
+    with pytest.raises(RuntimeError) as caught:
+        load_state_dict_by_name(other, state)
+    assert str(caught.value) == (
+        "Error(s) in loading state_dict for Adam:\n"
+        "\tMissing in the state: 3.weight, 3.bias.\n"
+        "\tUnexpected in the state: 1.bias, 1.weight.\n"
+        "\tSize mismatch for 2.weight: exp_avg of shape (2, 3) in the state, (7, 3) in the optimizer.\n"
+        "\tSize mismatch for 2.bias: exp_avg of shape (2,) in the state, (7,) in the optimizer.\n"
+        "strict=False loads what matches."
+    )
+    assert pickle.dumps(other.state_dict()) == before
+
+
+def test_not_strict_loads_what_matches():
+    model, other, state = changed()
+    kept = copy.deepcopy([dict(other.state[p]) for p in (*model[2].parameters(), *model[3].parameters())])
+    report = load_state_dict_by_name(other, state, strict=False)
+    assert report
+    assert (report.missing, report.unexpected) == (["3.weight", "3.bias"], ["1.bias", "1.weight"])
+    assert set(report.mismatched) == {"2.weight", "2.bias"}
+    assert torch.equal(other.state[model[0].weight]["exp_avg"], state["state"][0]["exp_avg"])
+    left = [dict(other.state[p]) for p in (*model[2].parameters(), *model[3].parameters())]
+    torch.testing.assert_close(left, kept, **SAME)
+    assert other.param_groups[0]["lr"] == 0.5
+    step(model, other, 2)
+
+
+def test_groups_that_were_several():
+    model = network()
+    groups = [{"params": [pair], "lr": 0.1 * number} for number, pair in enumerate(model.named_parameters())]
+    state = torch_bp.optim.SGD(groups).state_dict()
+    one = torch_bp.optim.SGD(model.named_parameters(), lr=0.7)
+    with pytest.raises(RuntimeError, match="Group 0 has parameters of several groups that differ in lr"):
+        load_state_dict_by_name(one, state)
+    assert load_state_dict_by_name(one, state, strict=False).mixed_groups == {0: "lr"}
+    assert one.param_groups[0]["lr"] == 0.7
+
+
+@pytest.mark.parametrize("name", ["NAdam", "ASGD", "Adam", "SGD"])
+def test_numbers_beside_averages(name):
+    """They have no shape of their own; a state of a single number is not that of a vector."""
+    states = []
+    for size in ((), (3,)):
+        p = torch.nn.Parameter(torch.ones(size))
+        optimizer = getattr(torch.optim, name)([("p", p)], **({"momentum": 0.9} if name == "SGD" else {}))
+        p.square().sum().backward()
+        optimizer.step()
+        states.append(optimizer.state_dict())
+    fresh = getattr(torch.optim, name)([("p", torch.nn.Parameter(torch.ones(3)))])
+    assert not load_state_dict_by_name(fresh, states[1])
+    fresh = getattr(torch.optim, name)([("p", torch.nn.Parameter(torch.ones(3)))])
+    with pytest.raises(RuntimeError, match="Size mismatch for p"):
+        load_state_dict_by_name(fresh, states[0])
+
+
+def test_names_that_are_lacking_or_double():
+    model = network()
+    optimizer = torch_bp.optim.Adam(model.named_parameters())
+    state = torch_bp.optim.Adam(model.parameters()).state_dict()
+    with pytest.raises(ValueError, match="state_dict must name its parameters, got group 0 without"):
+        load_state_dict_by_name(optimizer, state)
+    state["param_groups"][0]["param_names"] = ["a"] * 6
+    with pytest.raises(ValueError, match="names in state_dict must be unique, got a again"):
+        load_state_dict_by_name(optimizer, state)
