@@ -199,6 +199,15 @@ def one_cycle(t: float, levels: Sequence[Rate], ends: Sequence[float], strategy:
     return anneal(levels[phase], levels[phase + 1], progress, strategy)
 
 
+def log_spaced(t: float, start: float, end: float, steps: int) -> float:
+    """start (end / start)^(t / (steps - 1)): from `start` at t = 0 by a constant factor to `end` at t = steps - 1.
+
+    >>> [round(log_spaced(t, start=0.01, end=1.0, steps=5), 15) for t in (0, 2, 4)]
+    [0.01, 0.1, 1.0]
+    """
+    return start * (end / start) ** (t / (steps - 1))
+
+
 def move(rate: Rate, base_lr: Rate, before: float, now: float, eta_min: float = 0.0) -> Rate:
     """Where `rate` goes when the factor goes from `before` to `now`: eta_min + (rate - eta_min) now / before.
 
