@@ -210,8 +210,6 @@ def test_find(folder, capsys):
     assert out.isascii()
 
 
-@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")
-@pytest.mark.filterwarnings("ignore:.* does not have many workers")
 def test_find_in_a_recipe(folder, capsys):
     pytest.importorskip("lightning")
     pytest.importorskip("sklearn")

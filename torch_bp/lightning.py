@@ -5,6 +5,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+
+from torch_bp import config
 
 _TRAINER = ("accelerator", "devices", "precision", "accumulate_grad_batches", "gradient_clip_val", "strategy")
 
@@ -101,8 +104,8 @@ class LRFinder(Callback):
         self._kept.enter_context(untouched(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        from torch_bp.optim.lr_find import scaled
         from torch_bp.optim.lr_scheduler.state import write_rates
+        from torch_bp.optim.range_test import scaled
 
         write_rates(trainer.optimizers[0], scaled(self.test.next_lr, self._rates))
 
@@ -141,10 +144,13 @@ def find_by_config(content: Mapping[str, Any], **options: Any) -> Any:
     data = _instantiated(LightningDataModule, dict(content["data"]))
     node = dict(content["model"])
     arguments = dict(node.get("init_args") or {})
-    for name in inspect.signature(_class_of(node)).parameters:
+    for name in inspect.signature(config.node(node)[0]).parameters:
         if name not in arguments and hasattr(data, name):
             arguments[name] = getattr(data, name)
     model = _instantiated(LightningModule, node | {"init_args": arguments})
+    if content.get("optimizer") is not None:  # LightningCLI gives it to models that have none of their own
+        optimizer = config.build(content["optimizer"], params=model.parameters())
+        model.configure_optimizers = lambda: optimizer
     given = content.get("trainer") or {}
     trainer = Trainer(
         **{name: given[name] for name in _TRAINER if name in given},
@@ -157,14 +163,12 @@ def find_by_config(content: Mapping[str, Any], **options: Any) -> Any:
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    trainer.fit(model, datamodule=data)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* does not have many workers")
+        # Lightning's own use of a function that torch has renamed.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+        trainer.fit(model, datamodule=data)
     return finder.test
-
-
-def _class_of(node: Mapping[str, Any]) -> Any:
-    from torch_bp import config
-
-    return config.node(node)[0]
 
 
 def _instantiated(base: type, node: Mapping[str, Any]) -> Any:

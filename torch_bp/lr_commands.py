@@ -108,12 +108,14 @@ def _rates(item: Any, optimizer_item: Any, args: argparse.Namespace) -> list[flo
     import torch
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-    given: dict[str, Any] = {"params": [torch.nn.Parameter(torch.zeros(1))]} | ({"lr": args.lr} if args.lr else {})
+    given: dict[str, Any] = {"params": [torch.nn.Parameter(torch.zeros(1))]} | (
+        {} if args.lr is None else {"lr": args.lr}
+    )
     if optimizer_item is None:
         optimizer = torch.optim.SGD(**{"lr": 0.1, "momentum": 0.9} | given)
     else:
         optimizer = config.build(optimizer_item, **given)
-        for group in optimizer.param_groups if args.lr else ():
+        for group in () if args.lr is None else optimizer.param_groups:
             group["lr"] = args.lr
     cls, arguments = config.node(item)
     known = inspect.signature(cls).parameters
@@ -159,7 +161,7 @@ def add_lr_find(commands: Any) -> None:
 def run_lr_find(args: argparse.Namespace) -> int:
     """Print the losses over the rates, and what each rule suggests."""
     from torch_bp.cli import FOUND, WELL, UsageError
-    from torch_bp.optim.lr_find import RULES
+    from torch_bp.optim.range_test import RULES
 
     try:
         content = config.read(args.config)
@@ -186,7 +188,7 @@ def run_lr_find(args: argparse.Namespace) -> int:
 def _tested(content: Mapping[str, Any], args: argparse.Namespace) -> Any:
     import torch
 
-    from torch_bp.optim.lr_find import lr_find
+    from torch_bp.optim.range_test import lr_find
 
     options = {"min_lr": args.min_lr, "max_lr": args.max_lr, "steps": args.steps}
     torch.manual_seed(args.seed)

@@ -69,6 +69,22 @@ def test_parts_that_never_run(milestones):
     assert rates(make, 5) == pytest.approx(expected)
 
 
+@every_way
+def test_groups_added_later_join(way):
+    if way is WAYS["torch's"] or way is WAYS["one cycle"]:
+        pytest.skip("torch's part, or one that asks for its own keys")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
+    schedule = ours.warmup(way(optimizer), 3, 0.5)
+    optimizer.step()
+    schedule.step()
+    optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.4 * optimizer.param_groups[0]["lr"] / 0.1})
+    optimizer.param_groups[1]["initial_lr"] = 0.4
+    for _ in range(8):
+        schedule.step()
+        first, added = schedule.get_last_lr()
+        assert added == pytest.approx(4 * first)
+
+
 def test_a_chain_is_the_product_of_its_parts():
     parts = [
         lambda o: ours.LinearLR(o, 0.25, total_iters=3),

@@ -11,8 +11,8 @@ from torch_bp.optim import lr_scheduler
 from torch_bp.optim.adagrad import Adagrad
 from torch_bp.optim.adam import Adam
 from torch_bp.optim.adamw import AdamW
-from torch_bp.optim.lr_find import RangeTest, lr_find
 from torch_bp.optim.optimizer import RuleOptimizer
+from torch_bp.optim.range_test import RangeTest, lr_find
 from torch_bp.optim.rmsprop import RMSprop
 from torch_bp.optim.sgd import SGD
 

@@ -35,7 +35,8 @@ def _begin(scheduler: Any) -> None:
 
 
 def _begin_anew(scheduler: Any) -> None:
-    write_rates(scheduler.optimizer, [group["initial_lr"] for group in scheduler.optimizer.param_groups])
+    groups = scheduler.optimizer.param_groups
+    write_rates(scheduler.optimizer, [group.setdefault("initial_lr", shared.copied(group["lr"])) for group in groups])
     _begin(scheduler)
 
 
