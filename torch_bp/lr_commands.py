@@ -108,9 +108,9 @@ def _rates(item: Any, optimizer_item: Any, args: argparse.Namespace) -> list[flo
     import torch
     from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-    given: dict[str, Any] = {"params": [torch.nn.Parameter(torch.zeros(1))]} | (
-        {} if args.lr is None else {"lr": args.lr}
-    )
+    given: dict[str, Any] = {"params": [torch.nn.Parameter(torch.zeros(1))]}
+    if args.lr is not None:
+        given["lr"] = args.lr
     if optimizer_item is None:
         optimizer = torch.optim.SGD(**{"lr": 0.1, "momentum": 0.9} | given)
     else:

@@ -139,6 +139,15 @@ def test_leaves_everything_as_it_was(kind, options, failing, begun):
     assert_same(snapshot(model, optimizer)[:3], after[:3])
 
 
+def test_its_steps_do_not_count_for_the_order_of_a_schedule():
+    model, optimizer, batches = problem()
+    schedule = optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    lr_find(model, nn.MSELoss(), optimizer, batches)
+    with pytest.warns(UserWarning, match=r"before `optimizer.step"):
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05 * 0.9
+
+
 def test_buffers_that_a_module_replaces():
     class Counting(torch.nn.Module):
         def __init__(self):

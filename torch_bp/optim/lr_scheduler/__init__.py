@@ -19,7 +19,10 @@ What differs from torch:
   or, without one, the rate they have at the next step. `OneCycleLR` asks for its own keys.
 - **Where torch divides by zero** the schedule is defined: see `curves.move` and `curves.one_cycle`.
 - **Composites nest**: a sequence or a chain does the same as a part of a sequence as it does alone.
+- **Copies** of a schedule and its optimizer, by `deepcopy` or pickle, step without a warning.
 - **A first step that a GradScaler skips** gives no warning about the order of `optimizer.step()`.
+
+`SWALR` is torch's own, as all of `torch.optim.swa_utils` is.
 """
 
 from torch.optim import lr_scheduler as _theirs

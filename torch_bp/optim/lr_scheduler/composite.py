@@ -127,9 +127,7 @@ class SequentialLR(theirs.SequentialLR):
                 f"SequentialLR: total_steps must be more than {begin}, the last milestone, got {total_steps}. "
                 "Give the number of steps of the whole run."
             )
-        part: Any = self._schedulers[-1]
-        if self.last_epoch < begin:
-            part.last_epoch = -1  # it has not begun: nothing is to be written now
+        part: Any = self._schedulers[-1]  # one that has not begun, and so is at step -1, writes no rate
         part.rescale(total_steps - begin)
         self._last_lr = rates_of(self.optimizer)
 
