@@ -5,7 +5,6 @@ Layer l computes z_l = W_l a_{l-1} + b_l and a_l = act(z_l) (eq. 1 and 2), from 
 schedule are whatever the recipe names.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -20,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau  # torch_bp's is a subcla
 from torchmetrics import Metric, MetricCollection
 
 from torch_bp import nn
+from torch_bp.lightning import total_steps
 
 Batch = tuple[Tensor, Tensor]
 
@@ -138,7 +138,8 @@ class MLP(LightningModule):
             return optimizer
         arguments = getattr(self.lr_scheduler, "keywords", {})  # LightningCLI hands over a functools.partial
         open_end = "total_steps" in arguments and arguments["total_steps"] is arguments.get("epochs") is None
-        scheduler = self.lr_scheduler(optimizer, **({"total_steps": self._planned_steps()} if open_end else {}))
+        length = {"total_steps": total_steps(self.trainer, self.interval)} if open_end else {}
+        scheduler = self.lr_scheduler(optimizer, **length)
         interval = "epoch" if isinstance(scheduler, ReduceLROnPlateau) else self.interval
         return {
             "optimizer": optimizer,
@@ -149,18 +150,8 @@ class MLP(LightningModule):
         """Refuse a schedule that would end before the fit does, such as one resumed into more epochs."""
         for config in self.trainer.lr_scheduler_configs:
             total = getattr(config.scheduler, "total_steps", None)
-            if total is not None and total < (planned := self._planned_steps()):
+            if total is not None and total < (planned := total_steps(self.trainer, self.interval)):
                 raise ValueError(
                     f"{type(config.scheduler).__name__}: total_steps must be at least {planned}, the length "
                     f"of the fit, got {total}. Shorten the fit: a resumed schedule keeps its length."
                 )
-
-    def _planned_steps(self) -> int:
-        """How often a schedule steps in the whole fit."""
-        steps = self.trainer.estimated_stepping_batches if self.interval == "step" else self.trainer.max_epochs
-        if steps is None or not 0 < steps < math.inf:
-            raise ValueError(
-                f"lr_scheduler: total_steps must be positive and finite, got {steps}: the fit is open-ended. "
-                "Set --trainer.max_epochs or --trainer.max_steps."
-            )
-        return int(steps)

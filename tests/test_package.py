@@ -23,12 +23,19 @@ ROOMS = {
     "optim": {"kernels"},
     "step": {"nn", "ops", "autograd", "kernels", "optim"},
     "diagnostics": {"autograd", "ops", "kernels"},
+    "lightning": {"optim", "config"},
+    "lr_commands": {"cli", "chart", "config", "optim", "lightning"},
+    "chart": set(),
+    "config": set(),
 }
 EVERYONE = {"_mirror", "_version"}
 ONLY_IN = {
     "numba": "kernels/",
     "triton": "kernels/",
     "lightning": "lightning.py",
+    "jsonargparse": "lightning.py",
+    "matplotlib": ("chart.py", "optim/range_test.py"),
+    "yaml": "config.py",
     "tensorboard": "diagnostics/writers.py",
 }
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
@@ -113,7 +120,8 @@ def test_sub_modules_of_torch_can_be_imported_under_our_name():
 
 def test_import_loads_nothing_heavy():
     """In a process of its own: what is there after each of three imports."""
-    heavy = ["numba", "triton", "lightning", "tensorboard", "torch_bp.optim", "torch_bp.nn", "torch_bp.kernels"]
+    heavy = ["numba", "triton", "lightning", "jsonargparse", "matplotlib", "rich", "yaml", "tensorboard"]
+    heavy += ["torch_bp.optim", "torch_bp.nn", "torch_bp.kernels"]
     code = "import sys\n"
     for room in ("torch_bp", "torch_bp.nn", "torch_bp.optim"):
         code += f"import {room}\nprint(*[m for m in {heavy} if m in sys.modules])\n"
@@ -121,6 +129,13 @@ def test_import_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
     nn = {"torch_bp.nn", "torch_bp.kernels"}
     assert [set(line.split()) for line in done.stdout.split("\n")] == [set(), nn, {*nn, "torch_bp.optim"}, set()]
+
+
+def test_importing_the_lightning_room_leaves_the_optimizers_alone():
+    """Else `LightningCLI --optimizer SGD` would be ambiguous."""
+    code = "import sys, torch_bp.lightning\nassert 'torch_bp.optim' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_rooms_are_found_as_attributes():

@@ -12,6 +12,15 @@ import torch.optim.lr_scheduler as theirs
 
 import torch_bp.optim.lr_scheduler as ours
 
+
+def lambda_1(t):
+    return 1 / (1 + t)
+
+
+def lambda_2(t):
+    return 0.9 if t % 3 else 0.5
+
+
 # A row: the class, its arguments, and the steps to take, past the end where there is one.
 ROWS = [
     ("StepLR", {"step_size": 3}, 12),
@@ -25,6 +34,13 @@ ROWS = [
     ("CosineAnnealingLR", {"T_max": 7, "eta_min": 0.002}, 45),
     ("CosineAnnealingWarmRestarts", {"T_0": 4}, 14),
     ("CosineAnnealingWarmRestarts", {"T_0": 3, "T_mult": 2, "eta_min": 0.002}, 50),
+    ("PolynomialLR", {"total_iters": 9, "power": 2.0}, 14),
+    ("LambdaLR", {"lr_lambda": lambda_1}, 12),
+    ("LambdaLR", {"lr_lambda": [lambda_1, lambda_2]}, 12),
+    ("MultiplicativeLR", {"lr_lambda": lambda_2}, 12),
+    ("CyclicLR", {"base_lr": 0.01, "max_lr": 0.5, "step_size_up": 3, "step_size_down": 5}, 30),
+    ("CyclicLR", {"base_lr": 0.01, "max_lr": [0.5, 0.2], "step_size_up": 4, "mode": "triangular2"}, 30),
+    ("CyclicLR", {"base_lr": 0.01, "max_lr": 0.5, "mode": "exp_range", "gamma": 0.9, "cycle_momentum": False}, 30),
     ("OneCycleLR", {"max_lr": 0.5, "total_steps": 20}, 20),
     ("OneCycleLR", {"max_lr": [0.5, 0.2], "epochs": 4, "steps_per_epoch": 5, "anneal_strategy": "linear"}, 20),
     ("OneCycleLR", {"max_lr": 0.5, "total_steps": 20, "three_phase": True, "max_momentum": [0.9, 0.8]}, 20),
@@ -218,25 +234,26 @@ def composites(module):
     chained, sequential = (module, "ChainedScheduler"), (module, "SequentialLR")
     step, constant, linear = FIRST["StepLR"], FIRST["ConstantLR"], FIRST["LinearLR"]
     warm, one_cycle = FIRST["CosineAnnealingWarmRestarts"], FIRST["OneCycleLR"]
-    torchs = ("PolynomialLR", {"total_iters": 9})
+    polynomial = ("PolynomialLR", {"total_iters": 9})
     nested = composed(*chained, constant, FIRST["ExponentialLR"])
     return [
-        composed(*chained, linear, step, torchs),
+        composed(*chained, linear, step, polynomial),
         composed(*sequential, linear, one_cycle, milestones=[3]),
         composed(*sequential, one_cycle, step, milestones=[6]),
-        composed(*sequential, constant, warm, torchs, milestones=[3, 7]),
+        composed(*sequential, constant, warm, polynomial, milestones=[3, 7]),
         composed(*sequential, nested, warm, milestones=[4]),
-        composed(*chained, composed(*sequential, linear, step, milestones=[3]), torchs),
+        composed(*chained, composed(*sequential, linear, step, milestones=[3]), polynomial),
     ]
 
 
 @pytest.mark.parametrize("which", range(6))
 def test_composers_nest_and_resume(which):
-    assert_twins(*(composites(module)[which](optimizer()) for module in (ours, theirs)), 12)
+    if which != 4:  # a composite in a sequence, which torch begins a step late: see test_composite.py
+        assert_twins(*(composites(module)[which](optimizer()) for module in (ours, theirs)), 12)
     for order, k in itertools.product(ORDERS, range(9)):
         schedule = advance(composites(ours)[which](optimizer()), k)
         assert_twins(resumed(composites(ours)[which], saved(schedule), order), schedule, 3)
-        if order == "cos" or (order == "ocs" and which in (1, 2, 4)):  # torch is right, or all parts are ours
+        if order == "cos" or order == "ocs":  # torch is right, or ours writes the rates
             schedule = advance(composites(theirs)[which](optimizer()), k)
             assert_twins(resumed(composites(ours)[which], saved(schedule), order), schedule, 3)
 
@@ -262,10 +279,17 @@ def test_groups_added_later_join(name, kwargs):
         added.update({key: first[key] for key in GROUP_KEYS if key in first and key != "lr"})
         rates = advance(mine).get_last_lr()
         assert rates[0] == rates[2] == added["lr"] != 0.5
-    for _ in range(8 if name not in ("OneCycleLR", "CosineAnnealingWarmRestarts") else 0):  # torch goes on with these
+    if name in ("LambdaLR", "MultiplicativeLR", "CyclicLR"):  # one function, or one pair of bounds, for all groups
+        advance(mine)
+        first, *_, added = mine.optimizer.param_groups
+        expected = {"LambdaLR": 0.5 * lambda_1(3), "MultiplicativeLR": 0.5 * lambda_2(3), "CyclicLR": first["lr"]}
+        assert math.isclose(added["lr"], expected[name])
+    alone = ("OneCycleLR", "CosineAnnealingWarmRestarts", "LambdaLR", "MultiplicativeLR", "CyclicLR")
+    for _ in range(0 if name in alone else 8):  # torch goes on with these
         assert same(advance(mine).get_last_lr(), advance(other).get_last_lr())
-    assert all(0 < advance(mine).get_last_lr()[2] <= 1.5 for _ in range(10))
-    if name not in ("OneCycleLR", "ReduceLROnPlateau"):
+    least = -1 if name == "PolynomialLR" else 0
+    assert all(least < advance(mine).get_last_lr()[2] <= 1.5 for _ in range(10))
+    if name not in ("OneCycleLR", "ReduceLROnPlateau", "CyclicLR"):
         assert mine.optimizer.param_groups[2]["initial_lr"] == mine.base_lrs[2] == 0.5
 
 
@@ -293,6 +317,20 @@ def test_a_step_before_the_optimizers_warns(module):
         schedule.step()
 
 
-def test_other_names_are_torchs():
-    for name in set(theirs.__all__) - set(FIRST):
-        assert getattr(ours, name) is getattr(theirs, name)
+def test_every_schedule_of_torchs_is_ours():
+    for name in set(theirs.__all__) - {"LRScheduler"}:
+        assert getattr(ours, name).__module__.startswith("torch_bp.")
+        assert name in FIRST or name in ("SequentialLR", "ChainedScheduler")
+    assert ours.LRScheduler is theirs.LRScheduler  # the base class that user code tests for
+
+
+@pytest.mark.parametrize("name", ["LambdaLR", "MultiplicativeLR", "CyclicLR"])
+def test_a_group_added_later_needs_its_own_where_the_groups_differ(name):
+    kwargs = {"max_lr": [0.5, 0.2], "base_lr": 0.1} if name == "CyclicLR" else {"lr_lambda": [lambda_1, lambda_2]}
+    schedule = advance(build(ours, optimizer(), name, kwargs), 2)
+    schedule.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.5})
+    values = "max_lrs" if name == "CyclicLR" else "lr_lambdas"
+    with pytest.raises(ValueError, match=f"{name}: {values} must have a value for each of 3 parameter groups, got 2"):
+        advance(schedule)
+    getattr(schedule, values).append(0.3 if name == "CyclicLR" else lambda_1)
+    assert len(advance(schedule).get_last_lr()) == 3

@@ -15,6 +15,7 @@ from torch_bp.optim.in_backward import apply_in_backward
 from torch_bp.optim.loading import load_state_dict_by_name
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.param_groups import param_groups
+from torch_bp.optim.range_test import RangeTest, lr_find
 from torch_bp.optim.rmsprop import RMSprop
 from torch_bp.optim.sgd import SGD
 

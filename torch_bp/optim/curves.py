@@ -8,11 +8,11 @@ Rates are floats, or one-element tensors, which give new tensors.
 
 Sources: the report's sec. 7 (step and exponential decay, cosine annealing, 1cycle); Loshchilov and Hutter,
 "SGDR", arXiv:1608.03983 (cosine annealing, warm restarts); Smith and Topin, "Super-Convergence",
-arXiv:1708.07120 (1cycle).
+arXiv:1708.07120 (1cycle); Smith, "Cyclical Learning Rates", arXiv:1506.01186 (cyclic).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -92,6 +92,48 @@ def cosine(t: float, T_max: float, rising: bool = False) -> float:  # noqa: N803
     return (1 - wave if rising else 1 + wave) / 2
 
 
+def polynomial(t: float, total_iters: int, power: float) -> float:
+    """(1 - min(t, total_iters) / total_iters)^power: from 1 down to 0 at t = total_iters.
+
+    total_iters = 0 means 1 without end, as torch has it. Before step 0 the factor is 1.
+
+    >>> [polynomial(t, total_iters=4, power=2.0) for t in (0, 2, 9)]
+    [1.0, 0.25, 0.0]
+    """
+    return (1.0 - min(max(t, 0), total_iters) / total_iters) ** power if total_iters > 0 else 1.0
+
+
+def product(t: int, factor: Callable[[int], float], since: int = 0) -> float:
+    """factor(since + 1) factor(since + 2) ... factor(t): what a factor of its own in every step has made.
+
+    >>> [product(t, lambda i: 0.5 if i % 2 else 1.0) for t in (0, 1, 4)]
+    [1.0, 0.5, 0.25]
+    """
+    return math.prod((factor(i) for i in range(since + 1, t + 1)), start=1.0)
+
+
+def triangle(t: float, total_size: float, step_ratio: float) -> tuple[int, float]:
+    """`(cycle, height)`: the number of the running cycle, from 1 on, and where between its bounds the rate stands.
+
+    A cycle lasts total_size steps; the height goes from 0 to 1 in the first step_ratio of them, and back. `halving`
+    and `exponential` shrink it from cycle to cycle or from step to step (Smith, arXiv:1506.01186).
+
+    >>> [triangle(t, total_size=8, step_ratio=0.25) for t in (0, 1, 10)]
+    [(1, 0.0), (1, 0.5), (2, 1.0)]
+    """
+    cycle, share = t // total_size, t % total_size / total_size
+    return int(cycle) + 1, share / step_ratio if share <= step_ratio else (share - 1.0) / (step_ratio - 1.0)
+
+
+def halving(cycle: int) -> float:
+    """2^(1 - cycle): each cycle, counted from 1, half as high as the one before.
+
+    >>> [halving(cycle) for cycle in (1, 2, 4)]
+    [1.0, 0.5, 0.125]
+    """
+    return exponential(cycle - 1, 0.5)
+
+
 def warm_restarts(t: float, T_0: float, T_mult: int) -> tuple[float, float]:  # noqa: N803
     """`(T_cur, T_i)`: the steps since the last restart and the length of the running cycle (SGDR sec. 3).
 
@@ -155,6 +197,15 @@ def one_cycle(t: float, levels: Sequence[Rate], ends: Sequence[float], strategy:
     start, end = (ends[phase - 1] if phase else 0.0), ends[phase]
     progress = (t - start) / (end - start) if end != start else 1.0
     return anneal(levels[phase], levels[phase + 1], progress, strategy)
+
+
+def log_spaced(t: float, start: float, end: float, steps: int) -> float:
+    """start (end / start)^(t / (steps - 1)): from `start` at t = 0 by a constant factor to `end` at t = steps - 1.
+
+    >>> [round(log_spaced(t, start=0.01, end=1.0, steps=5), 15) for t in (0, 2, 4)]
+    [0.01, 0.1, 1.0]
+    """
+    return start * (end / start) ** (t / (steps - 1))
 
 
 def move(rate: Rate, base_lr: Rate, before: float, now: float, eta_min: float = 0.0) -> Rate:

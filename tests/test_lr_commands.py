@@ -1,0 +1,254 @@
+"""The commands `torch-bp lr-preview` and `lr-find`: what they print, their files, and their exit codes."""
+
+import builtins
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_bp
+from torch_bp.cli import main
+from torch_bp.optim import lr_scheduler
+
+ROOT = Path(torch_bp.__file__).parent.parent
+PATH = "torch_bp.optim.lr_scheduler."
+STEP = ["--lr_scheduler", PATH + "StepLR", "--init_args", "step_size=2"]
+NESTED = """
+optimizer: {class_path: torch_bp.optim.AdamW, init_args: {lr: 2e-3}}
+lr_scheduler:
+  class_path: torch_bp.optim.lr_scheduler.warmup
+  init_args:
+    steps: 3
+    start_factor: 0.5
+    schedule:
+      class_path: torch_bp.optim.lr_scheduler.ChainedScheduler
+      init_args:
+        schedulers:
+        - {class_path: torch_bp.optim.lr_scheduler.StepLR, init_args: {step_size: 2, gamma: 0.5}}
+        - {class_path: torch_bp.optim.lr_scheduler.ExponentialLR, init_args: {gamma: 0.9}}
+"""
+FIND = """
+import torch
+from torch_bp import nn
+
+def model():
+    return nn.Linear(4, 1)
+
+def batches():
+    x = torch.randn(32, 4)
+    return [(x, x.sum(1, keepdim=True))]
+
+def nothing():
+    return []
+
+class Rising(torch.nn.Module):
+    calls = 0
+    def forward(self, output, target):
+        self.calls += 1
+        return output.sum() * 0 + self.calls
+"""
+FIND_CONFIG = """
+model: their_parts.model
+loss: torch_bp.nn.MSELoss
+optimizer: {class_path: torch_bp.optim.SGD, init_args: {lr: 0.1}}
+batches: their_parts.batches
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "their_parts.py").write_text(FIND)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("their_parts", None)
+
+
+def previewed(capsys, *arguments):
+    assert main(["lr-preview", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["lr"]
+
+
+def test_flags(capsys):
+    rates = previewed(capsys, *STEP, "gamma=5e-1", "--steps=5")
+    assert rates == {"StepLR": [0.1, 0.1, 0.05, 0.05, 0.025]}
+    rates = previewed(
+        capsys, "--lr_scheduler", PATH + "LinearLR", "--init_args", "total_iters=4", "--lr=3", "--steps", "5"
+    )
+    assert rates["LinearLR"] == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0])
+
+
+def test_a_file_with_composites(folder, capsys):
+    (folder / "a.yaml").write_text(NESTED)
+    [rates] = previewed(capsys, "a.yaml", "--steps", "9").values()
+    assert rates == pytest.approx(
+        [2e-3 * f for f in (0.5, 2 / 3, 5 / 6, *(0.9**t * 0.5 ** (t // 2) for t in range(6)))]
+    )
+    [again] = previewed(capsys, "a.yaml", "--steps", "9", "--lr", "0.02").values()
+    assert again == pytest.approx([10 * lr for lr in rates])
+
+
+@pytest.mark.parametrize("recipe", ["digits", "breast_cancer", "diabetes"])
+def test_recipes(recipe, capsys):
+    [(name, rates)] = previewed(capsys, str(ROOT / "recipes" / f"{recipe}.yaml"), "--steps", "50").items()
+    assert len(rates) == 50
+    assert hasattr(lr_scheduler, name)
+
+
+def test_json_files_and_a_metric_that_stands_still(folder, capsys):
+    item = {"class_path": PATH + "ReduceLROnPlateau", "init_args": {"patience": 1, "factor": 0.5}}
+    (folder / "a.json").write_text(json.dumps({"lr_scheduler": item}))
+    assert previewed(capsys, "a.json", "--steps", "6")["ReduceLROnPlateau"] == [0.1, 0.1, 0.1, 0.05, 0.05, 0.025]
+    arguments = ["a.json", "--steps", "6", "--init_args", "patience=0"]
+    assert previewed(capsys, *arguments)["ReduceLROnPlateau"][3] == 0.025
+
+
+def test_chart_and_picture(folder, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["lr-preview", *STEP, "gamma=0.9", "--png", "a.png"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0] == "StepLR, lr in 100 steps"
+    assert lines[1].startswith("       0.1 |")
+    assert lines[-1] == "a.png"
+    assert out.isascii()
+    assert "\x1b" not in out
+    assert (folder / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_sheet_of_the_recipes_has_every_schedule(capsys):
+    rates = previewed(capsys, str(ROOT / "recipes" / "schedules.yaml"))
+    missing = [n for n in torch.optim.lr_scheduler.__all__ if n not in " ".join(rates) and n != "LRScheduler"]
+    assert not missing
+    assert (ROOT / "recipes" / "figures" / "schedules.png").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "a schedule must be named, got none. Give a file"),
+        (["nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["list.yaml"], "the file must hold a mapping, got list"),
+        (["broken.yaml"], "broken.yaml: not valid YAML or JSON"),
+        (["several.yaml", "--init_args", "a=1"], "`schedules` has several"),
+        (["keys.yaml"], "only class_path and init_args may stand beside it, got ['gamma']"),
+        (["--lr_scheduler", "StepLR"], "'StepLR' must be a full path"),
+        (["--lr_scheduler", PATH + "Nothing"], "Nothing cannot be imported: AttributeError"),
+        (["--lr_scheduler", PATH + "StepLR"], "StepLR: TypeError: .*missing"),
+        (["--lr_scheduler", PATH + "StepLR", "--init_args", "step_size"], "'step_size' must be NAME=VALUE"),
+        (["--lr_scheduler", PATH + "LinearLR", "--init_args", "start_factor=0"], "Starting multiplicative factor"),
+        (
+            ["--lr_scheduler", PATH + "OneCycleLR", "--init_args", "max_lr=1", "total_steps=9"],
+            "OneCycleLR: Tried to step 10 times. The specified number of total steps is 9. Take fewer --steps.",
+        ),
+        ([*STEP, "--png", "no/where.png"], "No such file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_preview_refuses_with_exit_code_2(arguments, message, folder, capsys):
+    (folder / "list.yaml").write_text("[1, 2]")
+    (folder / "broken.yaml").write_text("a: [1")
+    (folder / "several.yaml").write_text(f"schedules: {{a: {PATH}StepLR}}")
+    (folder / "keys.yaml").write_text(f"lr_scheduler: {{class_path: {PATH}ExponentialLR, gamma: 0.9}}")
+    assert main(["lr-preview", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("torch-bp lr-preview: ")
+    assert __import__("re").search(message, err) or message in err
+    assert not out
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "arguments"),
+    [
+        (
+            "matplotlib.figure",
+            "recipes",
+            [*STEP, "--png", "a"],
+        ),
+        ("yaml", "lightning", ["a.yaml"]),
+    ],
+)
+def test_a_missing_package_names_its_extra(package, extra, arguments, folder, monkeypatch, capsys):
+    (folder / "a.yaml").write_text(NESTED)
+    known = builtins.__import__
+
+    def without(name, *rest):
+        if name == package:
+            raise ImportError(f"No module named {name!r}")
+        return known(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main(["lr-preview", *arguments]) == 2
+    assert f'pip install "torch_bp[{extra}]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["lr-preview", "lr-find"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"Example: torch-bp {command} " in " ".join(capsys.readouterr().out.split())
+    for bad in (["--steps", "0"], ["--steps", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            main([command, "a.yaml", *bad])
+        assert caught.value.code == 2
+
+
+def test_find(folder, capsys):
+    (folder / "a.yaml").write_text(FIND_CONFIG)
+    assert main(["lr-find", "a.yaml", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0.01 < found["suggestions"]["steepest"] < 1
+    assert len(found["lr"]) == len(found["losses"]) <= 100
+    assert main(["lr-find", "a.yaml", "--steps", "60"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("smoothed loss over the learning rate")
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["steepest", "minimum", "valley"]
+    assert out.isascii()
+
+
+def test_find_in_a_recipe(folder, capsys):
+    pytest.importorskip("lightning")
+    pytest.importorskip("sklearn")
+    arguments = [str(ROOT / "recipes" / "digits.yaml"), "--json", "--steps", "30", "--min_lr", "1e-5", "--png", "a.png"]
+    assert main(["lr-find", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 1e-4 < found["suggestions"]["steepest"] < 1
+    assert (folder / "a.png").exists()
+    assert not (folder / "logs").exists()
+
+
+def test_a_loss_that_only_rises_is_exit_code_1(folder, capsys):
+    (folder / "a.yaml").write_text(FIND_CONFIG.replace("torch_bp.nn.MSELoss", "their_parts.Rising"))
+    assert main(["lr-find", "a.yaml"]) == 1
+    assert "the loss must fall somewhere" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("their_parts.batches", "their_parts.nothing", "batches must hold at least one batch"),
+        ("their_parts.model", "their_parts.none", "their_parts.none cannot be imported"),
+        ("loss:", "losses:", "got no loss"),
+        ("loss:", "data:\nloss:", "TypeError"),
+    ],
+)
+def test_find_refuses_with_exit_code_2(old, new, message, folder, capsys):
+    (folder / "a.yaml").write_text(FIND_CONFIG.replace(old, new))
+    assert main(["lr-find", "a.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert not out
+
+
+def test_as_a_process(folder):
+    command = [sys.executable, "-m", "torch_bp", "lr-preview", "--lr_scheduler", PATH + "StepLR", "--init_args"]
+    done = subprocess.run(
+        [*command, "step_size=30"], capture_output=True, cwd=folder, env={"PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert not done.stderr

@@ -1,0 +1,94 @@
+"""Training for a try: afterwards model, optimizer and random numbers are as they were."""
+
+import copy
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@contextmanager
+def untouched(model: nn.Module, optimizer: Optimizer | None = None, generators: Iterable[Any] = ()) -> Iterator[None]:
+    """What happens inside to `model` and `optimizer` is taken back at the end, also after an exception.
+
+    Kept are parameters, gradients and buffers (values and identity), the training flag of each module, the optimizer's
+    state and groups, and the random numbers of Python, NumPy, torch on every device in use, and of `generators`.
+    Optimizer steps inside work on a copy of its state. It costs the memory of a second model and its state.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> before = layer.weight.item()
+        >>> with untouched(layer):
+        ...     _ = nn.init.zeros_(layer.weight)
+        >>> layer.weight.item() == before
+        True
+    """
+    groups = optimizer.param_groups if optimizer is not None else []
+    params = dict.fromkeys([*model.parameters(), *(p for group in groups for p in group["params"])])
+    places: list[Any] = [names for m in model.modules() for names in (m._parameters, m._buffers)]
+    tensors = dict.fromkeys([*params, *(t for names in places for t in names.values() if t is not None)])
+    values = [(t, t.detach().clone()) for t in tensors]
+    gradients = [(p, p.grad) for p in params]
+    flags = [(m, m.training) for m in model.modules()]
+    entries = [(names, dict(names)) for names in places]
+    for p in params:  # new ones are made; those in place stay as they are
+        p.grad = None
+    try:
+        with same_random_numbers(generators), _same_optimizer(optimizer):
+            yield
+    finally:
+        for names, kept in entries:
+            names.clear()
+            names.update(kept)
+        with torch.no_grad():
+            for t, value in values:
+                t.copy_(value)
+        for p, grad in gradients:
+            p.grad = grad
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def _same_optimizer(optimizer: Optimizer | None) -> Iterator[None]:
+    if optimizer is None:
+        yield
+        return
+    state, groups = optimizer.state, [dict(group) for group in optimizer.param_groups]
+    values = [{k: v.clone() for k, v in group.items() if isinstance(v, Tensor)} for group in groups]
+    called = vars(optimizer).get("_opt_called")
+    optimizer.state = defaultdict(dict, {p: copy.deepcopy(of_p) for p, of_p in state.items()})
+    try:
+        yield
+    finally:
+        optimizer.state = state
+        for group, kept, tensors in zip(optimizer.param_groups, groups, values):
+            group.clear()
+            group.update(kept)
+            for key, value in tensors.items():
+                group[key].copy_(value)
+        if called is None:
+            vars(optimizer).pop("_opt_called", None)
+
+
+@contextmanager
+def same_random_numbers(generators: Iterable[Any] = ()) -> Iterator[None]:
+    """The random numbers of Python, NumPy, torch and `generators` go on afterwards as if none had been drawn inside."""
+    numpy: Any = sys.modules.get("numpy")  # if it has not been imported nobody draws from it
+    python, arrays = random.getstate(), numpy and numpy.random.get_state()
+    kept = [(generator, generator.get_state()) for generator in generators if isinstance(generator, torch.Generator)]
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+            yield
+    finally:
+        random.setstate(python)
+        if arrays:
+            numpy.random.set_state(arrays)
+        for generator, state in kept:
+            generator.set_state(state)
