@@ -61,7 +61,26 @@ def interpret():
         torch.testing.assert_close([*params, *grads], [*expected, *same], **tolerance)
         torch.testing.assert_close(totals, wanted, rtol=max(1e-6, 2 * tolerance["rtol"]), atol=1e-12)
         checked += 1
-    print("interpreted", checked)
+    print("interpreted", checked + optimizers())
+
+
+def optimizers():
+    """Steps of every optimizer by interpreted kernels and by the torch formula."""
+    from tests.optim.table import PAIRS, parameters, train
+
+    options = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}, "Adam": {"amsgrad": True}}
+    for name, (kind, _) in PAIRS.items():
+        for dtype in (torch.float32, torch.float64):
+            trained = []
+            for engine in ("torch", "triton"):
+                params = parameters(dtype, shapes=[(3, 4), (5,), (), (0, 3)])
+                optimizer = kind(params, **options.get(name, {}))
+                with use(engine):
+                    train(optimizer, params, 8)
+                trained.append(params)
+            assert optimizer._plan.shares[0].buckets, "no list kernel served"
+            torch.testing.assert_close(*trained, **TOLERANCE[dtype])
+    return 2 * len(PAIRS)
 
 
 def kernels():
@@ -107,12 +126,21 @@ def kernels():
         (optim.Adagrad, {"lr_decay": 0.1}),
         (optim.Adam, {"amsgrad": True, "weight_decay": 0.1}),
         (optim.AdamW, {}),
+        (optim.NAdam, {"weight_decay": 0.1}),
+        (optim.RAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+        (optim.Adamax, {"maximize": True}),
+        (optim.Adadelta, {"weight_decay": 0.1}),
+        (optim.Lion, {"weight_decay": 0.1}),
     ):
         optimizer = kind([torch.ones(2, requires_grad=True)], **options)
         group = optimizer.param_groups[0]
         tensors = [torch.ones(2), torch.ones(2)]
         tensors += [None if name is None else torch.ones(2) for name in optimizer.state_layout(group)]
-        yield kind.rule.formula, tensors, optimizer.scalars(group, 3, False)
+        yield kind.rule.formula, tensors, optimizer.scalars(group, 3, False, **dict.fromkeys(_numbers(kind), 0.5))
+
+
+def _numbers(kind):
+    return getattr(kind, "numbers", ())
 
 
 def compile_ahead():

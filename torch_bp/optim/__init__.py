@@ -8,10 +8,15 @@ import torch.optim
 
 from torch_bp._mirror import mirror
 from torch_bp.optim import lr_scheduler
+from torch_bp.optim.adadelta import Adadelta
 from torch_bp.optim.adagrad import Adagrad
 from torch_bp.optim.adam import Adam
+from torch_bp.optim.adamax import Adamax
 from torch_bp.optim.adamw import AdamW
+from torch_bp.optim.lion import Lion
+from torch_bp.optim.nadam import NAdam
 from torch_bp.optim.optimizer import RuleOptimizer
+from torch_bp.optim.radam import RAdam
 from torch_bp.optim.rmsprop import RMSprop
 from torch_bp.optim.sgd import SGD
 
