@@ -116,7 +116,7 @@ CHANGES = [
     freeze,
     other_order,
 ]
-OPTIONS = dict.fromkeys(PAIRS, {}) | dict.fromkeys(("SGD", "RMSprop"), {"momentum": 0.9})
+OPTIONS = {name: {"momentum": 0.9} if name in ("SGD", "RMSprop") else {} for name in PAIRS}
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
