@@ -149,7 +149,10 @@ def test_is_torchs_class_with_torchs_signature(name):
 
     ours, theirs = PAIRS[name]
     assert issubclass(ours, theirs)
-    assert inspect.signature(ours) == inspect.signature(theirs)
+    added = {"eps_inside_sqrt"} if name == "RMSprop" else set()
+    signature = inspect.signature(ours)
+    same = [parameter for key, parameter in signature.parameters.items() if key not in added]
+    assert signature.replace(parameters=same) == inspect.signature(theirs)
     params = parameters()
     assert repr(ours(params, **OPTIONS[name])) == repr(theirs(params, **OPTIONS[name]))
     assert ours(params).defaults == theirs(params).defaults
