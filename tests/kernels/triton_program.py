@@ -65,8 +65,9 @@ def interpret():
 
 
 def optimizers():
-    """Steps of every optimizer by interpreted kernels and by the torch formula."""
+    """Steps of every optimizer by interpreted kernels and by the torch formula, plain and with all that goes along."""
     from tests.optim.table import PAIRS, parameters, train
+    from torch_bp.optim import fused_step
 
     options = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}, "Adam": {"amsgrad": True}}
     for name, (kind, _) in PAIRS.items():
@@ -77,7 +78,9 @@ def optimizers():
                 optimizer = kind(params, **options.get(name, {}))
                 with use(engine):
                     train(optimizer, params, 8)
-                trained.append(params)
+                    done = fused_step(optimizer, max_norm=1.0, zero_grad=True, norms=True)
+                grads = [p.grad for p in params]
+                trained.append((params, grads, done.total_norm, done.grad_norms, done.weight_norms, done.update_norms))
             assert optimizer._plan.shares[0].buckets, "no list kernel served"
             torch.testing.assert_close(*trained, **TOLERANCE[dtype])
     return 2 * len(PAIRS)
@@ -91,9 +94,11 @@ def kernels():
     import torch_bp.ops.nll_loss
     import torch_bp.ops.softmax  # noqa: F401
     from torch_bp import optim
+    from torch_bp.kernels.extension import SCALE, extended
     from torch_bp.ops import pointwise
     from torch_bp.ops.binary_cross_entropy import bce_backward, bce_logits_backward, bce_target_backward
     from torch_bp.ops.squared_error import squared_error_backward
+    from torch_bp.optim.fused import sum_of_squares
 
     batch_norm, cross_entropy, layer_norm, nll_loss, softmax = (
         sys.modules[f"torch_bp.ops.{name}"]
@@ -136,7 +141,12 @@ def kernels():
         group = optimizer.param_groups[0]
         tensors = [torch.ones(2), torch.ones(2)]
         tensors += [None if name is None else torch.ones(2) for name in optimizer.state_layout(group)]
-        yield kind.rule.formula, tensors, optimizer.scalars(group, 3, False, **dict.fromkeys(_numbers(kind), 0.5))
+        scalars = optimizer.scalars(group, 3, False, **dict.fromkeys(_numbers(kind), 0.5))
+        yield kind.rule.formula, tensors, scalars
+        if kind in (optim.Adam, optim.Lion):
+            more = extended(kind.rule.formula, scaled=True, cleared=True, measured=True)
+            yield more, tensors, {**scalars, SCALE: 0.5}
+    yield sum_of_squares.formula, [torch.ones(2)], {}
 
 
 def _numbers(kind):

@@ -219,69 +219,6 @@ def test_lion_refuses_what_is_out_of_range():
             optim.Lion(parameters(), **options)
 
 
-def test_rules_of_ones_own():
-    from torch_bp.kernels import formula, sign, use
-
-    @formula(updates=("param", "momentum_buffer"))
-    def sign_momentum(param, grad, momentum_buffer, *, lr, beta):
-        momentum_buffer = beta * momentum_buffer + (1 - beta) * grad
-        return param - lr * sign(momentum_buffer), momentum_buffer
-
-    class SignMomentum(optim.RuleOptimizer):
-        rule, state_names, counts_steps = staticmethod(sign_momentum), ("momentum_buffer",), True
-
-        def __init__(self, params, lr=1e-3, beta=0.9):
-            super().__init__(params, {"lr": lr, "beta": beta})
-
-    runs = []
-    for engine in ("torch", "numba"):
-        params = parameters()
-        optimizer = SignMomentum(params, lr=0.1)
-        with use(engine):
-            train(optimizer, params, 5)
-            resumed = SignMomentum(params)
-            resumed.load_state_dict(optimizer.state_dict())
-            train(resumed, params, 5, seed=2)
-        runs.append(params)
-        assert resumed.state[params[0]]["step"] == 10
-        assert resumed.param_groups[0]["lr"] == 0.1
-    torch.testing.assert_close(*runs, rtol=0, atol=1e-15)
-    scheduler = torch.optim.lr_scheduler.StepLR(resumed, 1)
-    train(resumed, params, 1)
-    scheduler.step()
-    assert resumed.param_groups[0]["lr"] == pytest.approx(0.01)
-
-
-def test_a_rule_is_checked_when_its_class_is_made():
-    from torch_bp.kernels import formula
-
-    @formula
-    def pure(param, grad, *, lr):
-        return param - lr * grad
-
-    @formula(updates=("grad",))
-    def writes_gradient(param, grad, *, lr):
-        return param - lr * grad
-
-    @formula(updates=("param",))
-    def rule(param, grad, average, *, lr):
-        return param - lr * grad
-
-    for body in (
-        {"rule": pure},
-        {"rule": writes_gradient},
-        {"rule": rule},
-        {"rule": rule, "state_names": ("a", "b")},
-        {"rule": rule, "state_names": "average"},
-        {"rule": lambda param, grad: None},
-    ):
-        with pytest.raises(TypeError, match=r"^Bad: "):
-            type("Bad", (optim.RuleOptimizer,), body)
-    type("Good", (optim.RuleOptimizer,), {"rule": rule, "state_names": ("average",)})
-    with pytest.raises(TypeError, match="updates"):
-        pure.foreach_([torch.ones(3)], [torch.ones(3)], lr=1.0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 def test_adagrad_starts_late_parameters_at_the_initial_value(dtype):
     results = []

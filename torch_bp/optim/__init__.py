@@ -13,6 +13,7 @@ from torch_bp.optim.adagrad import Adagrad
 from torch_bp.optim.adam import Adam
 from torch_bp.optim.adamax import Adamax
 from torch_bp.optim.adamw import AdamW
+from torch_bp.optim.fused import FusedStep, fused_step
 from torch_bp.optim.lion import Lion
 from torch_bp.optim.nadam import NAdam
 from torch_bp.optim.optimizer import RuleOptimizer

@@ -148,8 +148,14 @@ class Bucket:
         counts = self._advanced(optimizer, group)
         scalars = optimizer.scalars(group, counts.get("step", 0), self.fresh, **_but_step(counts))
         rows = [None if name is None else self.state[name] for name in self.layout]
-        if optimizer.rule.formula.launch((self.params, grads, *rows), self.table, scalars) is None:
+        rule, extras = optimizer.rule.formula, optimizer.__dict__.get("_extras")
+        if extras is not None:
+            rule, scalars = extras.extend(rule, scalars, self.params[0].device)
+        totals = rule.launch((self.params, grads, *rows), self.table, scalars)
+        if totals is None:
             return False
+        if extras is not None:
+            extras.ran(self.params, totals)
         for name, value in counts.items():
             self.counters[name].set(self.state[name], value)
         self.created = []

@@ -123,7 +123,7 @@ def _watched() -> bool:
 
 def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: Tensor | None) -> None:
     """Update parameter by parameter: the way for everything that is not plain memory."""
-    layout = self.state_layout(group)
+    layout, extras = self.state_layout(group), getattr(self, "_extras", None)
     work = []
     for p, grad in zip(group["params"], gradients):
         if grad is not None:
@@ -138,12 +138,17 @@ def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: T
             states = [None if name is None else state[name] for name in layout]
             if scale is not None:
                 grad = grad / scale.to(grad.device)
+            before = None
+            if extras is not None:
+                grad, before = extras.prepare(p, grad)
             _apply(self.rule, p, grad, states, scalars, how)
         except BaseException:
             forget([(state, created)])
             raise
         for name, (_, after) in counts.items():
             state[name].copy_(after)
+        if extras is not None:
+            extras.finish(p, before)
 
 
 def _advanced(self: Any, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
