@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_bp.kernels import Formula, formula, total
+from torch_bp.kernels import Formula, Table, formula, total
 from torch_bp.kernels.extension import SCALE, extended
 
 Totals = tuple[Tensor, ...]
@@ -104,15 +104,15 @@ def _values(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients together: those of one kind by one call of a list kernel."""
+def _total_norm(gradients: Sequence[Tensor], tables: dict[Any, Table]) -> Tensor:
+    """The norm of all gradients together: those of one kind by one call of a list kernel, over a table that is kept."""
     kinds: dict[Any, list[Tensor]] = {}
     for gradient in map(_values, gradients):
         kinds.setdefault((type(gradient), gradient.device, gradient.dtype), []).append(gradient)
     sums = []
-    for (kind, _, _), alike in kinds.items():
-        if kind in (Tensor, torch.nn.Parameter):
-            sums.append(sum_of_squares.foreach_(alike).sum())
+    for key, alike in kinds.items():
+        if key[0] in (Tensor, torch.nn.Parameter):
+            sums.append(sum_of_squares.foreach_(alike, table=tables.setdefault(key, Table())).sum())
         else:
             sums += map(squares, alike)
     if not sums:
@@ -176,7 +176,8 @@ def fused_step(
     total_norm = None
     with torch.no_grad():
         if max_norm is not None:
-            total_norm = _total_norm([p.grad for p in _with_gradient(optimizer)])  # type: ignore[misc]
+            tables = optimizer.__dict__.setdefault("_norm_tables", {})
+            total_norm = _total_norm([p.grad for p in _with_gradient(optimizer)], tables)  # type: ignore[misc]
             scale = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
     extras = Extras(scale.reshape(()) if isinstance(scale, Tensor) else scale, zero_grad, norms)
     optimizer._extras = extras  # type: ignore[attr-defined]
