@@ -93,6 +93,20 @@ def test_tensor_learning_rate(name):
     torch.testing.assert_close(*results, **EXACT)
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_tensor_betas(name):
+    results = []
+    for kind in PAIRS[name]:
+        params = parameters()
+        betas = torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
+        optimizer = kind(params, betas=betas, foreach=False)
+        train(optimizer, params, 3)
+        betas[0].fill_(0.5)
+        train(optimizer, params, 3, seed=2)
+        results.append(params)
+    torch.testing.assert_close(*results, **EXACT)
+
+
 @EACH
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradient_scaler(name, fused):
