@@ -6,30 +6,30 @@ python -m tests.conformance [--markdown] [CLASS ...]
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterable
 
-from tests.conformance import CLASSES, KINDS, Outcome, groups
+from tests.conformance import CLASSES, KINDS, Group, Outcome, groups, optimizers
+
+TABLES = [  # what stands above its names, the names, the columns, and what is run
+    ("class", CLASSES, KINDS, groups),
+    ("optimizer", optimizers.OPTIMIZERS, optimizers.KINDS, optimizers.groups),
+]
 
 
 def main() -> int:
     """Run everything, or the classes that are named."""
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__.splitlines()[0])
-    parser.add_argument("classes", nargs="*", metavar="CLASS", help="of torch_bp.nn; all without one")
-    parser.add_argument("--markdown", action="store_true", help="print the table as README has it")
+    parser.add_argument("classes", nargs="*", metavar="CLASS", help="of torch_bp.nn or torch_bp.optim; all without one")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as README has them")
     options = parser.parse_args()
-    unknown = set(options.classes) - set(CLASSES)
+    unknown = set(options.classes).difference(*(names for _, names, _, _ in TABLES))
     if unknown:
-        parser.error(f"no class of torch_bp.nn that mirrors torch's: {', '.join(sorted(unknown))}")
-    passed: Counter[tuple[str, str]] = Counter()
-    total: Counter[tuple[str, str]] = Counter()
+        parser.error(f"no class of torch_bp.nn or torch_bp.optim that mirrors torch's: {', '.join(sorted(unknown))}")
     found: list[Outcome] = []
-    names = options.classes or CLASSES
-    for group in groups():
-        if group.name in names:
-            for outcome in group.outcomes():
-                total[group.name, group.kind] += 1
-                passed[group.name, group.kind] += not outcome.deviation
-                found.append(outcome)
-    print(_markdown(names, passed, total) if options.markdown else _plain(names, passed, total))
+    for heading, names, kinds, groups_of in TABLES:
+        asked = [name for name in options.classes if name in names] if options.classes else names
+        if asked:
+            print("\n" * bool(found) + _table(heading, asked, kinds, groups_of(), found, options.markdown))
     for outcome in found:
         if outcome.failure:
             print(f"\n{outcome.name}\n    {outcome.failure}")
@@ -38,7 +38,28 @@ def main() -> int:
     return 1 if any(outcome.failure for outcome in found) else 0
 
 
-def _cells(names: list[str], passed: Counter, total: Counter) -> list[list[str]]:
+def _table(
+    heading: str,
+    names: list[str],
+    kinds: tuple[str, ...],
+    groups: Iterable[Group],
+    found: list[Outcome],
+    markdown: bool,
+) -> str:
+    """Run what there is for these names; add it to `found` and give its table."""
+    passed: Counter[tuple[str, str]] = Counter()
+    total: Counter[tuple[str, str]] = Counter()
+    for group in groups:
+        if group.name in names:
+            for outcome in group.outcomes():
+                total[group.name, group.kind] += 1
+                passed[group.name, group.kind] += not outcome.deviation
+                found.append(outcome)
+    cells = _cells(heading, names, kinds, passed, total)
+    return _markdown(cells) if markdown else _plain(cells)
+
+
+def _cells(heading: str, names: list[str], kinds: tuple[str, ...], passed: Counter, total: Counter) -> list[list[str]]:
     """The table, heading and total included."""
 
     def cell(keys: list[tuple[str, str]]) -> str:
@@ -46,19 +67,19 @@ def _cells(names: list[str], passed: Counter, total: Counter) -> list[list[str]]
         return f"{sum(passed[key] for key in keys)} of {count}" if count else ""
 
     def row(title: str, of: list[str]) -> list[str]:
-        columns = [[(name, kind) for name in of] for kind in KINDS]
+        columns = [[(name, kind) for name in of] for kind in kinds]
         return [title, *map(cell, columns), cell([key for column in columns for key in column])]
 
-    return [["class", *KINDS, "all"], *(row(f"`{name}`", [name]) for name in names), row("all", names)]
+    return [[heading, *kinds, "all"], *(row(f"`{name}`", [name]) for name in names), row("all", names)]
 
 
-def _markdown(names: list[str], passed: Counter, total: Counter) -> str:
-    heading, *rows = _cells(names, passed, total)
+def _markdown(cells: list[list[str]]) -> str:
+    heading, *rows = cells
     return "\n".join(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *rows])
 
 
-def _plain(names: list[str], passed: Counter, total: Counter) -> str:
-    rows = [[cell.strip("`") for cell in row] for row in _cells(names, passed, total)]
+def _plain(cells: list[list[str]]) -> str:
+    rows = [[cell.strip("`") for cell in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 

@@ -61,7 +61,29 @@ def interpret():
         torch.testing.assert_close([*params, *grads], [*expected, *same], **tolerance)
         torch.testing.assert_close(totals, wanted, rtol=max(1e-6, 2 * tolerance["rtol"]), atol=1e-12)
         checked += 1
-    print("interpreted", checked)
+    print("interpreted", checked + optimizers())
+
+
+def optimizers():
+    """Steps of every optimizer by interpreted kernels and by the torch formula, plain and with all that goes along."""
+    from tests.optim.table import PAIRS, parameters, train
+    from torch_bp.optim import fused_step
+
+    options = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}, "Adam": {"amsgrad": True}}
+    for name, (kind, _) in PAIRS.items():
+        for dtype in (torch.float32, torch.float64):
+            trained = []
+            for engine in ("torch", "triton"):
+                params = parameters(dtype, shapes=[(3, 4), (5,), (), (0, 3)])
+                optimizer = kind(params, **options.get(name, {}))
+                with use(engine):
+                    train(optimizer, params, 8)
+                    done = fused_step(optimizer, max_norm=1.0, zero_grad=True, norms=True)
+                grads = [p.grad for p in params]
+                trained.append((params, grads, done.total_norm, done.grad_norms, done.weight_norms, done.update_norms))
+            assert optimizer._plan.shares[0].buckets, "no list kernel served"
+            torch.testing.assert_close(*trained, **TOLERANCE[dtype])
+    return 2 * len(PAIRS)
 
 
 def kernels():
@@ -72,9 +94,11 @@ def kernels():
     import torch_bp.ops.nll_loss
     import torch_bp.ops.softmax  # noqa: F401
     from torch_bp import optim
+    from torch_bp.kernels.extension import SCALE, extended
     from torch_bp.ops import pointwise
     from torch_bp.ops.binary_cross_entropy import bce_backward, bce_logits_backward, bce_target_backward
     from torch_bp.ops.squared_error import squared_error_backward
+    from torch_bp.optim.fused import sum_of_squares
 
     batch_norm, cross_entropy, layer_norm, nll_loss, softmax = (
         sys.modules[f"torch_bp.ops.{name}"]
@@ -107,12 +131,26 @@ def kernels():
         (optim.Adagrad, {"lr_decay": 0.1}),
         (optim.Adam, {"amsgrad": True, "weight_decay": 0.1}),
         (optim.AdamW, {}),
+        (optim.NAdam, {"weight_decay": 0.1}),
+        (optim.RAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+        (optim.Adamax, {"maximize": True}),
+        (optim.Adadelta, {"weight_decay": 0.1}),
+        (optim.Lion, {"weight_decay": 0.1}),
     ):
         optimizer = kind([torch.ones(2, requires_grad=True)], **options)
         group = optimizer.param_groups[0]
         tensors = [torch.ones(2), torch.ones(2)]
         tensors += [None if name is None else torch.ones(2) for name in optimizer.state_layout(group)]
-        yield kind.rule.formula, tensors, optimizer.scalars(group, 3, False)
+        scalars = optimizer.scalars(group, 3, False, **dict.fromkeys(_numbers(kind), 0.5))
+        yield kind.rule.formula, tensors, scalars
+        if kind in (optim.Adam, optim.Lion):
+            more = extended(kind.rule.formula, scaled=True, cleared=True, measured=True)
+            yield more, tensors, {**scalars, SCALE: 0.5}
+    yield sum_of_squares.formula, [torch.ones(2)], {}
+
+
+def _numbers(kind):
+    return getattr(kind, "numbers", ())
 
 
 def compile_ahead():

@@ -9,7 +9,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import torch_bp.optim
-from tests.optim.table import INFO, INPUTS, PAIRS, assert_same_state, parameters, train
+from tests.optim.table import INFO, INPUTS, PAIRS, TORCHS, assert_same_state, parameters, train
 from torch_bp.kernels import use
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -20,8 +20,14 @@ OPTIONS = {
     "Adagrad": {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.1},
     "Adam": {"amsgrad": True, "weight_decay": 0.1},
     "AdamW": {"weight_decay": 0.1},
+    "NAdam": {"weight_decay": 0.1, "decoupled_weight_decay": True, "momentum_decay": 0.01},
+    "RAdam": {"weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.8, 0.9)},
+    "Adamax": {"weight_decay": 0.1},
+    "Adadelta": {"weight_decay": 0.1, "rho": 0.8},
+    "Lion": {"lr": 0.01, "weight_decay": 0.1},
 }
 EACH = pytest.mark.parametrize("name", PAIRS)
+EACH_OF_TORCH = pytest.mark.parametrize("name", TORCHS)
 
 
 def named(value):
@@ -89,13 +95,17 @@ def test_state_moves_both_ways_and_training_goes_on(name, direction):
     after.load_state_dict(copy.deepcopy(before.state_dict()))
     train(after, params, 10, seed=2)
     torch.testing.assert_close(params, reference, **EXACT)
-    assert_same_state(after, uninterrupted, **EXACT)
+    if (name, direction) == ("NAdam", "ours to torch"):  # torch loads a float32 product in the dtype of the parameter
+        assert_same_state(after, uninterrupted, rtol=1e-6, atol=1e-13, check_dtype=False)
+    else:
+        assert_same_state(after, uninterrupted, **EXACT)
 
 
 @EACH
-def test_resume_is_bitwise(name, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_resume_is_bitwise(name, dtype, tmp_path):
     kind = PAIRS[name][0]
-    reference = parameters(torch.float32)
+    reference = parameters(dtype)
     uninterrupted = kind(reference, **OPTIONS[name])
     train(uninterrupted, reference, 7)
     torch.save({"params": reference, "optimizer": uninterrupted.state_dict()}, tmp_path / "checkpoint")
@@ -121,7 +131,7 @@ def test_copies_go_on_alone(name):
         assert not torch.equal(other_params[0], params[0])
 
 
-@EACH
+@EACH_OF_TORCH
 def test_error_inputs(name):
     for error in INFO[name].optim_error_inputs_func(device="cpu", dtype=torch.float32):
         data = error.optimizer_error_input
@@ -133,13 +143,16 @@ def test_error_inputs(name):
         assert messages[0] == messages[1]
 
 
-@EACH
+@EACH_OF_TORCH
 def test_is_torchs_class_with_torchs_signature(name):
     import inspect
 
     ours, theirs = PAIRS[name]
     assert issubclass(ours, theirs)
-    assert inspect.signature(ours) == inspect.signature(theirs)
+    added = {"eps_inside_sqrt"} if name == "RMSprop" else set()
+    signature = inspect.signature(ours)
+    same = [parameter for key, parameter in signature.parameters.items() if key not in added]
+    assert signature.replace(parameters=same) == inspect.signature(theirs)
     params = parameters()
     assert repr(ours(params, **OPTIONS[name])) == repr(theirs(params, **OPTIONS[name]))
     assert ours(params).defaults == theirs(params).defaults

@@ -116,7 +116,7 @@ CHANGES = [
     freeze,
     other_order,
 ]
-OPTIONS = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9}, "Adagrad": {}, "Adam": {}, "AdamW": {}}
+OPTIONS = {name: {"momentum": 0.9} if name in ("SGD", "RMSprop") else {} for name in PAIRS}
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -130,7 +130,8 @@ def test_a_change_in_mid_training(name, change):
         change(params, optimizer)
         train(optimizer, [p for p in params if p.requires_grad], 4, seed=2)
         results.append((params, optimizer))
-    torch.testing.assert_close(results[0][0], results[1][0], **EXACT)
+    reloaded = name == "NAdam" and change is reload_state  # torch goes on in float64 with a product of float32
+    torch.testing.assert_close(results[0][0], results[1][0], **({"rtol": 1e-10, "atol": 1e-11} if reloaded else EXACT))
 
 
 GRADIENTS = {

@@ -20,7 +20,7 @@ class FormulaFunction(Protocol):
     """What `formula` returns, for type checkers: the function itself, `foreach_` for lists, and the `Formula`."""
 
     formula: Formula
-    foreach_: Callable[..., None]
+    foreach_: Callable[..., Any]
 
     def __call__(self, *tensors: Any, **keywords: Any) -> Any: ...
 

@@ -39,9 +39,12 @@ def _as_tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
     return call
 
 
-def _where(condition: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+def _where(condition: torch.Tensor | bool, a: Any, b: Any) -> torch.Tensor:
     if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
         raise FormulaError(WHERE_OF_NUMBERS)
+    if isinstance(condition, bool):  # a comparison of keywords, the same for all elements
+        chosen, other = (a, b) if condition else (b, a)
+        return chosen if isinstance(chosen, torch.Tensor) else torch.full_like(other, chosen)
     return torch.where(condition, a, b)
 
 

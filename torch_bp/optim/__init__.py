@@ -8,13 +8,19 @@ import torch.optim
 
 from torch_bp._mirror import mirror
 from torch_bp.optim import lr_scheduler
+from torch_bp.optim.adadelta import Adadelta
 from torch_bp.optim.adagrad import Adagrad
 from torch_bp.optim.adam import Adam
+from torch_bp.optim.adamax import Adamax
 from torch_bp.optim.adamw import AdamW
+from torch_bp.optim.fused import FusedStep, fused_step
 from torch_bp.optim.in_backward import apply_in_backward
+from torch_bp.optim.lion import Lion
 from torch_bp.optim.loading import load_state_dict_by_name
+from torch_bp.optim.nadam import NAdam
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.param_groups import param_groups
+from torch_bp.optim.radam import RAdam
 from torch_bp.optim.range_test import RangeTest, lr_find
 from torch_bp.optim.rmsprop import RMSprop
 from torch_bp.optim.sgd import SGD

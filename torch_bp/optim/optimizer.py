@@ -23,6 +23,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             order of `state_names`.
         state_names: names under which the state is kept in `optimizer.state[p]`. State starts at zero.
         counts_steps: keep a `step` count per parameter, as Adam does. Default False.
+        numbers: with `counts_steps`, names of state that is one number for a whole parameter, as the product of
+            NAdam's momenta is. `advance` says what an update makes of one; `scalars` then gets them as keywords.
 
     `scalars` may be overridden; as it stands, the keyword-only arguments of the rule are taken from the parameter
     group by name. Gradients are never written.
@@ -54,6 +56,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     rule: Callable[..., Any]
     state_names: Sequence[str] = ()
     counts_steps = False
+    numbers: Sequence[str] = ()
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -94,6 +97,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     def initial(self, name: str, group: Mapping[str, Any]) -> float:
         """Return what the state of this name starts at. Default 0."""
         return 0
+
+    def advance(self, group: Mapping[str, Any], step: Any, name: str, value: Any) -> Any:
+        """Return what update number `step` makes of `value`, the one-element tensor of this name among `numbers`."""
+        raise NotImplementedError(f"{type(self).__name__}: advance must be overridden, as there are numbers.")
 
     def scalars(self, group: Mapping[str, Any], step: Any, fresh: bool) -> dict[str, Any]:
         """Return the keyword-only arguments of the rule.

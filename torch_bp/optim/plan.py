@@ -26,19 +26,29 @@ def initial_state(optimizer: Any, p: Tensor, group: Mapping[str, Any], layout: L
     if not optimizer.counts_steps and not any(layout):
         return {}, []
     state = optimizer.state[p]
-    missing = [n for n in layout if n is not None and state.get(n) is None]
-    if optimizer.counts_steps and "step" not in state:
-        on_device = group.get("capturable") or group.get("fused")
-        double = torch.get_default_dtype() is torch.float64 and not group.get("fused")
-        dtype = torch.float64 if double else torch.float32
-        state["step"] = torch.zeros((), dtype=dtype, device=p.device if on_device else "cpu")
-        missing = ["step", *missing]
+    counts = counted(optimizer)
+    missing = [n for n in (*counts, *layout) if n is not None and state.get(n) is None]
     for name in missing:
-        if name != "step":
-            value = optimizer.initial(name, group)
+        value = 0 if name == "step" else optimizer.initial(name, group)
+        if name in counts:
+            state[name] = _count(value, p, group)
+        else:
             value = complex(value, value) if p.is_complex() else value
             state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
     return state, missing
+
+
+def counted(optimizer: Any) -> tuple[str, ...]:
+    """Names of the state that is one number for a whole parameter."""
+    return ("step", *getattr(optimizer, "numbers", ())) if optimizer.counts_steps else ()
+
+
+def _count(value: float, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """A number that is state, where torch keeps it: on the host, but for what must not be read there."""
+    on_device = group.get("capturable") or group.get("fused")
+    double = torch.get_default_dtype() is torch.float64 and not group.get("fused")
+    dtype = torch.float64 if double else torch.float32
+    return torch.full((), float(value), dtype=dtype, device=p.device if on_device else "cpu")
 
 
 def forget(created: Iterable[tuple[dict[str, Any], list[str]]]) -> None:
@@ -76,43 +86,44 @@ def eligible(p: Tensor, grad: Tensor | None, state: Mapping[str, Any], layout: L
 
 
 class Counter:
-    """The step counts of parameters that are updated together: all the same number."""
+    """One number of each of the parameters that are updated together, as their step counts: all the same."""
 
     def __init__(self, value: float) -> None:
         self.value = value
         self._table = Table()
         self._write: Callable[..., None] | None = None  # writes the counts in memory, where `holds` has found them
 
-    def holds(self, steps: tuple[Tensor, ...]) -> bool:
-        """True if every count is `value` still."""
-        compiled, first = native.functions(), steps[0]
+    def holds(self, counts: tuple[Tensor, ...]) -> bool:
+        """True if every one is `value` still."""
+        compiled, first = native.functions(), counts[0]
         self._write = None
-        if compiled and first.is_cpu and first.dtype in _COUNTS and self._table.refresh([steps], [True], 1):
+        if compiled and first.is_cpu and first.dtype in _COUNTS and self._table.refresh([counts], [True], 1):
             self._write = compiled.write
             return compiled.holds(self._table.addresses[0], self.value, first.dtype is torch.float64)
-        return all(step.item() == self.value for step in steps)
+        return all(count.item() == self.value for count in counts)
 
-    def advance(self, steps: tuple[Tensor, ...]) -> None:
-        """Count one more update."""
-        self.value += 1
+    def set(self, counts: tuple[Tensor, ...], value: float) -> None:
+        """Make all of them `value`."""
+        self.value = value
         if self._write is None:
-            torch._foreach_add_(steps, 1)
+            torch._foreach_zero_(counts)
+            torch._foreach_add_(counts, value)
         else:
-            self._write(self._table.addresses[0], self.value, steps[0].dtype is torch.float64)
-            torch._C._increment_version(steps)
+            self._write(self._table.addresses[0], value, counts[0].dtype is torch.float64)
+            torch._C._increment_version(counts)
 
 
 class Bucket:
     """Parameters of a group that one call updates: one device, one dtype, one step count; all DTensors, or none."""
 
-    def __init__(self, layout: Layout, step: float | None, fresh: bool, distributed: bool) -> None:
+    def __init__(self, layout: Layout, counts: Mapping[str, float], fresh: bool, distributed: bool) -> None:
         self.layout, self.fresh, self.distributed = layout, fresh, distributed
         self.created: list[tuple[dict[str, Any], list[str]]] = []
         self.positions: list[int] = []
         self.params: list[Tensor] = []
         self.states: list[dict[str, Any]] = []
         self.table = Table()
-        self.counter = None if step is None else Counter(step)
+        self.counters = {name: Counter(value) for name, value in counts.items()}
 
     def add(self, position: int, param: Tensor, state: dict[str, Any]) -> None:
         self.positions.append(position)
@@ -121,7 +132,7 @@ class Bucket:
 
     def collect(self) -> None:
         """Look up the state of the parameters."""
-        names = [n for n in self.layout if n is not None] + ["step"] * (self.counter is not None)
+        names = [*(n for n in self.layout if n is not None), *self.counters]
         self.state = {name: tuple(state[name] for state in self.states) for name in names}
 
     def holds(self) -> bool:
@@ -134,28 +145,50 @@ class Bucket:
                     return False
         except KeyError:  # deleted
             return False
-        return self.counter is None or self.counter.holds(self.state["step"])
+        return all(counter.holds(self.state[name]) for name, counter in self.counters.items())
 
     def update(self, optimizer: Any, group: Mapping[str, Any], gradients: Gradients) -> bool:
         """Run the list kernel; False if it may not serve, and then nothing is changed."""
         grads = gradients if len(gradients) == len(self.positions) else [gradients[i] for i in self.positions]
-        step = 0 if self.counter is None else self.counter.value + 1
-        scalars = optimizer.scalars(group, step, self.fresh)
+        counts = self._advanced(optimizer, group)
+        scalars = optimizer.scalars(group, counts.get("step", 0), self.fresh, **_but_step(counts))
         rows = [None if name is None else self.state[name] for name in self.layout]
         lists: Sequence[Any] = (self.params, grads, *rows)
+        rule, extras = optimizer.rule.formula, optimizer.__dict__.get("_extras")
         if self.distributed:
-            if not all(shards.alike(p, [g]) for p, g in zip(self.params, grads)):
+            # sums over this rank's parts alone would be no norms
+            if extras is not None or not all(shards.alike(p, [g]) for p, g in zip(self.params, grads)):
                 return False
             lists = [None if row is None else shards.locals_of(row) for row in lists]
-        if optimizer.rule.formula.launch(lists, self.table, scalars) is None:
+        if extras is not None:
+            rule, scalars = extras.extend(rule, scalars, self.params[0].device)
+        totals = rule.launch(lists, self.table, scalars)
+        if totals is None:
             return False
         if self.distributed:  # each DTensor counts its versions apart from its part
             for row in (self.params, *rows):
                 torch._C._increment_version(row or ())
-        if self.counter is not None:
-            self.counter.advance(self.state["step"])
+        if extras is not None:
+            extras.ran(self.params, totals)
+        for name, value in counts.items():
+            self.counters[name].set(self.state[name], value)
         self.created = []
         return True
+
+    def _advanced(self, optimizer: Any, group: Mapping[str, Any]) -> dict[str, float]:
+        """What the counts are after one more update."""
+        if not self.counters:
+            return {}
+        step = self.counters["step"].value + 1
+        after = {"step": step}
+        for name in self.counters:
+            if name != "step":  # by a tensor, which rounds as its dtype does
+                after[name] = optimizer.advance(group, step, name, self.state[name][0]).item()
+        return after
+
+
+def _but_step(counts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in counts.items() if name != "step"} if len(counts) > 1 else {}
 
 
 class Share:
@@ -177,10 +210,10 @@ class Share:
             for i in sorted({*self.present}.difference(self.others)):
                 p = self.params[i]
                 state, created = initial_state(optimizer, p, group, self.layout)
-                step = state["step"].item() if optimizer.counts_steps else None
+                counts = {name: state[name].item() for name in counted(optimizer)}
                 distributed = shards.is_distributed(p)
-                key = (p.device, p.dtype, step, bool(created), distributed)
-                bucket = buckets.setdefault(key, Bucket(self.layout, step, bool(created), distributed))
+                key = (p.device, p.dtype, *counts.values(), bool(created), distributed)
+                bucket = buckets.setdefault(key, Bucket(self.layout, counts, bool(created), distributed))
                 bucket.add(i, p, state)
                 bucket.created.append((state, created))
         except BaseException:

@@ -3,8 +3,20 @@
     v <- momentum v + (1 - dampening) g          W <- W - lr v            (at the first update v = g)
     Nesterov:                                    W <- W - lr (g + momentum v)
 
-Nesterov's method evaluates the gradient at the look-ahead point W - lr momentum v. Here, as in torch, W *is* the
-look-ahead point: with W' = W + lr momentum v for the report's W', both make the same steps.
+Nesterov's method evaluates the gradient g' at a look-ahead point, and steps from where it stands:
+
+    v <- momentum v + g'(W' - lr momentum v)     W' <- W' - lr v
+
+Here, as in torch, W *is* the look-ahead point, W = W' - lr momentum v, so that the gradient that `backward` leaves is
+the one at W. Inserted into both lines, with v+ for the new v:
+
+    W+ = W' - lr v+ - lr momentum v+
+       = W + lr momentum v - lr (momentum v + g) - lr momentum v+
+       = W - lr (g + momentum v+)
+
+which is the line above. Both make the same steps while lr and momentum stay the same; W' = W + lr momentum v is
+where the report's method stands. Sources: Sutskever et al. 2013; Bengio et al. 2013, sec. 3.5, for the change of
+variables.
 """
 
 from collections.abc import Mapping
@@ -34,6 +46,10 @@ def sgd(param, grad, momentum_buffer, *, lr, momentum, gain, weight_decay, neste
 
 class SGD(torch.optim.SGD):
     """As `torch.optim.SGD`; eq. 6 to 9 and sec. 5.4.
+
+    With `nesterov` the parameters are the look-ahead points of the report: the gradient is wanted where they are, and
+    the step goes along g + momentum v. The report's weights, from which it looks ahead, are
+    `p + lr * momentum * state[p]["momentum_buffer"]`.
 
     `foreach` and `fused` are accepted; the update is one kernel over all parameters with or without them. Only
     `differentiable` and, on CUDA, `fused=True` are updated one by one.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torch_bp.kernels.plain import unwatched
-from torch_bp.optim.plan import Gradients, Plan, forget, initial_state, on_device
+from torch_bp.optim.plan import Gradients, Plan, counted, forget, initial_state, on_device
 
 _set_recording = torch._C._set_grad_enabled
 _profiling = torch.autograd._profiler_enabled
@@ -133,29 +133,49 @@ def _watched() -> bool:
 
 def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: Tensor | None) -> None:
     """Update parameter by parameter: the way for everything that is not plain memory."""
-    layout = self.state_layout(group)
+    layout, extras = self.state_layout(group), getattr(self, "_extras", None)
     work = []
     for p, grad in zip(group["params"], gradients):
         if grad is not None:
             how = self.sparse(group) if grad.layout is not torch.strided else "as it is"
             work.append((p, grad, how))
-    device_counts = _watched() or on_device(group)
     for p, grad, how in work:
         state, created = initial_state(self, p, group, layout)
-        step: Any = 0
-        if self.counts_steps:
-            step = state["step"] + 1 if device_counts else state["step"].item() + 1
         try:
-            scalars = self.scalars(group, step, bool(created))
+            counts = _advanced(self, group, state)
+            numbers = {name: value for name, (value, _) in counts.items()}
+            scalars = self.scalars(group, numbers.pop("step", 0), bool(created), **numbers)
             states = [None if name is None else state[name] for name in layout]
             if scale is not None:
                 grad = grad / scale.to(grad.device)
+            before = None
+            if extras is not None:
+                grad, before = extras.prepare(p, grad)
             _apply(self.rule, p, grad, states, scalars, how)
         except BaseException:
             forget([(state, created)])
             raise
-        if self.counts_steps:
-            state["step"] += 1
+        for name, (_, after) in counts.items():
+            state[name].copy_(after)
+        if extras is not None:
+            extras.finish(p, before)
+
+
+def _advanced(self: Any, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What the counts of a parameter are after one more update: for its rule, and as they are kept."""
+    if not self.counts_steps:
+        return {}
+    watched = _watched()
+    kept = watched or on_device(group)  # as tensors, for the rule too
+    # of some optimizers torch reads the step count where nothing but `differentiable` asks for tensors
+    readable = not watched and getattr(self, "reads_counts", False) and not group.get("capturable")
+    after = state["step"] + 1
+    step = after if kept and not readable else after.item()
+    advanced = {"step": (step, after)}
+    for name in counted(self)[1:]:
+        after = self.advance(group, step, name, state[name])
+        advanced[name] = (after if kept else after.item(), after)
+    return advanced
 
 
 def _apply(

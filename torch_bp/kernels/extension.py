@@ -1,0 +1,53 @@
+"""A rule with more to do on the way: the same function, wrapped, so that its kernel reads memory once for all of it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch_bp.kernels.formula import Formula
+from torch_bp.kernels.functions import total, zeros_like
+
+SCALE = "_scale"
+
+
+def extended(rule: Formula, *, scaled: bool, cleared: bool, measured: bool) -> Formula:
+    """Return the formula of an update rule that also scales, clears or measures; made once for a rule.
+
+    Args:
+        rule: its first two arguments are the parameter, which it updates, and the gradient, which it does not.
+        scaled: the gradient is multiplied by the keyword `_scale` as it is read.
+        cleared: the gradient is set to zero, in memory.
+        measured: the last results are three totals, the sums of squares of the gradient as it is in memory, of the
+            parameter before the update, and of the update.
+    """
+    made: dict[Any, Formula] = rule.__dict__.setdefault("_extended", {})
+    key = scaled, cleared, measured
+    if key not in made:
+        made[key] = _extend(rule, *key)
+    return made[key]
+
+
+def _extend(rule: Formula, scaled: bool, cleared: bool, measured: bool) -> Formula:
+    param_name, grad_name = rule.tensors[:2]
+    count, position = len(rule.updates), rule.updates.index(param_name)
+
+    def function(param: Any, grad: Any, *state: Any, **keywords: Any) -> tuple[Any, ...]:
+        read = grad * keywords.pop(SCALE) if scaled else grad
+        results = rule.function(param, read, *state, **keywords)
+        results = results if isinstance(results, tuple) else (results,)
+        updated, totals = results[:count], results[count:]
+        if cleared:
+            updated = (*updated, zeros_like(grad))
+        if measured:
+            change = updated[position] - param
+            totals = (*totals, total(grad * grad), total(param * param), total(change * change))
+        return (*updated, *totals)
+
+    parameters = [*inspect.signature(rule.function).parameters.values()]
+    parameters += [inspect.Parameter(SCALE, inspect.Parameter.KEYWORD_ONLY)] * scaled
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__name__ = function.__qualname__ = rule.name
+    result = Formula(function, (*rule.updates, grad_name) if cleared else rule.updates, rule.static)
+    result._outer = rule._outer  # the numbers that a trace would freeze are the rule's
+    return result

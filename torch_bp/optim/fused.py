@@ -1,0 +1,213 @@
+"""A step that clips, clears and measures gradients in the pass that it makes over memory anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_bp.kernels import Formula, Table, formula, total
+from torch_bp.kernels.extension import SCALE, extended
+
+Totals = tuple[Tensor, ...]
+
+
+@formula
+def sum_of_squares(x):
+    """Of each tensor, in float64."""
+    return total(x * x)
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """What `fused_step` returns.
+
+    Attributes:
+        params: the parameters that were updated, in the order of the groups (n).
+        total_norm: norm of all gradients before they were clipped, a tensor () in float64; None without `max_norm`.
+        grad_norms, weight_norms, update_norms: of each of `params`, (n) in float64: norm of the gradient as it is in
+            memory, of the weight before the step, and of what the step changed; None without `norms`.
+    """
+
+    params: list[Tensor]
+    total_norm: Tensor | None = None
+    grad_norms: Tensor | None = None
+    weight_norms: Tensor | None = None
+    update_norms: Tensor | None = None
+
+
+class Extras:
+    """What one step of an optimizer does besides: `step` finds it in the optimizer while the step lasts."""
+
+    def __init__(self, scale: float | Tensor | None, cleared: bool, measured: bool) -> None:
+        self.scale = scale
+        self.cleared, self.measured = cleared, measured
+        self.params: list[Tensor] = []
+        self.clean: set[int] = set()  # parameters whose gradient a kernel has cleared
+        self._totals: list[Totals] = []  # of stretches of `params`
+
+    def extend(self, rule: Formula, keywords: Mapping[str, Any], device: torch.device) -> tuple[Formula, Any]:
+        """The rule of a list kernel and its keywords, with what there is to do."""
+        scaled = self.scale is not None
+        rule = extended(rule, scaled=scaled, cleared=self.cleared, measured=self.measured)
+        return rule, {**keywords, SCALE: self._scale_on(device)} if scaled else keywords
+
+    def ran(self, params: Sequence[Tensor], totals: Totals) -> None:
+        """Note what a list kernel has done."""
+        self.params += params
+        if self.cleared:
+            self.clean.update(map(id, params))
+        if self.measured:
+            self._totals.append(totals[-3:])
+
+    def prepare(self, p: Tensor, grad: Tensor) -> tuple[Tensor, Any]:
+        """By operations of their own, before one parameter is updated: the scaled gradient, and what was measured."""
+        before = None
+        if self.measured:
+            before = squares(grad), squares(p), p.detach().clone()
+        if self.scale is not None:  # a tensor () takes the dtype of a wider one
+            grad = (grad * self._scale_on(grad.device)).to(grad.dtype)
+        return grad, before
+
+    def finish(self, p: Tensor, before: Any) -> None:
+        """Note what has become of one parameter."""
+        self.params.append(p)
+        if before is not None:
+            of_grad, of_weight, weight = before
+            self._totals.append(tuple(t.reshape(1) for t in (of_grad, of_weight, squares(p.detach() - weight))))
+
+    def _scale_on(self, device: torch.device) -> float | Tensor:
+        return self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale  # type: ignore[return-value]
+
+    def norms(self, order: Sequence[Tensor]) -> Totals:
+        """The three norms of each parameter, in this order."""
+        if not self._totals:
+            return (torch.zeros(0, dtype=torch.float64),) * 3
+        device = self._totals[0][0].device
+        place = {id(p): number for number, p in enumerate(self.params)}
+        index = torch.tensor([place[id(p)] for p in order], device=device)
+        return tuple(torch.cat([t.to(device) for t in of_one])[index].sqrt() for of_one in zip(*self._totals))
+
+
+def squares(x: Tensor) -> Tensor:
+    """The sum of squares of any tensor there is: sparse, complex, distributed."""
+    x = _values(x.detach())
+    x = x.double().square().sum()
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def _values(x: Tensor) -> Tensor:
+    x = x.coalesce().values() if x.layout is torch.sparse_coo else x
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _total_norm(gradients: Sequence[Tensor], tables: dict[Any, Table]) -> Tensor:
+    """The norm of all gradients together: those of one kind by one call of a list kernel, over a table that is kept."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for gradient in map(_values, gradients):
+        kinds.setdefault((type(gradient), gradient.device, gradient.dtype), []).append(gradient)
+    sums = []
+    for key, alike in kinds.items():
+        if key[0] in (Tensor, torch.nn.Parameter):
+            sums.append(sum_of_squares.foreach_(alike, table=tables.setdefault(key, Table())).sum())
+        else:
+            sums += map(squares, alike)
+    if not sums:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack([s.to(sums[0].device) for s in sums]).sum().sqrt()
+
+
+def _with_gradient(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+
+def fused_step(
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_norm: float | None = None,
+    scale: float | Tensor | None = None,
+    zero_grad: bool = False,
+    norms: bool = False,
+) -> FusedStep:
+    """`optimizer.step()` that also clips, clears and measures gradients, in the same pass over memory.
+
+    With `max_norm` it does what `torch.nn.utils.clip_grad_norm_`, `step` and `zero_grad(set_to_none=False)` do one
+    after the other. The total norm has to be known first, which reads the gradients once more; then the update
+    multiplies each gradient g as it reads it,
+
+        g <- g min(1, max_norm / (total_norm + 1e-6)),
+
+    and the gradients in memory stay as they were, unless `zero_grad` clears them. Under `torch.amp.GradScaler` call
+    `scaler.unscale_(optimizer)` first. Sparse, complex and distributed gradients, and whatever else a list kernel may
+    not serve, are scaled, cleared and measured by operations of their own, with the same result.
+
+    Args:
+        optimizer: of `torch_bp.optim`, or a `RuleOptimizer`. Its hooks run as in `step`.
+        max_norm: the gradients of all groups together are scaled down to this norm; at least 0. Default: not clipped.
+            A total norm that is not finite spreads as in torch.
+        scale: multiplies every gradient, a number or a one-element tensor: for a coefficient that is known from
+            elsewhere, as from the gradients of all ranks. Goes without `max_norm`. Default: none.
+        zero_grad: set the gradients to zero in memory. Default: False.
+        norms: measure gradient, weight and update of each parameter. Default: False.
+
+    Returns:
+        A `FusedStep` with the norms that were asked for. Nothing is copied to the host.
+
+    Raises:
+        TypeError: the optimizer is not one of torch_bp.
+        ValueError: `max_norm` is negative or NaN, `scale` has several elements, or both are given.
+
+    Example:
+        >>> import torch
+        >>> from torch_bp import optim
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = optim.SGD([weight], lr=1.0)
+        >>> (weight @ torch.tensor([3.0, 4.0])).backward()
+        >>> done = optim.fused_step(optimizer, max_norm=1.0, zero_grad=True, norms=True)
+        >>> weight.data, weight.grad
+        (tensor([-0.6000, -0.8000]), tensor([0., 0.]))
+        >>> done.total_norm, done.update_norms
+        (tensor(5., dtype=torch.float64), tensor([1.0000], dtype=torch.float64))
+    """
+    _check(optimizer, max_norm, scale)
+    total_norm = None
+    with torch.no_grad():
+        if max_norm is not None:
+            tables = optimizer.__dict__.setdefault("_norm_tables", {})
+            total_norm = _total_norm([p.grad for p in _with_gradient(optimizer)], tables)  # type: ignore[misc]
+            scale = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+    extras = Extras(scale.reshape(()) if isinstance(scale, Tensor) else scale, zero_grad, norms)
+    optimizer._extras = extras  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer._extras  # type: ignore[attr-defined]
+    if zero_grad:
+        for p in _with_gradient(optimizer):
+            gradient: Any = p.grad
+            if gradient.requires_grad:
+                p.grad = gradient = gradient.detach()
+            if id(p) not in extras.clean:
+                gradient.zero_()
+    done = {id(p) for p in extras.params}
+    params = [p for p in _with_gradient(optimizer) if id(p) in done]
+    return FusedStep(params, total_norm, *(extras.norms(params) if norms else ()))
+
+
+def _check(optimizer: Any, max_norm: float | None, scale: Any) -> None:
+    if not hasattr(getattr(optimizer, "rule", None), "formula"):
+        raise TypeError(
+            f"fused_step: optimizer must be one of torch_bp.optim with a rule, got {type(optimizer).__module__}."
+            f"{type(optimizer).__qualname__}; with another, call clip_grad_norm_, step and zero_grad."
+        )
+    if max_norm is not None and scale is not None:
+        raise ValueError(
+            f"fused_step: scale must be None where max_norm is given, got {scale} and {max_norm}; choose one."
+        )
+    if max_norm is not None and not max_norm >= 0:
+        raise ValueError(f"fused_step: max_norm must be >= 0, got {max_norm}; None does not clip.")
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ValueError(f"fused_step: scale must have one element, got shape {tuple(scale.shape)}; pass a number.")
