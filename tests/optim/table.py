@@ -1,5 +1,6 @@
 """One row per optimizer: ours, torch's, and options beyond those of torch's own input table."""
 
+import re
 import warnings
 
 import torch
@@ -79,3 +80,8 @@ def assert_same_state(ours, theirs, **tolerance):
         assert list(a["state"][index]) == list(b["state"][index])
         for key, expected in b["state"][index].items():
             torch.testing.assert_close(a["state"][index][key], expected, **tolerance)
+
+
+def readable(value):
+    """A name for a test, without the addresses of functions, which differ from process to process."""
+    return re.sub(r"<function (\S+) at 0x\w+>", r"\1", str(value).strip("{}"))

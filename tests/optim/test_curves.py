@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import torch_bp.optim.lr_scheduler as ours
+from tests.optim.table import readable
 from torch_bp.optim import curves
 
 # A row: the class, its arguments, and the steps to take, past the end where there is one.
@@ -77,7 +78,7 @@ def test_every_curve_has_an_example():
     assert all(">>> " in f.__doc__ for f in found)
 
 
-@pytest.mark.parametrize(("name", "kwargs", "steps"), ROWS, ids=lambda v: str(v).strip("{}"))
+@pytest.mark.parametrize(("name", "kwargs", "steps"), ROWS, ids=readable)
 def test_equals_torch(name, kwargs, steps):
     assert_as_torch(name, kwargs, steps)
 
@@ -233,7 +234,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "kwargs", "steps"), REFUSED, ids=lambda v: str(v).strip("{}"))
+@pytest.mark.parametrize(("name", "kwargs", "steps"), REFUSED, ids=readable)
 def test_refuses_what_torch_refuses_in_its_words(name, kwargs, steps):
     refusals = []
     for module in (ours, theirs):

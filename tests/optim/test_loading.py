@@ -22,7 +22,8 @@ SAME = {"rtol": 0, "atol": 0}
 def test_every_optimizer_of_ours_loads_in_this_way():
     kinds = [v for v in vars(torch_bp.optim).values() if isinstance(v, type) and hasattr(v, "state_layout")]
     assert len(kinds) > len(PAIRS)
-    assert all(kind.load_state_dict is load_state_dict for kind in kinds)
+    own = {kind for kind in kinds if kind.load_state_dict is not load_state_dict}
+    assert own == {torch_bp.optim.NAdam}  # which calls it
 
 
 def trained(kind, **options):
@@ -55,6 +56,8 @@ def test_flags_stay_as_built(name, flag, source):
 @EACH
 def test_torch_takes_the_flags_of_ours(name):
     """In torch's own way: they replace those it was built with."""
+    if name == "Lion":  # not torch's, without flags
+        return
     theirs = PAIRS[name][1](parameters(), foreach=False)
     theirs.load_state_dict(trained(PAIRS[name][0], foreach=True).state_dict())
     assert theirs.param_groups[0]["foreach"] is True
@@ -101,6 +104,8 @@ def step(model, optimizer, number):
 @pytest.mark.parametrize("library", [0, 1], ids=["ours", "torch's"])
 def test_other_order_and_other_groups_train_on_as_before(name, library):
     kind = PAIRS[name][library]
+    if kind is torch.optim.NAdam:  # torch casts its product of momenta to the dtype of the parameters
+        return
     reference = network()
     options = {"momentum": 0.9} if name == "SGD" else {}
     uninterrupted = kind(reference.named_parameters(), lr=0.05, weight_decay=0.01, **options)

@@ -11,6 +11,7 @@ import torch
 import torch.optim.lr_scheduler as theirs
 
 import torch_bp.optim.lr_scheduler as ours
+from tests.optim.table import readable
 
 
 def lambda_1(t):
@@ -55,7 +56,9 @@ FIRST = {name: (name, kwargs) for name, kwargs, _ in reversed(ROWS)}
 PARTS = [row for name, row in FIRST.items() if name != "ReduceLROnPlateau"]
 # The orders of constructing (c), loading the schedule's state (s) and loading the optimizer's (o).
 ORDERS = ["cso", "cos", "ocs", "cs"]
-every_row = pytest.mark.parametrize(("name", "kwargs", "steps"), ROWS, ids=lambda v: str(v).strip("{}"))
+
+
+every_row = pytest.mark.parametrize(("name", "kwargs", "steps"), ROWS, ids=readable)
 every_class = pytest.mark.parametrize(("name", "kwargs"), FIRST.values(), ids=FIRST)
 
 

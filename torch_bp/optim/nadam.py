@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_bp.kernels import formula, sqrt
+from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.step import step
 
 
