@@ -40,6 +40,8 @@ BENCHMARKS: dict[str, dict[str, Callable[[str, int], Iterator[Result]]]] = {
     "cuda": {
         "G2": network.measure,
         "G4": honesty.measure,
+        "G5": optimizers.measure,
+        "G6": optimizers.measure,
         "G7": cross_entropy.measure,
     },
 }

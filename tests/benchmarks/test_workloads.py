@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from tests import hostile, tables
-from tests.benchmarks import cross_entropy, exactness, fusion, honesty, loops, network, normalised, operations
+from tests.benchmarks import (
+    cross_entropy,
+    exactness,
+    fusion,
+    honesty,
+    loops,
+    network,
+    normalised,
+    operations,
+    optimizers,
+)
 from tests.benchmarks.protocol import agree
 from tests.ops.test_graph import Recorder
 from torch_bp import ops
@@ -128,6 +138,22 @@ SMALL = {
     "R5": (exactness, {"ROWS": [row for row in exactness.ROWS if row.name == "silu"][:2]}),
     "G2": (network, {"WIDTHS": WIDTHS, "BATCH": 4, "DEVICE": "cpu"}),
     "G4": (honesty, {"WORKLOADS": {"G4": ((2, 4, 3, "cpu", torch.bfloat16), (1.08, 0.93))}}),
+    "G5": (
+        optimizers,
+        {
+            "CUDA_WORKLOADS": {"G5": {"small": [(3, 2), (4,)]}},
+            "OPTIMIZERS": {"G5": {"Adagrad": ("Adagrad", {"lr": 1e-3})}},
+            "DEVICES": {"G5": "cpu"},
+        },
+    ),
+    "G6": (
+        optimizers,
+        {
+            "CUDA_WORKLOADS": {"G6": {"small": [(3, 2), (4,)]}},
+            "OPTIMIZERS": {"G6": {"Adam": ("Adam", {"lr": 1e-3})}},
+            "DEVICES": {"G6": "cpu"},
+        },
+    ),
     "G7": (cross_entropy, {"WORKLOADS": {"G7": {(64, 512): (0.4, 0.35)}}, "DEVICES": {"G7": "cpu"}}),
 }
 LINES = {  # what is printed: what is measured, against what, and the target
@@ -153,6 +179,8 @@ LINES = {  # what is printed: what is measured, against what, and the target
     ],
     "G2": [("forward, backward", "torch", 0.5), ("forward, backward", "best: compiled", 0.9)],
 }
+LINES["G5"] = [("Adagrad", "default", 0.53), ("Adagrad", "best", 1.0), ("Adagrad", "copy of its bytes", 1 / 0.88)]
+LINES["G6"] = [("Adam", "default", 0.25), ("Adam", "best", 0.67)]
 LINES["G4"] = [(what, peer, {0: 1.08, 3: 0.93}.get(number)) for number, (what, peer, _) in enumerate(LINES["C9"])]
 LINES["G7"] = [(what, peer, {0.8: 0.4}.get(target, target)) for what, peer, target in LINES["C7"]]
 
@@ -163,7 +191,8 @@ def test_lines_of_the_table(group, monkeypatch, uncompiled):
     for name, value in settings.items():
         monkeypatch.setattr(module, name, value)
     results = list(module.measure(group, 1))
-    assert [(r.what, r.peer, r.target) for r in results] == LINES[group]
+    expected = [(what, "best" if peer.startswith("best") else peer, target) for what, peer, target in LINES[group]]
+    assert [(r.what, "best" if r.peer.startswith("best") else r.peer, r.target) for r in results] == expected
     for result in results:
         assert result.group == group
         assert result.ratio > 0

@@ -149,3 +149,12 @@ class ClassLoss(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         save(ctx, *inputs[:3])
         ctx.options = inputs[3:]
+
+
+class CountedLoss(Function):
+    """What is kept of `counted_nll` and its like: input, target, the options and how many rows count."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1])
+        ctx.options = (*inputs[2:], output[1])

@@ -24,6 +24,7 @@ from torch_bp.kernels.program import HALF
 from torch_bp.ops import pairing
 from torch_bp.ops.class_loss import (
     ClassLoss,
+    CountedLoss,
     along_classes,
     class_dim,
     column,
@@ -221,17 +222,12 @@ class RowCrossEntropy(Function):
         return cross_entropy_backward(dy, z, target, None, *ctx.options, *statistics), None, None, None, None
 
 
-class CountedCrossEntropy(Function):
-    """The same of few logits, of which torch's two kernels make less ado. Keeps how many rows count."""
+class CountedCrossEntropy(CountedLoss):
+    """eq. 4 of few logits, with class indices and without class weights: torch's two kernels make less ado of it."""
 
     @staticmethod
     def forward(z: torch.Tensor, target: torch.Tensor, reduction: int, ignored: int) -> tuple[torch.Tensor, Any]:
         return counted_nll(torch.log_softmax(z, 1), target, reduction, ignored)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1])
-        ctx.options = (*inputs[2:], output[1])
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, _: None) -> tuple[_Optional, ...]:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, cast_apply, connected, under_autocast
+from torch_bp.autograd.function import cast_apply, connected, under_autocast
 from torch_bp.kernels import formula, one_hot, where
 from torch_bp.kernels.program import HALF
 from torch_bp.ops import pairing
 from torch_bp.ops.class_loss import (
     ClassLoss,
+    CountedLoss,
     class_dim,
     column,
     countable,
@@ -77,17 +78,12 @@ class NegativeLogLikelihood(ClassLoss):
         return label_tangent(NegativeLogLikelihood.forward, nll_backward, ctx, dlogp, dw)
 
 
-class CountedNegativeLogLikelihood(Function):
-    """The same without class weights where nobody watches, which keeps how many rows count."""
+class CountedNegativeLogLikelihood(CountedLoss):
+    """The loss on log-probabilities, without class weights, where nobody watches."""
 
     @staticmethod
     def forward(logp: torch.Tensor, target: torch.Tensor, reduction: int, ignored: int) -> tuple[torch.Tensor, Any]:
         return counted_nll(logp, target, reduction, ignored)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1])
-        ctx.options = (*inputs[2:], output[1])
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, _: None) -> tuple[_Optional, ...]:
