@@ -77,10 +77,16 @@ def test_rows_agree_with_torch(shape, dtype):
 
 @formula(per_row=())
 def stored_before_it_is_needed(x, y):
-    """A value that two loops need, and results that are written before the last of these, and in it."""
+    """A value that two loops need, and results that are written in the first of these."""
     e = exp(x)
-    total = row_sum(e)
-    return y, row_sum(e * (y - total)), 2 * x, row_sum(e / total), e * total
+    return 2 * y, row_sum(e / row_sum(e))
+
+
+@formula(per_row=())
+def stored_beside_what_is_kept(x, y):
+    e = exp(x)
+    whole = row_sum(e)
+    return y, row_sum(e * (y - whole)), 2 * x, row_sum(e / whole), e * whole
 
 
 @formula(per_row=())
@@ -89,7 +95,9 @@ def kept_where_it_is_written_last(x):
     return e / row_sum(e)
 
 
-@pytest.mark.parametrize("function", [stored_before_it_is_needed, kept_where_it_is_written_last])
+@pytest.mark.parametrize(
+    "function", [stored_before_it_is_needed, stored_beside_what_is_kept, kept_where_it_is_written_last]
+)
 @pytest.mark.parametrize("shape", MATRICES)
 def test_values_that_several_loops_need(function, shape):
     given = [torch.randn(shape, dtype=torch.float64) for _ in function.formula.tensors]
