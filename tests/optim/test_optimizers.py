@@ -9,6 +9,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import torch_bp.optim
+from tests.benchmarks.memory import peak
 from tests.optim.table import INFO, INPUTS, PAIRS, TORCHS, assert_same_state, parameters, train
 from torch_bp.kernels import use
 
@@ -268,3 +269,13 @@ def test_a_hook_registered_by_the_closure_runs(library):
     optimizer, called = library.SGD(parameters()), []
     optimizer.step(lambda: optimizer.register_step_post_hook(lambda *a: called.append("after")))
     assert called == ["after"]
+
+
+@EACH
+def test_a_step_takes_no_memory(name):
+    """Beyond parameters, gradients and state, of which it takes less than a hundredth at any moment."""
+    params = parameters(torch.float32, shapes=[(256, 256)] * 4)
+    optimizer = PAIRS[name][0](params, **OPTIONS[name])
+    train(optimizer, params, 2)
+    kept = [*params, *(p.grad for p in params), *(t for state in optimizer.state.values() for t in state.values())]
+    assert peak(optimizer.step) <= sum(t.numel() * t.element_size() for t in kept) / 100

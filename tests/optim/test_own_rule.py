@@ -82,7 +82,7 @@ def test_interpreted_by_triton(tmp_path):
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        timeout=400,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -120,3 +120,23 @@ def test_a_rule_is_checked_when_its_class_is_made():
 if __name__ == "__main__":  # in a process of its own, where Triton interprets
     for dtype in (torch.float64, torch.float32):
         torch.testing.assert_close(check_resume("triton", sys.argv[1], dtype)[1], by_hand(dtype))
+
+
+def test_state_in_another_order_than_the_rules():
+    """A checkpoint would have each under the other's name."""
+
+    @formula(updates=("p", "m", "v"))
+    def rule(p, g, m, v, *, lr):
+        return p - lr * g, m + g, v + g * g
+
+    with pytest.raises(TypeError, match=r"Swapped: state_names must be in the rule's order"):
+        type("Swapped", (optim.RuleOptimizer,), {"rule": rule, "state_names": ("v", "m")})
+    renamed = type("Renamed", (optim.RuleOptimizer,), {"rule": rule, "state_names": ("first", "second")})
+    optimizer = renamed([torch.nn.Parameter(torch.ones(2))], {"lr": 0.1})
+    train(optimizer, optimizer.param_groups[0]["params"], 2)
+    assert list(next(iter(optimizer.state.values()))) == ["first", "second"]
+
+
+def test_a_class_without_a_rule_makes_no_optimizer():
+    with pytest.raises(TypeError, match="the class must have a rule, got none"):
+        type("Empty", (optim.RuleOptimizer,), {})([torch.zeros(1)], {"lr": 0.1})

@@ -83,12 +83,22 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{cls.__name__}: rule must take the parameter, the gradient and the state of state_names, {wanted}, "
                 f"got {', '.join(formula.tensors)}."
             )
+        state = formula.tensors[2:]
+        if {*state} == {*cls.state_names} and state != tuple(cls.state_names):  # checkpoints would swap them
+            raise TypeError(f"{cls.__name__}: state_names must be in the rule's order, {state}, got {cls.state_names}.")
         param, grad = (*formula.tensors, "", "")[:2]
         if param not in formula.updates or grad in formula.updates:
             raise TypeError(
                 f"{cls.__name__}: updates of the rule must name its first argument, the parameter {param!r}, and not "
                 f"its second, the gradient {grad!r}; got updates={formula.updates}."
             )
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        if not hasattr(self, "rule"):
+            raise TypeError(
+                f"{type(self).__name__}: the class must have a rule, got none; name a @formula(updates=(...)) in it."
+            )
+        super().__init__(params, defaults)
 
     def state_layout(self, group: Mapping[str, Any]) -> Sequence[str | None]:
         """Return the state's names in the order of the rule's arguments, None for one that this group does without."""
