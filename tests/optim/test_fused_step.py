@@ -286,3 +286,32 @@ def test_errors():
     }.items():
         with pytest.raises(ValueError, match=f"^fused_step: {message}"):
             optim.fused_step(optimizer, **options)
+
+
+class Wrapper:
+    """As Lightning and others wrap optimizers: what it does not have is the optimizer's."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+
+def test_a_wrapper_is_not_the_optimizer():
+    """`step` would look for what there is to do in the one, and not find it in the other."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    with pytest.raises(TypeError, match="must be the optimizer itself, got Wrapper"):
+        optim.fused_step(Wrapper(optim.SGD([weight], lr=1.0)), max_norm=1.0)
+    assert torch.equal(weight.detach(), torch.ones(2))
+
+
+def test_a_hook_that_clears_gradients():
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = optim.SGD([weight], lr=1.0)
+    optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+    done = optim.fused_step(optimizer, norms=True)
+    assert done.params[0] is weight
+    assert done.update_norms.item() == pytest.approx(2**0.5)

@@ -340,3 +340,29 @@ def test_errors():
     optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p is not model.last.bias]
     with pytest.raises(RuntimeError, match=r"last.bias must stay in the optimizer"):
         loss_of(model, 0).backward()
+
+
+def test_a_gradient_that_is_refused_is_not_applied_later():
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch_bp.optim.SGD(model.parameters(), lr=1.0)
+    with apply_in_backward(model, optimizer) as handle:
+        model(torch.ones(1, 2)).sum().backward()
+        after = model.weight.detach().clone()
+        with pytest.raises(RuntimeError, match="second gradient"):
+            model(1000 * torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        assert torch.equal(model.weight, after)
+        model.weight.grad = torch.ones(1, 2)
+        with pytest.raises(ValueError, match="no gradient before a backward that clips"):
+            handle.backward(model(torch.ones(1, 2)).sum(), max_norm=1.0)
+
+
+def test_frozen_after_it_was_applied():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    optimizer = torch_bp.optim.SGD(model.parameters(), lr=1.0)
+    with apply_in_backward(model, optimizer) as handle:
+        model[0].requires_grad_(False)
+        before = model[1].weight.detach().clone()
+        handle.backward(model(torch.ones(1, 2)).sum(), max_norm=1.0)
+        optimizer.step()
+        assert not torch.equal(model[1].weight, before)

@@ -243,3 +243,14 @@ def test_names_that_are_lacking_or_double():
     state["param_groups"][0]["param_names"] = ["a"] * 6
     with pytest.raises(ValueError, match="names in state_dict must be unique, got a again"):
         load_state_dict_by_name(optimizer, state)
+
+
+def test_groups_do_not_share_a_rate_in_a_tensor():
+    model = torch.nn.Linear(2, 2)
+    saved = torch_bp.optim.SGD(model.named_parameters(), lr=torch.tensor(0.1)).state_dict()
+    groups = [{"params": [named]} for named in model.named_parameters()]
+    optimizer = torch_bp.optim.SGD(groups, lr=torch.tensor(0.2))
+    load_state_dict_by_name(optimizer, saved)
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    assert first is not second
+    assert first == second == torch.tensor(0.1)

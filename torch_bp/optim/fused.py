@@ -88,7 +88,7 @@ class Extras:
             return (torch.zeros(0, dtype=torch.float64),) * 3
         device = self._totals[0][0].device
         place = {id(p): number for number, p in enumerate(self.params)}
-        index = torch.tensor([place[id(p)] for p in order], device=device)
+        index = torch.tensor([place[id(p)] for p in order], dtype=torch.int64, device=device)
         return tuple(torch.cat([t.to(device) for t in of_one])[index].sqrt() for of_one in zip(*self._totals))
 
 
@@ -140,9 +140,10 @@ def fused_step(
 
         g <- g min(1, max_norm / (total_norm + 1e-6)),
 
-    and the gradients in memory stay as they were, unless `zero_grad` clears them. Under `torch.amp.GradScaler` call
-    `scaler.unscale_(optimizer)` first. Sparse, complex and distributed gradients, and whatever else a list kernel may
-    not serve, are scaled, cleared and measured by operations of their own, with the same result.
+    and the gradients in memory stay as they were, unless `zero_grad` clears them. It does not go through a
+    `torch.amp.GradScaler`, whose `step` skips gradients that have overflowed: use that there. Sparse, complex and
+    distributed gradients, and whatever else a list kernel may not serve, are scaled, cleared and measured by operations
+    of their own, with the same result. In half precision the update is measured before it is rounded.
 
     Args:
         optimizer: of `torch_bp.optim`, or a `RuleOptimizer`. Its hooks run as in `step`.
@@ -157,7 +158,7 @@ def fused_step(
         A `FusedStep` with the norms that were asked for. Nothing is copied to the host.
 
     Raises:
-        TypeError: the optimizer is not one of torch_bp.
+        TypeError: the optimizer is not one of torch_bp, or is a wrapper around one.
         ValueError: `max_norm` is negative or NaN, `scale` has several elements, or both are given.
 
     Example:
@@ -193,11 +194,17 @@ def fused_step(
             if id(p) not in extras.clean:
                 gradient.zero_()
     done = {id(p) for p in extras.params}
-    params = [p for p in _with_gradient(optimizer) if id(p) in done]
+    # in the order of the groups; a hook may have cleared gradients
+    params = [p for group in optimizer.param_groups for p in group["params"] if id(p) in done]
     return FusedStep(params, total_norm, *(extras.norms(params) if norms else ()))
 
 
 def _check(optimizer: Any, max_norm: float | None, scale: Any) -> None:
+    if "param_groups" not in getattr(optimizer, "__dict__", {}):
+        raise TypeError(
+            f"fused_step: optimizer must be the optimizer itself, got {type(optimizer).__name__}; a wrapper has it as "
+            "`.optimizer`."
+        )
     if not hasattr(getattr(optimizer, "rule", None), "formula"):
         raise TypeError(
             f"fused_step: optimizer must be one of torch_bp.optim with a rule, got {type(optimizer).__module__}."

@@ -82,9 +82,11 @@ class AppliedInBackward:
 
     def _hook_of(self, member: _Member) -> Any:
         def hook(p: Tensor) -> None:
-            with torch.no_grad():
-                self._take(p, member)
-            p.grad = None
+            try:
+                with torch.no_grad():
+                    self._take(p, member)
+            finally:  # also a gradient that is refused: a step would apply it
+                p.grad = None
 
         return hook
 
@@ -118,9 +120,15 @@ class AppliedInBackward:
             The total norm, before it is clipped.
 
         Raises:
-            ValueError: parameters that are DTensors.
+            ValueError: parameters that are DTensors, or that have gradients already.
         """
-        inputs: Any = [member.p for member in self._members]
+        inputs: Any = [member.p for member in self._members if member.p.requires_grad]
+        left = [member.name for member in self._members if member.p.grad is not None]
+        if left:
+            raise ValueError(
+                "apply_in_backward: parameters must have no gradient before a backward that clips, got one of "
+                f"{', '.join(left)}; call optimizer.zero_grad() first."
+            )
         if any(map(is_distributed, inputs)):
             raise ValueError(
                 "apply_in_backward: parameters must be plain tensors for a backward that clips, got DTensors; clip "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -239,6 +240,7 @@ def _groups(
         if differing:
             report.mixed_groups[number] = ", ".join(sorted(differing))
         loaded = options[-1] if differing or not sources else options[0]
+        loaded = copy.deepcopy(loaded)  # a rate that is a tensor must not be that of several groups
         groups.append({**loaded, "params": list(range(first, first + len(names))), "param_names": list(names)})
         first += len(names)
     return groups

@@ -60,6 +60,10 @@ def _same_optimizer(optimizer: Optimizer | None) -> Iterator[None]:
     if optimizer is None:
         yield
         return
+    if "state" not in vars(optimizer):
+        raise TypeError(
+            f"optimizer must be the optimizer itself, got {type(optimizer).__name__}; a wrapper has it as `.optimizer`."
+        )
     state, groups = optimizer.state, [dict(group) for group in optimizer.param_groups]
     values = [{k: v.clone() for k, v in group.items() if isinstance(v, Tensor)} for group in groups]
     called = vars(optimizer).get("_opt_called")
