@@ -160,3 +160,16 @@ def test_cross_entropy_of_few_logits_equals_torch(monkeypatch):
                 slopes = torch.autograd.grad(output.sum(), tensors, create_graph=True)
                 twice.append(torch.autograd.grad(sum(slope.sin().sum() for slope in slopes), tensors))
             assert_same(*twice, torch.float64)
+
+
+@pytest.mark.parametrize("ignored", [-100, 0, 156, 256, 2**40])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_bytes_as_labels(ignored, smoothing):
+    """An index that is ignored and fits no byte wraps around, in one of torch's two terms."""
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 0], dtype=torch.uint8)
+    results = []
+    for module in (ours, torch.nn.functional):
+        loss = module.cross_entropy(z, target, ignore_index=ignored, label_smoothing=smoothing)
+        results.append((loss, torch.autograd.grad(loss, z)))
+    assert_same(*results, torch.float64)

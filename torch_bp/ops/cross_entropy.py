@@ -324,6 +324,11 @@ def cross_entropy(
         function: type[Function] = SoftCrossEntropy
         args = (input, target, weight, code, label_smoothing)
     else:
+        if label_smoothing and getattr(target, "dtype", None) is torch.uint8 and not 0 <= ignore_index < 256:
+            # torch ignores the wrapped index in one of two terms: its business, forward and backward
+            return torch.nn.functional.cross_entropy(
+                input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+            )
         function, args = CrossEntropy, (input, target, weight, code, ignore_index, label_smoothing)
         no_gradient("cross_entropy", weight=weight)
         if input.numel() < _WORTHWHILE:
