@@ -25,6 +25,7 @@ _tracing = torch._C._get_tracing_state
 _unwrap = torch._C._functorch.unwrap_if_dead  # a tensor that escaped from a transform that has ended
 _Tensor = torch.Tensor
 _grad_enabled = torch.is_grad_enabled
+tape: Any = None  # that is open (`torch_bp.autograd.tape`)
 
 
 class Function(torch.autograd.Function):
@@ -88,6 +89,8 @@ class Function(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Run forward, recorded for backward. Dynamo knows this method by name and never enters it."""
+        if tape is not None and tape.here():
+            return tape.apply(cls, args)
         if _transforms_active():
             if forward_over_forward():
                 return cls.forward(*args)
@@ -126,6 +129,11 @@ def connected(derivative: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if derivative.requires_grad or not x.requires_grad:
         return derivative
     return _Constant.apply(derivative, x)
+
+
+def overridden() -> bool:
+    """True unless a tape is open here, which sees the Functions themselves: torch's modes need not be asked."""
+    return tape is None or not tape.here()
 
 
 def save(ctx: Any, *tensors: torch.Tensor | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from torch_bp.kernels import engine, plain
+from torch_bp.kernels import capture, engine, native, plain
 from torch_bp.kernels.expression import trace
 from torch_bp.kernels.plain import PLAIN_TYPES, grad_enabled, unwatched
 from torch_bp.kernels.program import PLAIN_NUMBERS, Program, alone, as_torch
@@ -79,6 +79,10 @@ def _may_write(tensors: Sequence[torch.Tensor | None], addresses: Sequence[int])
     )
 
 
+def _several(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
 class Formula:
     """What `@formula` makes of a function; call it like the function.
 
@@ -131,6 +135,10 @@ class Formula:
             tensors = self.padded(tensors)
         result = self.by_kernel(tensors, keywords)
         if result is NotImplemented:
+            if capture.recorder is not None and capture.recorder.here():
+                result = capture.recorder.formula(self, tensors, keywords)
+                if result is not NotImplemented:
+                    return result
             self._check(tensors)
             return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
         return result
@@ -178,6 +186,37 @@ class Formula:
             return NotImplemented if totals is None else alone([t[0] for t in totals])
         addresses = self._addresses(tensors)
         return NotImplemented if addresses is None else program(tensors, addresses, keywords)
+
+    def bound(
+        self, tensors: Sequence[Any], results: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> Callable[[], Any]:
+        """Return a function that computes this formula of these tensors again, into the memory of `results`.
+
+        The tensors stay where they are. Numbers are read now, one-element tensors at every call.
+        """
+        tensors = self.padded(tensors) if len(tensors) < len(self.tensors) else tensors
+        present = [t for t in tensors if t is not None]
+        by_place = int("".join("01"[t is not None] for t in tensors), 2)
+        program = self._prepare(present[0], by_place, keywords)
+        targets = [t for t in results if t is not None]
+        if program is None or program.entry is None:
+            return functools.partial(self._into, tensors, targets, keywords)
+        run, elements = program.entry.run, present[0].numel()
+        handles = [*map(native.handle_of, present), *map(native.handle_of, targets)]
+        if PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
+            return functools.partial(run, elements, *handles, *program.expression.host(**keywords))
+        expression = program.expression
+
+        def call() -> None:
+            read = {n: v.item() if hasattr(v, "item") else v for n, v in keywords.items()}
+            run(elements, *handles, *expression.host(**read))
+
+        return call
+
+    def _into(self, tensors: Sequence[Any], targets: Sequence[torch.Tensor], keywords: Mapping[str, Any]) -> None:
+        results = self(*tensors, **keywords)
+        for target, result in zip(targets, (r for r in _several(results) if r is not None)):
+            target.copy_(result)
 
     def _addresses(self, tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
         """Return where the tensors begin in memory, if they are fit for a kernel."""

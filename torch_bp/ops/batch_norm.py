@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, forward_over_forward, recomputing, save, tangents_possible
+from torch_bp.autograd.function import Function, forward_over_forward, overridden, recomputing, save, tangents_possible
 from torch_bp.kernels import column_sum, formula, row_sum
 from torch_bp.kernels.program import HALF
 from torch_bp.ops.standardize import (
@@ -253,7 +253,7 @@ def batch_norm(
                 [ 1.]])
     """
     tensors = (input, running_mean, running_var, weight, bias)
-    if has_torch_function_variadic(*tensors):
+    if has_torch_function_variadic(*tensors) and overridden():
         more = {"weight": weight, "bias": bias, "training": training, "momentum": momentum, "eps": eps}
         return handle_torch_function(batch_norm, tensors, *tensors[:3], **more)  # type: ignore[arg-type]
     if not normalizable(input, tensors[1:], training, eps):

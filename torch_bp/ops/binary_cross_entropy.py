@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import under_autocast
+from torch_bp.autograd.function import overridden, under_autocast
 from torch_bp.kernels import formula, log, maximum, sigmoid
 from torch_bp.ops import pairing
 from torch_bp.ops.elementwise_loss import apply, elementwise_loss
@@ -95,7 +95,7 @@ def binary_cross_entropy(
         >>> binary_cross_entropy(torch.tensor([0.5]), torch.tensor([1.0]))
         tensor(0.6931)
     """
-    if has_torch_function_variadic(input, target, weight):
+    if has_torch_function_variadic(input, target, weight) and overridden():
         return handle_torch_function(
             binary_cross_entropy,
             (input, target, weight),
@@ -142,7 +142,7 @@ def binary_cross_entropy_with_logits(
         >>> binary_cross_entropy_with_logits(torch.tensor([1e4]), torch.tensor([1.0]))
         tensor(0.)
     """
-    if has_torch_function_variadic(input, target, weight, pos_weight):
+    if has_torch_function_variadic(input, target, weight, pos_weight) and overridden():
         return handle_torch_function(
             binary_cross_entropy_with_logits,
             (input, target, weight, pos_weight),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, cast_apply, transformed, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, overridden, transformed, under_autocast
 from torch_bp.kernels import exp, formula, log, one_hot, row_max, row_sum, where
 from torch_bp.kernels.plain import eager
 from torch_bp.kernels.program import HALF
@@ -300,7 +300,7 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([1]))
         tensor(0.6931)
     """
-    if has_torch_function_variadic(input, target, weight):
+    if has_torch_function_variadic(input, target, weight) and overridden():
         return handle_torch_function(
             cross_entropy,
             (input, target, weight),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torch_bp.autograd.function import Function, save
+from torch_bp.autograd.function import Function, overridden, save
 
 
 def _places(device: torch.device) -> torch.Tensor:
@@ -67,7 +67,7 @@ def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace:
         >>> dropout(torch.ones(3), p=1.0)
         tensor([0., 0., 0.])
     """
-    if has_torch_function_unary(input):
+    if has_torch_function_unary(input) and overridden():
         return handle_torch_function(dropout, (input,), input, p=p, training=training, inplace=inplace)
     if p < 0.0 or p > 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")

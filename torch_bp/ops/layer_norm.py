@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, cast_apply, forward_over_forward, save, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, forward_over_forward, overridden, save, under_autocast
 from torch_bp.kernels import column_sum, formula, row_sum
 from torch_bp.kernels.program import HALF
 from torch_bp.ops.rows import shaped
@@ -134,7 +134,7 @@ def layer_norm(
         tensor([[-1.,  1.]])
     """
     tensors = (input, weight, bias)
-    if has_torch_function_variadic(*tensors):
+    if has_torch_function_variadic(*tensors) and overridden():
         return handle_torch_function(layer_norm, tensors, input, normalized_shape, weight=weight, bias=bias, eps=eps)
     dims = len(normalized_shape) if isinstance(normalized_shape, Sequence) else 0
     # torch's alone: ragged rows, and its error about a shape

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, cast_apply, tangents_possible, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, overridden, tangents_possible, under_autocast
 from torch_bp.ops.rows import to_rows
 
 _Optional = torch.Tensor | None
@@ -90,7 +90,7 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
         tensor([[4.],
                 [4.]])
     """
-    if has_torch_function_variadic(input, weight, bias):
+    if has_torch_function_variadic(input, weight, bias) and overridden():
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
     tensors = isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor)
     # torch's alone: weights (I) and biases other than (O), which eq. 1 has no place for, ragged rows, and the error

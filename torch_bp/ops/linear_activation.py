@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, connected, tangents_possible, under_autocast
+from torch_bp.autograd.function import Function, connected, overridden, tangents_possible, under_autocast
 from torch_bp.kernels.plain import reusable
 from torch_bp.ops import pointwise
 from torch_bp.ops.linear import linear, linear_backward, linear_tangent
@@ -116,7 +116,7 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
                 f"linear_{name}: after input, weight and bias it takes ({', '.join(parameters)}), got {values} {named}."
             )
         values += tuple(named[n] for n in parameters[len(values) :])
-        if has_torch_function_variadic(input, weight, bias):
+        if has_torch_function_variadic(input, weight, bias) and overridden():
             return handle_torch_function(function, (input, weight, bias), input, weight, bias, *values)
         if (
             not (isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import cast_apply, connected, under_autocast
+from torch_bp.autograd.function import cast_apply, connected, overridden, under_autocast
 from torch_bp.kernels import formula, one_hot, where
 from torch_bp.kernels.program import HALF
 from torch_bp.ops import pairing
@@ -107,7 +107,7 @@ def nll_loss(
         >>> nll_loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
         tensor(2.)
     """
-    if has_torch_function_variadic(input, target, weight):
+    if has_torch_function_variadic(input, target, weight) and overridden():
         return handle_torch_function(
             nll_loss,
             (input, target, weight),

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torch_bp.autograd.function import Function, connected, save
+from torch_bp.autograd.function import Function, connected, overridden, save
 from torch_bp.kernels import erf, exp, formula, where
 from torch_bp.kernels import sigmoid as logistic
 from torch_bp.kernels import tanh as tanh_of
@@ -133,7 +133,7 @@ def activation(
     apply = Node.apply
 
     def function(input: torch.Tensor, *values: float) -> torch.Tensor:
-        if has_torch_function_unary(input):
+        if has_torch_function_unary(input) and overridden():
             return handle_torch_function(function, (input,), input, *values)
         if getattr(input, "is_nested", False) and input.layout is torch.strided:  # has no shape: torch's alone
             return Node.forward(input, *values)

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from torch_bp.autograd.function import Function, cast_apply, save, under_autocast
+from torch_bp.autograd.function import Function, cast_apply, overridden, save, under_autocast
 from torch_bp.kernels import exp, formula, row_sum
 from torch_bp.ops.rows import from_rows, to_rows
 
@@ -109,7 +109,7 @@ def softmax(
         >>> softmax(torch.zeros(2), dim=0)
         tensor([0.5000, 0.5000])
     """
-    if has_torch_function_unary(input):
+    if has_torch_function_unary(input) and overridden():
         return handle_torch_function(softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
     return _along(Softmax, "softmax", input, dim, _stacklevel, dtype)
 
@@ -123,6 +123,6 @@ def log_softmax(
         >>> log_softmax(torch.zeros(2), dim=0)
         tensor([-0.6931, -0.6931])
     """
-    if has_torch_function_unary(input):
+    if has_torch_function_unary(input) and overridden():
         return handle_torch_function(log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
     return _along(LogSoftmax, "log_softmax", input, dim, _stacklevel, dtype)

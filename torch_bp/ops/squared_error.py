@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from torch_bp.autograd.function import overridden
 from torch_bp.kernels import formula
 from torch_bp.ops.elementwise_loss import apply, elementwise_loss
 from torch_bp.ops.reduction import MEAN, NONE, SUM, reduction_code
@@ -63,7 +64,7 @@ def mse_loss(
         >>> mse_loss(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
         tensor(2.)
     """
-    if has_torch_function_variadic(input, target, weight):
+    if has_torch_function_variadic(input, target, weight) and overridden():
         return handle_torch_function(
             mse_loss, (input, target, weight), input, target, size_average, reduce, reduction, weight
         )
@@ -96,7 +97,7 @@ def half_mse_loss(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         >>> half_mse_loss(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.zeros(2, 2))
         tensor(0.5000)
     """
-    if has_torch_function_variadic(input, target):
+    if has_torch_function_variadic(input, target) and overridden():
         return handle_torch_function(half_mse_loss, (input, target), input, target)
     if target.size() != input.size():
         raise ValueError(

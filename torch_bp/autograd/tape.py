@@ -1,0 +1,280 @@
+"""Backward without autograd's engine: forward and backward of each `Function`, called one after the other.
+
+While a tape is open, `Function.apply` computes no graph: it runs `forward` and `setup_context` with a context of plain
+Python, and notes what it has run. `backward` goes through the notes from last to first, which is Algorithm 1 of the
+report: each error signal is handed to the `backward` of the operation that made the tensor. The Functions are the ones
+that autograd runs, so there is no second text of any derivative.
+
+What is no Function of ours (views, sums, `cat`, a module of somebody else) can be taken onto the tape by
+`through_autograd`, as one entry with a small graph of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from torch_bp.autograd import function as functions
+
+
+class Context:
+    """What `setup_context` and `backward` of a Function see, as of autograd's."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
+        self.needs_input_grad = needs_input_grad
+        self.materialize = True
+        self.constant: tuple[Tensor, ...] = ()
+        self._saved: tuple[Tensor | None, ...] = ()
+        self._versions: tuple[int, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self._saved = tensors
+        self._versions = tuple(-1 if t is None else version(t) for t in tensors)
+
+    def save_for_forward(self, *tensors: Tensor | None) -> None:
+        pass  # nobody asks for tangents here
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        self.constant = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.materialize = value
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor | None, ...]:
+        for tensor, before in zip(self._saved, self._versions):
+            if tensor is not None and version(tensor) != before:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"[{tensor.type()} {list(tensor.shape)}] is at version {version(tensor)}; expected version "
+                    f"{before} instead."
+                )
+        return self._saved
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor has been written to, where that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Entry:
+    """One operation that has run: what it was, what it left for backward, whose gradients it takes and gives.
+
+    Attributes:
+        function: the Function, or the callable that went through autograd.
+        path: name of the module that ran it.
+        inputs, outputs: tensors among the arguments and results, None in other places.
+        sources, targets: their numbers on the tape, None for what no gradient is for.
+    """
+
+    def __init__(self, function: Any, path: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        self.function, self.path = function, path
+        self.inputs, self.outputs = inputs, outputs
+        self.sources: list[int | None] = []
+        self.targets: list[int | None] = []
+        self.backward: Callable[..., Any] = lambda *_: None
+        self.materialize = True
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+
+class Tape:
+    """Notes of a forward pass, and the backward over them; a context manager, for the thread that opens it.
+
+    Args:
+        leaves: the tensors that gradients are for.
+        path: tells the name of the module that is running, for the notes.
+
+    Example:
+        >>> import torch
+        >>> from torch_bp import ops
+        >>> from torch_bp.autograd.tape import Tape
+        >>> w = torch.tensor([[3.0]])
+        >>> with torch.no_grad(), Tape([w]) as tape:
+        ...     y = ops.linear(torch.tensor([[2.0]]), w)
+        ...     dw, = tape.backward(y, torch.ones(1, 1))
+        >>> dw
+        tensor([[2.]])
+    """
+
+    def __init__(self, leaves: Iterable[Tensor], path: Callable[[], str] = lambda: "") -> None:
+        self.leaves = list(leaves)
+        self.entries: list[Entry] = []
+        self._path = path
+        self._numbers: dict[int, int] = {}
+        self._count = 0
+        self._kept: dict[int, Tensor] = {}  # an address names a tensor while the tensor is there
+        for leaf in self.leaves:
+            self._track(leaf)
+        self._leaf_numbers = [self._numbers[id(leaf)] for leaf in self.leaves]
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> Tape:
+        if functions.tape is not None:
+            raise RuntimeError("a tape is open already, in this thread or in another; close it first.")
+        functions.tape = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        functions.tape = None
+
+    def here(self) -> bool:
+        """True in the thread that opened the tape."""
+        return threading.get_ident() == self._thread
+
+    def tracks(self, value: Any) -> bool:
+        """True if a gradient is for this tensor, or for something that it depends on."""
+        return id(value) in self._numbers
+
+    def _track(self, tensor: Tensor) -> int:
+        self._count += 1
+        self._numbers[id(tensor)] = self._count
+        self._kept[id(tensor)] = tensor
+        return self._count
+
+    def apply(self, function: type[functions.Function], args: tuple[Any, ...]) -> Any:
+        """Run a Function, and note it if a gradient goes through it."""
+        context = Context(tuple(map(self.tracks, args)))
+        functions.tape = None  # an operation that is made of others is one entry
+        try:
+            with torch._C.DisableTorchFunction():
+                outputs = function.forward(*args)
+                if not any(context.needs_input_grad):
+                    return outputs
+                function.setup_context(context, args, outputs)
+        finally:
+            functions.tape = self
+        several = outputs if isinstance(outputs, tuple) else (outputs,)
+        if any(output is a for output in several for a in args if isinstance(output, Tensor)):
+            raise RuntimeError(f"{function.__name__}: forward must return new tensors here, got one of its inputs.")
+        differentiable = [_differentiable(t) and not any(t is c for c in context.constant) for t in several]
+        entry = self._note(function, args, several, differentiable)
+        entry.materialize = context.materialize
+
+        def backward(*dys: Tensor | None) -> Any:
+            return function.backward(context, *dys)  # type: ignore[arg-type]
+
+        entry.backward = backward
+        return outputs
+
+    def through_autograd(self, call: Callable[..., Any], args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+        """Run any differentiable callable with a graph of its own, and note it if a gradient goes through it.
+
+        `call` may write to the first argument and to nothing else, if `writes` says so of it.
+        """
+        flat, form = tree_flatten((args, dict(keywords)))
+        taken = [k for k, value in enumerate(flat) if self.tracks(value)]
+        sources = [flat[k] for k in taken]
+        leaves = [t.detach().requires_grad_() for t in sources]
+        given = list(flat)
+        for k, leaf in zip(taken, leaves):
+            given[k] = leaf
+        target = args[0] if args and writes(call) else None
+        with torch.enable_grad():
+            if target is not None:  # autograd refuses writes to a leaf
+                self._require_alone(target)
+                first = next(k for k, value in enumerate(flat) if value is target)
+                given[first] = given[first].clone()
+            new_args, new_keywords = tree_unflatten(given, form)
+            outputs = call(*new_args, **new_keywords)
+            if target is not None:
+                outputs = given[first]
+        if target is not None:
+            target.detach().copy_(outputs.detach())
+            entry = self._note(call, sources, [target], [outputs.requires_grad])
+            entry.backward = _by_graph([outputs], leaves)
+            return target
+        made, _ = tree_flatten(outputs)
+        graph = [t for t in made if isinstance(t, Tensor) and t.requires_grad]
+        if not graph:  # an answer, and no tensor that a gradient goes through
+            return outputs
+        found = {id(t): t.detach() for t in graph}
+        entry = self._note(call, sources, list(found.values()), [True] * len(found))
+        entry.backward = _by_graph(graph, leaves)
+        entry.materialize = False
+        return tree_map_only(Tensor, lambda t: found.get(id(t), t), outputs)
+
+    def _require_alone(self, target: Tensor) -> None:
+        storage = target.untyped_storage()._cdata
+        for other in self._kept.values():
+            if other is not target and other.layout is torch.strided and other.untyped_storage()._cdata == storage:
+                raise RuntimeError(
+                    "a tensor that shares its memory with another one must not be written to in place while a step "
+                    "is traced; write out of place, for example y = y + 1 instead of y += 1."
+                )
+
+    def _note(
+        self, function: Any, args: Sequence[Any], outputs: Sequence[Any], differentiable: Sequence[bool]
+    ) -> Entry:
+        inputs = [a if isinstance(a, Tensor) else None for a in args]
+        entry = Entry(function, self._path(), inputs, outputs)
+        entry.sources = [self._numbers.get(id(a)) if isinstance(a, Tensor) else None for a in args]
+        entry.targets = [self._track(t) if d else None for t, d in zip(outputs, differentiable)]
+        self.entries.append(entry)
+        return entry
+
+    def backward(
+        self, output: Tensor, dy: Tensor, seen: Callable[[Entry, Sequence[Any]], None] | None = None
+    ) -> list[Tensor | None]:
+        """Return the gradients of the leaves; the notes are used up.
+
+        Args:
+            output: a tensor that was made on the tape.
+            dy: the error signal there.
+            seen: called with each entry and the gradients that its `backward` has returned, None for none.
+
+        Raises:
+            RuntimeError: the output depends on no leaf.
+        """
+        number = self._numbers.get(id(output))
+        if number is None:
+            raise RuntimeError(
+                "element 0 of tensors does not require grad: the loss depends on no parameter that is to be trained, "
+                "or was computed by something that is not on the tape."
+            )
+        signals: dict[int, Tensor] = {number: dy}
+        while self.entries:
+            entry = self.entries.pop()
+            dys = [None if n is None else signals.pop(n, None) for n in entry.targets]
+            if all(d is None for d in dys):
+                continue
+            if entry.materialize:
+                dys = [
+                    torch.zeros_like(t) if d is None and _differentiable(t) else d for d, t in zip(dys, entry.outputs)
+                ]
+            found = entry.backward(*dys)
+            found = found if isinstance(found, tuple | list) else (found,)
+            for source, gradient in zip(entry.sources, found):
+                if source is not None and gradient is not None:
+                    before = signals.get(source)
+                    signals[source] = gradient if before is None else before + gradient
+            if seen is not None:
+                seen(entry, found)
+        return [signals.get(n) for n in self._leaf_numbers]
+
+
+def writes(call: Callable[..., Any]) -> bool:
+    """True if a torch function writes to its first argument, by its name: `add_`, `__iadd__`, `__setitem__`."""
+    name = getattr(call, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
+    return name.endswith("_") and name not in ("requires_grad_",)
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _by_graph(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> Callable[..., Any]:
+    def backward(*dys: Tensor | None) -> Any:
+        pairs = [(t, d) for t, d in zip(outputs, dys) if d is not None]
+        return torch.autograd.grad([t for t, _ in pairs], leaves, [d for _, d in pairs], allow_unused=True)
+
+    return backward

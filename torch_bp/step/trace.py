@@ -1,0 +1,135 @@
+"""One explicit pass: a model's own forward, run so that every operation lands on a tape.
+
+The model is called as it is, whatever its `forward` does in Python. A mode sees the calls of torch's functions and sends
+each where its derivative is: to ours of the same name (`torch.relu`, `torch.nn.functional.linear`, and with them
+torch's own modules), or, for arithmetic and for what only moves elements, through a small graph of autograd's. What it
+does not know is refused by name, or with `fallback="autograd"` taken onto the tape the same way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
+
+import torch_bp.nn.functional
+from torch_bp.autograd.tape import Tape
+
+# Sums, products and what moves elements: functions and methods of these names.
+_ARITHMETIC = frozenset(
+    (
+        "add sub mul div neg radd rsub rmul rdiv rtruediv truediv subtract multiply divide true_divide negative iadd isub "
+        "imul itruediv add_ sub_ mul_ div_ pow square sqrt abs exp log sum mean matmul rmatmul mm bmm addmm einsum"
+    ).split()
+)
+_MOVING = frozenset(
+    (
+        "view reshape flatten unflatten permute transpose t T mT movedim swapaxes squeeze unsqueeze expand expand_as "
+        "broadcast_to broadcast_tensors contiguous clone to type type_as float double half bfloat16 view_as reshape_as "
+        "cat concat concatenate stack hstack vstack chunk split unbind select narrow getitem index_select take gather "
+        "flip roll repeat tile pad where copy_ setitem cumsum"
+    ).split()
+)
+_READING = frozenset(("bool", "item", "tolist", "float", "int", "index", "complex", "numpy", "array", "contains"))
+_ASKING = frozenset(  # what no gradient goes through
+    (
+        "get size dim ndimension numel nelement element_size stride len is_floating_point is_complex is_contiguous detach "
+        "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full new_tensor "
+        "eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign"
+    ).split()
+)
+_METHODS = {  # of tensors, and functions of torch's namespace, by the name that ours has
+    name: getattr(torch_bp.nn.functional, name)
+    for name in ("relu", "sigmoid", "tanh", "softmax", "log_softmax", "dropout")
+}
+
+
+def _counterparts() -> dict[Any, Callable[..., Any]]:
+    """Map torch's functions to ours of the same name."""
+    found: dict[Any, Callable[..., Any]] = {}
+    for name, ours in vars(torch_bp.nn.functional).items():
+        theirs = getattr(F, name, None)
+        if callable(theirs) and callable(ours) and theirs is not ours and not name.startswith("_"):
+            found[theirs] = ours
+    for name, ours in _METHODS.items():
+        for place in (torch, Tensor):
+            if hasattr(place, name):
+                found[getattr(place, name)] = ours
+    return found
+
+
+COUNTERPARTS = _counterparts()
+
+
+class Unexplained(RuntimeError):
+    """A step that has no explicit backward."""
+
+
+class Explicit(TorchFunctionMode):
+    """Sends torch's functions to where their derivative is, while a tape is open."""
+
+    def __init__(self, tape: Tape, fallback: bool, path: Callable[[], str]) -> None:
+        super().__init__()
+        self.tape, self.fallback, self.path = tape, fallback, path
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        ours = COUNTERPARTS.get(func)
+        if ours is not None:
+            with self:
+                return ours(*args, **kwargs)
+        tracked = any(map(self.tape.tracks, tree_leaves((args, kwargs))))
+        if not tracked:
+            return func(*args, **kwargs)
+        name = func.__name__
+        if name.startswith("__"):
+            name = name.strip("_")
+        if name in _READING:
+            raise Unexplained(
+                f"TrainStep: {self._where()}reads the values of a tensor ({name}), which may be others at the next step: "
+                "a step must do the same whatever the values. Use torch.where in its place, or loss.backward()."
+            )
+        if self.fallback or name in _ARITHMETIC or name in _MOVING or name in _ASKING:
+            return self.tape.through_autograd(func, args, kwargs)
+        raise Unexplained(
+            f"TrainStep: {self._where()}calls {resolve_name(func) or name}, whose backward torch_bp has not written; "
+            'use fallback="autograd", which lets autograd do that part, or loss.backward().'
+        )
+
+    def _where(self) -> str:
+        path = self.path()
+        return f"module {path!r} " if path else "the model "
+
+
+class Paths:
+    """Tells which module of a model is running, from the frames of its forward."""
+
+    def __init__(self, roots: Mapping[str, Any]) -> None:
+        self.names = {
+            id(module): ".".join(filter(None, (prefix, name)))
+            for prefix, root in roots.items()
+            if isinstance(root, torch.nn.Module)
+            for name, module in root.named_modules()
+        }
+
+    def __call__(self) -> str:
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.nn.Module) and id(owner) in self.names:
+                return self.names[id(owner)]
+            frame = frame.f_back
+        return ""
+
+
+def trained(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters that gradients are for."""
+    return [p for p in parameters if p.requires_grad]
