@@ -25,6 +25,8 @@ from torch_bp.autograd import function as functions
 class Context:
     """What `setup_context` and `backward` of a Function see, as of autograd's."""
 
+    explicit = True
+
     def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
         self.needs_input_grad = needs_input_grad
         self.materialize = True

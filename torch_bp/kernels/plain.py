@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from torch_bp.kernels.capture import capturing
+
 PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -50,7 +52,7 @@ def eager() -> bool:
 
 def reusable() -> bool:
     """True where a backward may write to a temporary of its own: vmap lacks a rule for some in-place operations."""
-    return not torch.compiler.is_dynamo_compiling() and unwatched()
+    return not torch.compiler.is_dynamo_compiling() and (unwatched() or capturing())
 
 
 def recording(tensors: Iterable[torch.Tensor | None]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from torch_bp.autograd.function import Function, save, under_autocast
+from torch_bp.kernels.capture import capturing
 from torch_bp.kernels.plain import PLAIN_TYPES, reusable
 from torch_bp.ops.reduction import MEAN, NONE, SUM
 
@@ -31,13 +32,15 @@ _nll_loss_forward = torch.ops.aten.nll_loss_forward.default
 
 def counted_nll(
     logp: torch.Tensor, target: torch.Tensor, reduction: int, ignored: int
-) -> tuple[torch.Tensor, float | None]:
+) -> tuple[torch.Tensor, Any]:
     """Return torch's negative log likelihood of log-probabilities (N, C), and how many rows count, of none 1.
 
-    None where only the device knows.
+    A tensor where the next call may count others; None where only the device knows.
     """
     loss, count = _nll_loss_forward(logp, target, None, reduction, ignored)
-    return loss, (count.item() or 1.0) if reduction == MEAN and count.is_cpu else None
+    if reduction != MEAN or not count.is_cpu:
+        return loss, None
+    return loss, count.clamp(min=1) if capturing() else count.item() or 1.0
 
 
 def countable(z: torch.Tensor, target: torch.Tensor, weight: _Optional) -> bool:

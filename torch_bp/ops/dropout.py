@@ -42,13 +42,19 @@ class Dropout(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         _, k, ctx.p = inputs
-        save(ctx, pack(k != 0) if ctx.p < 1 else None)
+        if getattr(ctx, "explicit", False):  # memory that is there anyway: no bits
+            save(ctx, k)
+        else:
+            save(ctx, pack(k != 0) if ctx.p < 1 else None)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (bits,) = ctx.saved_tensors
-        k = dy.new_zeros(()) if bits is None else unpack(bits, dy.shape).to(dy.dtype).div(1 - ctx.p)
-        return dy * k, None, None
+        (kept,) = ctx.saved_tensors
+        if kept is None:
+            kept = dy.new_zeros(())
+        elif kept.dtype is torch.uint8:
+            kept = unpack(kept, dy.shape).to(dy.dtype).div(1 - ctx.p)
+        return dy * kept, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: torch.Tensor, *_: None) -> torch.Tensor:

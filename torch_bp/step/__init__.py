@@ -1,0 +1,5 @@
+"""Training without an autograd graph: the report's Algorithm 1 as one line of operations."""
+
+from torch_bp.step.train_step import TrainStep
+
+__all__ = ["TrainStep"]

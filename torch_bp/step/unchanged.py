@@ -1,0 +1,70 @@
+"""Whether a model is still what it was when a step was captured.
+
+What a captured step does was decided by the model's modules and numbers: training or evaluation, a dropout rate, which
+activation, which parameters are trained, where they lie. Each of these is looked at before every step, some thirty
+nanoseconds each; what no longer holds is captured anew.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+_NUMBERS = (bool, int, float, str, type(None))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_get = operator.getitem
+
+
+class Unchanged:
+    """What modules were made of.
+
+    Args:
+        modules: with all that is inside them.
+
+    Example:
+        >>> model = nn.Dropout(0.5)
+        >>> before = Unchanged([model])
+        >>> before.holds()
+        True
+        >>> model.p = 0.1
+        >>> before.holds()
+        False
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        everything = list(dict.fromkeys(m for module in modules for m in module.modules()))
+        items = [
+            (place, name, value)
+            for module in everything
+            for place in (module.__dict__, module._modules, module._parameters, module._buffers)
+            for name, value in place.items()
+            if place is not module.__dict__ or isinstance(value, (*_NUMBERS, Tensor))
+        ]
+        self._places, self._names, self._values = zip(*items) if items else ((), (), ())
+        self._dicts = [place for module in everything for place in (module._modules, module._parameters)]
+        self._sizes = list(map(len, self._dicts))
+        self._hooks = [getattr(module, name) for module in everything for name in _HOOKS]
+        self._tensors = [value for value in dict.fromkeys(self._values) if isinstance(value, Tensor)]
+        self._where = list(map(Tensor.data_ptr, self._tensors))
+        self._trained = [t.requires_grad for t in self._tensors]
+
+    @property
+    def hooked(self) -> bool:
+        """True if somebody watches a module's calls, and would miss those of a captured step."""
+        return any(self._hooks)
+
+    def holds(self) -> bool:
+        """True if all is as it was, and nobody watches."""
+        try:
+            return (
+                all(map(operator.is_, map(_get, self._places, self._names), self._values))
+                and list(map(len, self._dicts)) == self._sizes
+                and list(map(Tensor.data_ptr, self._tensors)) == self._where
+                and [t.requires_grad for t in self._tensors] == self._trained
+                and not any(self._hooks)
+            )
+        except KeyError:  # something was taken away
+            return False
