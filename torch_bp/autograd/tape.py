@@ -69,13 +69,12 @@ class Entry:
 
     Attributes:
         function: the Function, or the callable that went through autograd.
-        path: name of the module that ran it.
         inputs, outputs: tensors among the arguments and results, None in other places.
         sources, targets: their numbers on the tape, None for what no gradient is for.
     """
 
-    def __init__(self, function: Any, path: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        self.function, self.path = function, path
+    def __init__(self, function: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        self.function = function
         self.inputs, self.outputs = inputs, outputs
         self.sources: list[int | None] = []
         self.targets: list[int | None] = []
@@ -92,7 +91,7 @@ class Tape:
 
     Args:
         leaves: the tensors that gradients are for.
-        path: tells the name of the module that is running, for the notes.
+        noted: called with each entry as it is noted.
 
     Example:
         >>> import torch
@@ -106,10 +105,10 @@ class Tape:
         tensor([[2.]])
     """
 
-    def __init__(self, leaves: Iterable[Tensor], path: Callable[[], str] = lambda: "") -> None:
+    def __init__(self, leaves: Iterable[Tensor], noted: Callable[[Entry], None] | None = None) -> None:
         self.leaves = list(leaves)
         self.entries: list[Entry] = []
-        self._path = path
+        self._noted = noted
         self._numbers: dict[int, int] = {}
         self._count = 0
         self._kept: dict[int, Tensor] = {}  # an address names a tensor while the tensor is there
@@ -216,10 +215,12 @@ class Tape:
         self, function: Any, args: Sequence[Any], outputs: Sequence[Any], differentiable: Sequence[bool]
     ) -> Entry:
         inputs = [a if isinstance(a, Tensor) else None for a in args]
-        entry = Entry(function, self._path(), inputs, outputs)
+        entry = Entry(function, inputs, outputs)
         entry.sources = [self._numbers.get(id(a)) if isinstance(a, Tensor) else None for a in args]
         entry.targets = [self._track(t) if d else None for t, d in zip(outputs, differentiable)]
         self.entries.append(entry)
+        if self._noted is not None:
+            self._noted(entry)
         return entry
 
     def backward(

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from torch_bp.kernels import capture, engine, native, plain
@@ -187,9 +188,7 @@ class Formula:
         addresses = self._addresses(tensors)
         return NotImplemented if addresses is None else program(tensors, addresses, keywords)
 
-    def bound(
-        self, tensors: Sequence[Any], results: Sequence[Any], keywords: Mapping[str, Any]
-    ) -> Callable[[], Any]:
+    def bound(self, tensors: Sequence[Any], results: Sequence[Any], keywords: Mapping[str, Any]) -> Callable[[], Any]:
         """Return a function that computes this formula of these tensors again, into the memory of `results`.
 
         The tensors stay where they are. Numbers are read now, one-element tensors at every call.
@@ -212,6 +211,28 @@ class Formula:
             run(elements, *handles, *expression.host(**read))
 
         return call
+
+    def bound_total(self, *lists: Sequence[torch.Tensor]) -> Callable[[], float] | None:
+        """Return a function that gives the one total of this formula over lists of tensors that stay where they are.
+
+        None where no kernel on the CPU serves.
+        """
+        table, program = Table(), None
+        if lists[0] and lists[0][0].is_cpu and len(lists) == len(self.tensors):
+            program = self._prepare(lists[0][0], 2 ** len(lists) - 1, {})
+        if program is None or program.totals != 1 or not program.numba:
+            return None
+        if not table.refresh(lists, program.writes, program.chunk) or not table.elements:
+            return None
+        partial = np.empty((len(table.tensor), 1))
+        arguments = table.elements, table.addresses, table.tensor, table.start, table.length, partial
+        run, add = program.list.run, partial.sum
+
+        def total() -> float:
+            run(*arguments)
+            return float(add())
+
+        return total
 
     def _into(self, tensors: Sequence[Any], targets: Sequence[torch.Tensor], keywords: Mapping[str, Any]) -> None:
         results = self(*tensors, **keywords)

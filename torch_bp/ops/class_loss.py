@@ -30,9 +30,7 @@ def along_classes(weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 _nll_loss_forward = torch.ops.aten.nll_loss_forward.default
 
 
-def counted_nll(
-    logp: torch.Tensor, target: torch.Tensor, reduction: int, ignored: int
-) -> tuple[torch.Tensor, Any]:
+def counted_nll(logp: torch.Tensor, target: torch.Tensor, reduction: int, ignored: int) -> tuple[torch.Tensor, Any]:
     """Return torch's negative log likelihood of log-probabilities (N, C), and how many rows count, of none 1.
 
     A tensor where the next call may count others; None where only the device knows.

@@ -2,8 +2,8 @@
 
 A CUDA graph notes kernels as they are launched; this notes torch's operations as they are dispatched, and our kernels
 as they are called. When they are run again nothing else of Python runs: no model, no module, no Function. Each
-operation writes to the same buffer every time (`torch_bp.step.buffers`): no memory is asked for or given back, and large
-layers do not pay at every step for pages that the system clears.
+operation writes to the same buffer every time (`torch_bp.step.buffers`): no memory is asked for or given back, and
+large layers do not pay at every step for pages that the system clears.
 
 - *Views* are made once.
 - *Values that are made of nothing* (`zeros`, `arange`) are computed once, unless something writes to them later.
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -30,8 +31,9 @@ from torch_bp.step.buffers import Arena
 _aten = torch.ops.aten
 # Torch's bindings of these parse their arguments several times faster than the operations by themselves.
 _BINDINGS: dict[Any, Callable[..., Any]] = {
-    **{getattr(_aten, name).out: getattr(torch, name) for name in "addmm mm mul add sub div sigmoid tanh neg".split()},
-    **{getattr(_aten, name).default: getattr(torch, name) for name in "relu_ sigmoid_ tanh_".split()},
+    **{getattr(_aten, name).out: getattr(torch, name) for name in ("addmm", "mm", "mul", "add", "sub", "div", "neg")},
+    **{getattr(_aten, name).out: getattr(torch, name) for name in ("sigmoid", "tanh")},
+    **{getattr(_aten, name).default: getattr(torch, name) for name in ("relu_", "sigmoid_", "tanh_")},
     _aten.sum.IntList_out: torch.sum,
     _aten.gather.out: torch.gather,
     _aten.where.self_out: torch.where,
@@ -51,7 +53,7 @@ _FILLS = {_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.def
 _FILLS |= {_aten.new_ones.default, _aten.new_full.default}
 
 
-class NotCapturable(RuntimeError):
+class NotCapturableError(RuntimeError):
     """What a pass does depends on values that the host has read."""
 
 
@@ -60,22 +62,36 @@ class Memory:
     """A stretch of memory that the pass has met.
 
     Attributes:
-        storage: as it was in the pass.
+        size: in bytes.
         first, last: numbers of the first and the last call that use it.
         made: True if a call made it; what was there before stays where it is.
-        written: True if a call writes to what another one has made.
+        written: True if a call writes to what another one has made, or was there.
+        reference: keeps the number of this memory from being given to another, and not the memory itself.
     """
 
-    storage: torch.UntypedStorage
+    size: int
     first: int
     last: int
+    reference: Any
     made: bool = False
     written: bool = False
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the pass lay in memory that a call made."""
+
+    memory: int
+    dtype: torch.dtype
+    device: torch.device
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
 @dataclass
 class Call:
-    """One operation of the pass: of aten, or a formula."""
+    """One operation of the pass: of aten, or a formula. Tensors in memory that was made are `Place`s."""
 
     operation: Any
     args: tuple[Any, ...]
@@ -84,23 +100,24 @@ class Call:
     from_nothing: bool
 
 
-def memory_of(tensor: Tensor) -> int:
-    """Return the number of the stretch of memory that a tensor lies in."""
+def _number(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
 class Recorder(TorchDispatchMode):
-    """Notes what is dispatched while it is active, and runs it.
+    """Notes what is dispatched while it is active, and runs it. It keeps no memory of the pass alive.
 
     Attributes:
         calls: in the order in which they ran.
         memories: by their number.
+        written: tensors from outside that calls write to.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.memories: dict[int, Memory] = {}
+        self.written: list[Tensor] = []
         self._thread = threading.get_ident()
 
     def __enter__(self) -> Any:
@@ -115,10 +132,21 @@ class Recorder(TorchDispatchMode):
         """True in the thread whose operations are noted."""
         return threading.get_ident() == self._thread
 
+    def place(self, value: Any) -> Any:
+        """Return the place of a tensor in memory that was made; anything else as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        memory = self.memories.get(_number(value))
+        if memory is None or not memory.made:
+            return value
+        return Place(
+            _number(value), value.dtype, value.device, tuple(value.shape), value.stride(), value.storage_offset()
+        )
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _READS or torch.Tag.data_dependent_output in func.tags:
-            raise NotCapturable(f"{func} reads values on the host, or makes a tensor of a size that depends on values")
+            raise NotCapturableError(f"{func} reads values, or makes a tensor whose size depends on them")
         results = func(*args, **kwargs)
         self._note(func, args, kwargs, results)
         return results
@@ -135,29 +163,33 @@ class Recorder(TorchDispatchMode):
 
     def _note(self, operation: Any, args: tuple[Any, ...], keywords: dict[str, Any], results: Any) -> None:
         number = len(self.calls)
-        given = [t for t in tree_leaves((args, keywords)) if isinstance(t, Tensor)]
+        given = _tensors(tree_leaves((args, keywords)))
         for tensor in given:
             self._use(tensor, number)
         made = tree_leaves(results)
         fresh = False
-        for tensor in made:
-            if isinstance(tensor, Tensor):
-                known = memory_of(tensor) in self.memories
-                memory = self._use(tensor, number)
-                if not known:
-                    memory.made = fresh = True
+        for tensor in _tensors(made):
+            known = _number(tensor) in self.memories
+            memory = self._use(tensor, number)
+            if not known:
+                memory.made = fresh = True
         written = _written(operation, args, keywords)
         for tensor in written:
-            self._use(tensor, number).written = True
+            memory = self._use(tensor, number)
+            if not memory.made and not memory.written:
+                self.written.append(tensor)
+            memory.written = True
         if fresh or written:  # else a view, or nothing that is kept
             from_nothing = not written and (not given or operation in _FILLS)
-            self.calls.append(Call(operation, args, keywords, made, from_nothing))
+            args, keywords = tree_map_only(Tensor, self.place, (args, keywords))
+            self.calls.append(Call(operation, args, keywords, list(map(self.place, made)), from_nothing))
 
     def _use(self, tensor: Tensor, number: int) -> Memory:
-        key = memory_of(tensor)
-        memory = self.memories.get(key)
+        storage = tensor.untyped_storage()
+        memory = self.memories.get(storage._cdata)
         if memory is None:
-            memory = self.memories[key] = Memory(tensor.untyped_storage(), number, number)
+            memory = Memory(storage.nbytes(), number, number, StorageWeakRef(storage))
+            self.memories[storage._cdata] = memory
         memory.last = number
         return memory
 
@@ -177,35 +209,38 @@ class Program:
 
     Args:
         recorder: has noted the pass.
-        placed: by the number of memory, the tensor whose memory takes its place.
-        kept: tensors of the pass that are read after the last call.
+        homes: by the number of memory that a call made, the tensor whose memory takes its place.
+        kept: what is read after the last call: tensors, or their places.
 
     Attributes:
         calls: functions without arguments.
         arena: the memory of everything between.
+        written: tensors from outside that calls write to.
     """
 
-    def __init__(self, recorder: Recorder, placed: Mapping[int, Tensor], kept: Sequence[Tensor]) -> None:
+    def __init__(self, recorder: Recorder, homes: Mapping[int, Tensor], kept: Sequence[Any]) -> None:
         memories = recorder.memories
-        for tensor in kept:
-            if memory_of(tensor) in memories:
-                memories[memory_of(tensor)].last = len(recorder.calls)
-        self._constants = {
-            key
-            for call in recorder.calls
-            if call.from_nothing and call.operation not in _EMPTY
-            for key in map(memory_of, _tensors(call.results))
-            if not memories[key].written and key not in placed
-        }
-        self._placed = placed
+        for place in kept:
+            if isinstance(place, Place):
+                memories[place.memory].last = len(recorder.calls)
+        self._homes = homes
+        # Kept as they were computed: what is made of nothing and never written to.
+        self._constants: dict[int, Tensor] = {}
+        for call in recorder.calls:
+            if call.from_nothing and call.operation not in _EMPTY:
+                places = _places(call.results)
+                if not any(memories[p.memory].written or p.memory in homes for p in places):
+                    made = _tensors(tree_leaves(call.operation(*self._solid(call.args), **self._solid(call.keywords))))
+                    self._constants |= {p.memory: t for p, t in zip(places, made)}
         wanted = {
-            key: (memory.storage.nbytes(), memory.first, memory.last)
+            key: (memory.size, memory.first, memory.last)
             for key, memory in memories.items()
-            if memory.made and key not in self._constants and key not in placed
+            if memory.made and key not in self._constants and key not in homes
         }
         self.arena = Arena(wanted)
-        self._bound: dict[int, Tensor] = {}
-        self._seen: list[Tensor] = []  # an address names a tensor while the tensor is there
+        self.written = recorder.written
+        self._bound: dict[Place, Tensor] = {}
+        self._kept: list[Any] = []  # kernels know only addresses
         self.calls: list[Callable[[], Any]] = [self._bind(call) for call in recorder.calls if self._runs(call)]
 
     def run(self) -> None:
@@ -213,41 +248,43 @@ class Program:
         for call in self.calls:
             call()
 
-    def tensor(self, tensor: Tensor) -> Tensor:
-        """Return what takes the place of a tensor of the pass."""
-        found = self._bound.get(id(tensor))
-        if found is not None:
-            return found
-        key = memory_of(tensor)
-        if key in self._placed:
-            home = self._placed[key]
-            base, offset = home.untyped_storage(), home.storage_offset()
-        elif key in self.arena.offsets:
-            base, offset = self.arena.storage, self.arena.offsets[key] // tensor.element_size()
-        else:  # outside: it stays, and must be kept
-            base, found = None, tensor
-        if base is not None:
-            found = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            place = offset + tensor.storage_offset()
-            found.set_(base, place, tensor.size(), tensor.stride())  # type: ignore[call-overload]
-        self._bound[id(tensor)] = found
-        self._seen.append(tensor)
+    def tensor(self, place: Any) -> Any:
+        """Return the tensor of a place; anything else as it is."""
+        if not isinstance(place, Place):
+            return place
+        found = self._bound.get(place)
+        if found is None:
+            if place.memory in self._constants:
+                base, start = self._constants[place.memory].untyped_storage(), 0
+            elif place.memory in self._homes:
+                base, start = self._homes[place.memory].untyped_storage(), 0
+            else:
+                base, start = self.arena.storage, self.arena.offsets[place.memory]
+            found = torch.empty(0, dtype=place.dtype, device=place.device)
+            offset = start // place.dtype.itemsize + place.offset
+            found.set_(base, offset, place.size, place.stride)  # type: ignore[call-overload]
+            self._bound[place] = found
         return found
+
+    def _solid(self, values: Any) -> Any:
+        """Tensors of the same form in the place of places, for what looks at nothing else of them."""
+        return tree_map_only(Place, lambda p: torch.empty_strided(p.size, p.stride, dtype=p.dtype), values)
 
     def _runs(self, call: Call) -> bool:
         if call.operation in _EMPTY:
             return False
-        return not (call.from_nothing and all(memory_of(t) in self._constants for t in _tensors(call.results)))
+        return not (call.from_nothing and all(p.memory in self._constants for p in _places(call.results)))
 
     def _bind(self, call: Call) -> Callable[[], Any]:
         operation = call.operation
-        args, keywords = tree_map_only(Tensor, self.tensor, (call.args, call.keywords))
-        results = [self.tensor(t) if isinstance(t, Tensor) else t for t in call.results]
+        args, keywords = tree_map_only(Place, self.tensor, (call.args, call.keywords))
+        results = list(map(self.tensor, call.results))
         if hasattr(operation, "bound"):
+            self._kept.append((args, results))
             numbers = {
-                name: value.item()
-                for name, value in keywords.items()
-                if isinstance(value, Tensor) and memory_of(value) in self._constants
+                name: self.tensor(place).item()
+                for name, place in call.keywords.items()
+                if isinstance(place, Place) and place.memory in self._constants
             }
             return operation.bound(args, results, keywords | numbers)
         if operation._schema.is_mutable:
@@ -266,6 +303,10 @@ class Program:
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
+
+
+def _places(values: Sequence[Any]) -> list[Place]:
+    return [value for value in values if isinstance(value, Place)]
 
 
 def _copied(operation: Any, args: Any, keywords: Any, results: Sequence[Any]) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.autograd.tape import Entry, Tape
-from torch_bp.step.capture import Program, Recorder, memory_of
+from torch_bp.step.capture import Place, Program, Recorder
+from torch_bp.step.plan import Plan
 from torch_bp.step.trace import Explicit, Paths
 from torch_bp.step.unchanged import Unchanged
-
-Seen = Callable[[Entry, Sequence[Any]], None]
+from torch_bp.step.update import Norm
 
 
 class Passes:
@@ -35,16 +36,28 @@ class Passes:
         self.path = Paths({"": model, "loss": loss_fn})
 
     def run(
-        self, x: tuple[Any, ...], y: tuple[Any, ...], leaves: Sequence[Tensor], scale: float, seen: Seen | None = None
-    ) -> tuple[Tensor, list[Tensor | None], list[Entry]]:
-        """Return the loss, the gradients of `leaves` times `scale`, and what has run.
+        self,
+        inputs: tuple[tuple[Any, ...], tuple[Any, ...]],
+        leaves: Sequence[Tensor],
+        scale: float,
+        noted: Callable[[Entry], None] | None = None,
+        seen: Callable[[Entry, Sequence[Any]], None] | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the loss, and the gradients of `leaves` times `scale`.
+
+        Args:
+            inputs: the arguments of the model, and the targets.
+            leaves: the tensors that gradients are for.
+            scale: the error signal at the loss.
+            noted: called with each entry as it has run forward.
+            seen: called with each entry as it has run backward, and the gradients that it gave.
 
         Raises:
             TypeError, ValueError: the loss is no tensor, or no number.
         """
-        with torch.no_grad(), Tape(leaves, self.path) as tape:
+        with torch.no_grad(), Tape(leaves, noted) as tape:
             with Explicit(tape, self.fallback, self.path):
-                loss = self.loss_fn(self.model(*x), *y)
+                loss = self.loss_fn(self.model(*inputs[0]), *inputs[1])
             if not isinstance(loss, Tensor):
                 raise TypeError(f"TrainStep: loss_fn must return a tensor, got {type(loss).__name__}.")
             if loss.numel() != 1:
@@ -52,24 +65,33 @@ class Passes:
                     f"TrainStep: loss_fn must return one number, got shape {tuple(loss.shape)}; give the loss "
                     'reduction="mean" or "sum".'
                 )
-            entries = list(tape.entries)
             dy = torch.ones_like(loss) if scale == 1 else torch.full_like(loss, scale)
-            return loss, tape.backward(loss, dy, seen), entries
+            return loss, tape.backward(loss, dy, seen)
 
 
 class Line:
     """A captured pass.
 
     Args:
-        passes: what to capture. The pass runs once, which is a step like any other.
-        modules: whose state decided what it does.
-        inputs: the batch: inputs and targets.
-        homes: by the number of a parameter in `leaves`, where its gradient goes.
-        add: add to what is there.
+        passes: what to capture. It runs once, as a step like any other.
+        modules: whose state decides what it does.
+        inputs: the arguments of the model, and the targets.
+        leaves: the tensors that gradients are for.
+        homes: where the gradient of each goes.
+        scale: the error signal at the loss.
+        add: add to what is in the homes.
 
     Attributes:
+        batch: tensors that the inputs and targets of a step are copied to.
         loss: of the last run.
-        entries: what the pass ran.
+        gradients: parameters that have a gradient, and where it goes.
+        norm: gives the norm of all gradients.
+        program: what runs.
+        plan: what it does.
+        written: the model's own tensors that a run writes to, as running statistics.
+
+    Raises:
+        NotCapturableError: what the pass does depends on values.
     """
 
     def __init__(
@@ -78,39 +100,64 @@ class Line:
         modules: Sequence[torch.nn.Module],
         inputs: tuple[tuple[Any, ...], tuple[Any, ...]],
         leaves: Sequence[Tensor],
-        homes: Mapping[int, Tensor],
+        homes: Sequence[Tensor],
         scale: float,
         add: bool,
     ) -> None:
         self.unchanged = Unchanged(modules)
-        copies = [tuple(t.clone() if isinstance(t, Tensor) else t for t in part) for part in inputs]
-        self.batch = [t for part in copies for t in part if isinstance(t, Tensor)]
+        self.plan = Plan()
+        copies = tree_map_only(Tensor, torch.clone, inputs)
+        self.batch = [t for t in tree_leaves(copies) if isinstance(t, Tensor)]
         with Recorder() as recorder:
-            loss, gradients, self.entries = passes.run(copies[0], copies[1], leaves, scale)
-        placed: dict[int, Tensor] = {}
-        apart: list[tuple[Tensor, Tensor]] = []
-        for number, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            home, key = homes[number], memory_of(gradient)
-            memory = recorder.memories.get(key)
-            alone = memory is not None and memory.made and memory.storage.nbytes() == home.untyped_storage().nbytes()
-            if alone and not add and key not in placed and gradient.stride() == home.stride():
-                placed[key] = home
-            else:
-                apart.append((home, gradient))
-        self.reached = [number for number, gradient in enumerate(gradients) if gradient is not None]
-        self.program = Program(recorder, placed, [loss, *(g for g in gradients if g is not None)])
+            loss, gradients = passes.run(copies, leaves, scale, self.plan.noting(passes.path))
+        reached = [number for number, gradient in enumerate(gradients) if gradient is not None]
+        places = {number: recorder.place(gradients[number]) for number in reached}
+        direct = {} if add else _whole(recorder, places, homes)
+        kept = [recorder.place(loss), *places.values()]
+        self.program = Program(recorder, {places[n].memory: homes[n] for n in direct}, kept)
         into = Tensor.add_ if add else Tensor.copy_
-        self.program.calls += [functools.partial(into, home, self.program.tensor(g)) for home, g in apart]
-        self.loss = self.program.tensor(loss)
+        self.program.calls += [
+            functools.partial(into, homes[n], self.program.tensor(place))
+            for n, place in places.items()
+            if n not in direct
+        ]
+        self.written = self.program.written
+        self.loss = self.program.tensor(recorder.place(loss))
         self.loss.copy_(loss)
-        for number in self.reached:
+        for number in reached:
             into(homes[number], gradients[number])  # type: ignore[operator]
+            leaves[number].grad = homes[number]
+        self.gradients = [(leaves[n], homes[n]) for n in reached]
+        self.norm = Norm([homes[n] for n in reached])
+        self._add = add
+        self.plan.bytes, self.plan.apart = self.program.arena.size, self.program.arena.total
 
     def run(self, batch: Sequence[Tensor]) -> Tensor:
-        """Run the pass again on another batch of the same kind."""
+        """Run the pass again on another batch of the same kind; return the loss, which the next run overwrites."""
+        if self._add:
+            for p, home in self.gradients:
+                if p.grad is not home:
+                    home.zero_() if p.grad is None else home.copy_(p.grad)
         for own, given in zip(self.batch, batch):
             own.copy_(given)
         self.program.run()
+        for p, home in self.gradients:
+            p.grad = home
         return self.loss
+
+
+def _whole(recorder: Recorder, places: Mapping[int, Any], homes: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Return the homes that can take the place of memory in which the pass has made a gradient, and nothing else."""
+    found: dict[int, Tensor] = {}
+    taken = set()
+    for number, place in places.items():
+        home = homes[number]
+        if (
+            isinstance(place, Place)
+            and place.memory not in taken
+            and recorder.memories[place.memory].size == home.untyped_storage().nbytes()
+            and place.stride == home.stride()
+        ):
+            taken.add(place.memory)
+            found[number] = home
+    return found

@@ -1,7 +1,7 @@
 """One explicit pass: a model's own forward, run so that every operation lands on a tape.
 
-The model is called as it is, whatever its `forward` does in Python. A mode sees the calls of torch's functions and sends
-each where its derivative is: to ours of the same name (`torch.relu`, `torch.nn.functional.linear`, and with them
+The model is called as it is, whatever its `forward` does in Python. A mode sees the calls of torch's functions and
+sends each where its derivative is: to ours of the same name (`torch.relu`, `torch.nn.functional.linear`, and with them
 torch's own modules), or, for arithmetic and for what only moves elements, through a small graph of autograd's. What it
 does not know is refused by name, or with `fallback="autograd"` taken onto the tape the same way.
 """
@@ -9,7 +9,7 @@ does not know is refused by name, or with `fallback="autograd"` taken onto the t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,29 +21,24 @@ from torch.utils._pytree import tree_leaves
 import torch_bp.nn.functional
 from torch_bp.autograd.tape import Tape
 
-# Sums, products and what moves elements: functions and methods of these names.
-_ARITHMETIC = frozenset(
-    (
-        "add sub mul div neg radd rsub rmul rdiv rtruediv truediv subtract multiply divide true_divide negative iadd isub "
-        "imul itruediv add_ sub_ mul_ div_ pow square sqrt abs exp log sum mean matmul rmatmul mm bmm addmm einsum"
-    ).split()
-)
-_MOVING = frozenset(
-    (
-        "view reshape flatten unflatten permute transpose t T mT movedim swapaxes squeeze unsqueeze expand expand_as "
-        "broadcast_to broadcast_tensors contiguous clone to type type_as float double half bfloat16 view_as reshape_as "
-        "cat concat concatenate stack hstack vstack chunk split unbind select narrow getitem index_select take gather "
-        "flip roll repeat tile pad where copy_ setitem cumsum"
-    ).split()
-)
+_ARITHMETIC = """
+    add sub mul div neg radd rsub rmul rdiv rtruediv truediv subtract multiply divide true_divide negative iadd isub
+    imul itruediv add_ sub_ mul_ div_ pow square sqrt abs exp log sum mean matmul rmatmul mm bmm addmm einsum
+"""
+_MOVING = """
+    view reshape flatten unflatten permute transpose t T mT movedim swapaxes squeeze unsqueeze expand expand_as
+    broadcast_to broadcast_tensors contiguous clone to type type_as float double half bfloat16 view_as reshape_as
+    cat concat concatenate stack hstack vstack chunk split unbind select narrow getitem index_select take gather
+    flip roll repeat tile pad where copy_ setitem cumsum
+"""
+_ASKING = """
+    get is_inference requires_grad_ size dim ndimension numel nelement element_size stride len is_floating_point is_complex is_contiguous detach
+    empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full new_tensor
+    eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign
+"""
+# Functions and methods by name: sums and products, what moves elements, and what no gradient goes through.
+_KNOWN = frozenset(f"{_ARITHMETIC} {_MOVING} {_ASKING}".split())
 _READING = frozenset(("bool", "item", "tolist", "float", "int", "index", "complex", "numpy", "array", "contains"))
-_ASKING = frozenset(  # what no gradient goes through
-    (
-        "get size dim ndimension numel nelement element_size stride len is_floating_point is_complex is_contiguous detach "
-        "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full new_tensor "
-        "eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign"
-    ).split()
-)
 _METHODS = {  # of tensors, and functions of torch's namespace, by the name that ours has
     name: getattr(torch_bp.nn.functional, name)
     for name in ("relu", "sigmoid", "tanh", "softmax", "log_softmax", "dropout")
@@ -67,7 +62,7 @@ def _counterparts() -> dict[Any, Callable[..., Any]]:
 COUNTERPARTS = _counterparts()
 
 
-class Unexplained(RuntimeError):
+class UnknownBackwardError(RuntimeError):
     """A step that has no explicit backward."""
 
 
@@ -93,13 +88,13 @@ class Explicit(TorchFunctionMode):
         if name.startswith("__"):
             name = name.strip("_")
         if name in _READING:
-            raise Unexplained(
-                f"TrainStep: {self._where()}reads the values of a tensor ({name}), which may be others at the next step: "
-                "a step must do the same whatever the values. Use torch.where in its place, or loss.backward()."
+            raise UnknownBackwardError(
+                f"TrainStep: {self._where()}reads the values of a tensor ({name}), which may be others at the next "
+                "step: a step must do the same whatever the values. Use torch.where in its place, or loss.backward()."
             )
-        if self.fallback or name in _ARITHMETIC or name in _MOVING or name in _ASKING:
+        if self.fallback or name in _KNOWN:
             return self.tape.through_autograd(func, args, kwargs)
-        raise Unexplained(
+        raise UnknownBackwardError(
             f"TrainStep: {self._where()}calls {resolve_name(func) or name}, whose backward torch_bp has not written; "
             'use fallback="autograd", which lets autograd do that part, or loss.backward().'
         )
@@ -128,8 +123,3 @@ class Paths:
                 return self.names[id(owner)]
             frame = frame.f_back
         return ""
-
-
-def trained(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return the parameters that gradients are for."""
-    return [p for p in parameters if p.requires_grad]

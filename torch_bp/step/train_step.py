@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.kernels import engine
-from torch_bp.step.capture import NotCapturable
+from torch_bp.step.capture import NotCapturableError
 from torch_bp.step.line import Line, Passes
+from torch_bp.step.plan import Plan
+from torch_bp.step.unchanged import hooked
+from torch_bp.step.update import Norm, Update
 
 _LINES = 8  # that are kept for one kind of batch
+_Inputs = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 class TrainStep:
     """A whole training step: forward, loss, error signals from the last layer to the first, gradients and update.
 
-    The model's own forward is run once, with every operation on a tape; what it did is captured and run again for each
+    The model's own forward runs once, with every operation on a tape; what it did is captured and run again for each
     batch of the same shape, over memory that never moves (`torch_bp.step.capture`). Values and gradients are those of
-    `loss.backward()`: the same Functions compute them. Parameters stay the model's, gradients are in `p.grad`, and the
-    optimizer's state is its own, so that checkpoints, schedules and ordinary training go on from there at any time.
+    `loss.backward()`, since the same Functions compute them. Parameters stay the model's, gradients are in `p.grad`,
+    and the optimizer's state is its own: checkpoints, schedules, and ordinary training go on from there at any time.
+
+    A captured step does what the model did when it was captured. That modules have been put into evaluation, frozen,
+    replaced, or given other numbers (`dropout.p`) is seen, and the step captured anew. What is not seen is a decision
+    that `forward` makes by other means, such as a counter of its own: use `capture=False` there. A model with hooks
+    on modules is never captured.
 
     Args:
-        model: a module, called with the inputs. Modules of `torch_bp.nn`, torch's own of the same names, functions
-            of the same names, arithmetic, and what moves elements (`cat`, `reshape`, ...).
-        loss_fn: called with the model's output and the targets; a loss of `torch_bp.nn`, torch's, or a function
-            made of such.
-        optimizer: any that holds parameters of the model.
+        model: a module. Modules of `torch_bp.nn`, torch's own of the same names, functions of the same names,
+            arithmetic, and what moves elements (`cat`, `reshape`, ...) have an explicit backward.
+        loss_fn: called with the model's output and the targets: a loss of `torch_bp.nn`, torch's, or a function made
+            of such. It returns one number.
+        optimizer: holds parameters of the model, any class.
         clip_grad_norm: as `torch.nn.utils.clip_grad_norm_` before every update, > 0. Default: none.
         clip_grad_value: as `torch.nn.utils.clip_grad_value_`, > 0. Default: none.
-        accumulate: how many batches make one update, with the mean of their gradients; >= 1.
-        capture: "auto" (default: capture where it can be done), True (or raise why not), False (run the model's
-            Python at every step, for debugging).
-        fallback: "error" (default) or "autograd", which lets autograd do, inside the step, what has no explicit
+        accumulate: how many batches make one update, by the mean of their gradients; at least 1.
+        capture: "auto" (default): where it can be done. True: raise where it cannot. False: run the model's Python at
+            every step, for debugging.
+        fallback: "error" (default), or "autograd", which lets autograd do, inside the step, what has no explicit
             backward.
 
     Raises:
-        TypeError, ValueError: an argument is none of these.
+        TypeError, ValueError: an argument is none of these, or the optimizer holds no parameter of the model.
 
     Example:
         >>> import torch
@@ -47,7 +57,7 @@ class TrainStep:
         >>> from torch_bp import nn, optim
         >>> model = nn.MLP([4, 8, 3])
         >>> step = torch_bp.TrainStep(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters()))
-        >>> x, y = torch.zeros(5, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> x, y = torch.zeros(5, 4), torch.tensor([0, 1, 2, 0, 0])
         >>> before, after = step(x, y), step(x, y)
         >>> bool(after < before)
         True
@@ -65,82 +75,240 @@ class TrainStep:
         capture: bool | str = "auto",
         fallback: str = "error",
     ) -> None:
+        _check(model, loss_fn, optimizer, clip_grad_norm, clip_grad_value, accumulate, capture, fallback)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self.accumulate, self.capture = accumulate, capture
+        self.steps = 0
         self._passes = Passes(model, loss_fn, fallback == "autograd")
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
         self._lines: dict[Any, list[Line]] = {}
         self._homes: dict[Tensor, Tensor] = {}
+        self._update = Update(optimizer, clip_grad_norm, clip_grad_value)
+        self._plan: Plan | None = None
         self._waiting = 0  # batches since the last update
 
     def __call__(self, x: Any, y: Any) -> Tensor:
-        """Do one step on a batch; return its loss, a number of its own memory."""
-        first = self._waiting == 0
-        loss = self._pass(x, y, add=not first, scale=1 / self.accumulate)
-        self._waiting += 1
-        if self._waiting == self.accumulate:
-            self.update()
-        return loss
+        """Do one step on a batch.
 
-    def backward(self, x: Any, y: Any) -> Tensor:
-        """Do everything but the update: gradients are added to `p.grad`, as `loss.backward()` does."""
-        return self._pass(x, y, add=any(p.grad is not None for p in self._parameters()))
+        Args:
+            x: what the model is called with, a tuple for several arguments.
+            y: the targets, a tuple for several arguments of the loss.
+
+        Returns:
+            The loss (), in memory of its own.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is NaN or infinite. Parameters, optimizer and running statistics
+                are as they were before the batch.
+        """
+        return self._one(_inputs(x, y)).clone()
+
+    def backward(self, x: Any, y: Any, scale: float = 1.0) -> Tensor:
+        """Do everything but the update, as `loss.backward()`: gradients are added to those in `p.grad`.
+
+        Args:
+            x, y: as of a call.
+            scale: multiplies the gradients.
+
+        Returns:
+            The loss (), in memory of its own.
+        """
+        add = any(p.grad is not None for p in self._parameters())
+        return self._pass(_inputs(x, y), add, scale)[0].clone()
+
+    def many(self, xs: Any, ys: Any) -> Tensor:
+        """Do a step on each batch along the first dimension.
+
+        Args:
+            xs, ys: as of a call, each tensor with one dimension more, all of one length K.
+
+        Returns:
+            The losses (K).
+        """
+        tensors = [t for t in tree_leaves((xs, ys)) if isinstance(t, Tensor)]
+        lengths = {t.shape[0] if t.dim() else None for t in tensors}
+        if len(lengths) != 1 or None in lengths:
+            raise ValueError(
+                f"TrainStep.many: xs and ys must have the same number of batches in their first dimension, got "
+                f"{', '.join(str(tuple(t.shape)) for t in tensors)}."
+            )
+        losses = tensors[0].new_empty(lengths.pop(), dtype=torch.float32)
+        return self._all(losses, (_inputs(*_at((xs, ys), k)) for k in range(len(losses))))
+
+    def epoch(
+        self,
+        tensors: Sequence[Tensor],
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        *,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> Tensor:
+        """Do a step on every batch of a data set that is in memory.
+
+        Args:
+            tensors: inputs and targets, as of `torch.utils.data.TensorDataset`, all of one length; the last one is
+                the targets.
+            batch_size: at least 1.
+            generator: of the permutation. Default: torch's.
+            shuffle: draw a new order. Default: True.
+            drop_last: leave out a last batch that is smaller. Default: False.
+
+        Returns:
+            The losses, one for each batch.
+        """
+        *inputs, targets = tensors
+        length = len(targets)
+        if not inputs or batch_size < 1 or any(len(t) != length for t in inputs):
+            raise ValueError(
+                f"TrainStep.epoch: tensors must be inputs and targets of one length, and batch_size at least 1, got "
+                f"lengths {[len(t) for t in tensors]} and {batch_size}."
+            )
+        order = torch.randperm(length, generator=generator) if shuffle else torch.arange(length)
+        parts = [part for part in order.split(batch_size) if not drop_last or len(part) == batch_size]
+        losses = torch.empty(len(parts))
+        return self._all(losses, ((tuple(t[part] for t in inputs), (targets[part],)) for part in parts))
 
     def update(self) -> None:
-        """Clip the gradients and let the optimizer step; after a window that is not full, too."""
-        self._waiting = 0
-        if self.clip_grad_value is not None:
-            torch.nn.utils.clip_grad_value_(self._parameters(), self.clip_grad_value)
-        if self.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip_grad_norm)
-        self.optimizer.step()
+        """Clip the gradients and let the optimizer step, after a window that is not full too."""
+        if self._waiting == 0:
+            return
+        self._finish(Norm([p.grad for p in self._parameters() if p.grad is not None])())
 
-    def many(self, xs: Tensor, ys: Tensor) -> Tensor:
-        """Do a step on each batch along the first dimension; return their losses."""
-        return torch.stack([self(x, y) for x, y in zip(xs, ys)])
+    def reset(self) -> None:
+        """Forget what was captured; the next step is captured anew."""
+        self._lines.clear()
+
+    @property
+    def plan(self) -> Plan:
+        """What the last step did; `print` it. RuntimeError before the first."""
+        if self._plan is None:
+            raise RuntimeError("TrainStep.plan: a plan is made for a batch, and none was seen; do a step first.")
+        return self._plan
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of what the step owns: its buffers, copies of batches, and gradients."""
+        lines = [line for kept in self._lines.values() for line in kept]
+        return {
+            "buffers": sum(line.program.arena.size for line in lines),
+            "batches": sum(t.numel() * t.element_size() for line in lines for t in line.batch),
+            "gradients": sum(t.numel() * t.element_size() for t in self._homes.values()),
+        }
 
     def _parameters(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _pass(self, x: Any, y: Any, add: bool, scale: float = 1.0) -> Tensor:
-        inputs = (x if isinstance(x, tuple) else (x,), y if isinstance(y, tuple) else (y,))
-        batch = [t for part in inputs for t in part if isinstance(t, Tensor)]
-        kind = (add, scale, engine.forced(), torch._C._is_any_autocast_enabled(), *((t.shape, t.dtype) for t in batch))
-        with torch.no_grad():
-            line = next((line for line in self._lines.get(kind, ()) if line.unchanged.holds()), None)
-            if line is not None:
-                loss = line.run(batch).clone()
-            else:
-                line, loss = self._first(inputs, kind, add, scale)
-            if line is not None:
-                for p, home in line.gradients:
-                    p.grad = home
+    def _all(self, losses: Tensor, batches: Iterator[_Inputs]) -> Tensor:
+        for number, inputs in enumerate(batches):
+            losses[number] = self._one(inputs)
+        return losses
+
+    def _one(self, inputs: _Inputs) -> Tensor:
+        loss, norm = self._pass(inputs, self._waiting > 0, 1 / self.accumulate)
+        size = norm()
+        if not (math.isfinite(size) and math.isfinite(loss)):
+            self._refuse(inputs, loss, size)
+        self._waiting += 1
+        if self._waiting == self.accumulate:
+            self._finish(size)
         return loss
 
-    def _first(self, inputs: Any, kind: Any, add: bool, scale: float) -> tuple[Line | None, Tensor]:
+    def _finish(self, norm: float) -> None:
+        self._waiting = 0
+        self._update([p.grad for p in self._parameters() if p.grad is not None], norm)
+        self.steps += 1
+
+    def _refuse(self, inputs: _Inputs, loss: Tensor, norm: float) -> NoReturn:
+        raise FloatingPointError(
+            f"TrainStep: at step {self.steps + 1} the loss is {loss.item():.4g} and the norm of the gradients "
+            f"{norm:.4g}; nothing was updated."
+        )
+
+    def _pass(self, inputs: _Inputs, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
+        """Leave gradients in `p.grad`; return the loss, which the next pass overwrites, and the gradients' norm."""
+        batch = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+        kind: Any = add, scale, engine.forced(), torch._C._is_any_autocast_enabled()
+        kind = (*kind, *((t.shape, t.dtype, t.device) for t in batch))
+        with torch.no_grad():
+            for line in self._lines.get(kind, ()):
+                if line.unchanged.holds():
+                    self._plan = line.plan
+                    return line.run(batch), line.norm
+            return self._first(inputs, kind, add, scale)
+
+    def _first(self, inputs: _Inputs, kind: Any, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
+        """Run a pass of a kind that was not captured, and capture it if that can be done."""
         leaves = self._parameters()
-        homes = {n: self._home(p) for n, p in enumerate(leaves)}
-        if self.capture:
+        if self.capture and not hooked(self._modules):
+            homes = [self._home(p, add) for p in leaves]
             try:
                 line = Line(self._passes, self._modules, inputs, leaves, homes, scale, add)
-            except NotCapturable:
+            except NotCapturableError:
                 if self.capture is True:
                     raise
             else:
-                line.gradients = [(leaves[n], homes[n]) for n in line.reached]
                 kept = self._lines.setdefault(kind, [])
                 kept.append(line)
                 del kept[:-_LINES]
-                return line, line.loss.clone()
-        loss, gradients, _ = self._passes.run(*inputs, leaves, scale)
+                self._plan = line.plan
+                return line.loss, line.norm
+        plan = Plan()
+        loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path))
         for p, gradient in zip(leaves, gradients):
             if gradient is not None:
                 p.grad = p.grad + gradient if add and p.grad is not None else gradient
-        return None, loss
+        self._plan = plan
+        return loss, Norm([p.grad for p in leaves if p.grad is not None])
 
-    def _home(self, p: Tensor) -> Tensor:
+    def _home(self, p: Tensor, add: bool) -> Tensor:
         home = self._homes.get(p)
         if home is None or home.shape != p.shape or home.dtype is not p.dtype or home.stride() != p.stride():
-            home = self._homes[p] = torch.empty_like(p, memory_format=torch.preserve_format)
+            home = self._homes[p] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if add and p.grad is not home:
+            home.zero_() if p.grad is None else home.copy_(p.grad)
         return home
+
+
+def _inputs(x: Any, y: Any) -> _Inputs:
+    return x if isinstance(x, tuple) else (x,), y if isinstance(y, tuple) else (y,)
+
+
+def _at(values: Any, number: int) -> Any:
+    return tree_map_only(Tensor, lambda t: t[number], values)
+
+
+def _check(
+    model: Any,
+    loss_fn: Any,
+    optimizer: Any,
+    clip_grad_norm: Any,
+    clip_grad_value: Any,
+    accumulate: Any,
+    capture: Any,
+    fallback: Any,
+) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"TrainStep: model must be a torch.nn.Module, got {type(model).__name__}.")
+    if not callable(loss_fn):
+        raise TypeError(f"TrainStep: loss_fn must be a function or a module, got {type(loss_fn).__name__}.")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"TrainStep: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; the arguments are "
+            "model, loss_fn, optimizer."
+        )
+    for name, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
+        if value is not None and not value > 0:
+            raise ValueError(f"TrainStep: {name} must be > 0, or None for no clipping, got {value}.")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"TrainStep: accumulate must be a number of batches of at least 1, got {accumulate!r}.")
+    if capture not in ("auto", True, False):
+        raise ValueError(f"TrainStep: capture must be 'auto', True or False, got {capture!r}.")
+    if fallback not in ("error", "autograd"):
+        raise ValueError(f"TrainStep: fallback must be 'error' or 'autograd', got {fallback!r}.")
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(model.parameters()):
+        raise ValueError(
+            "TrainStep: the optimizer must hold parameters of the model, got none of them; make it of "
+            "model.parameters() after the model is where it is to be trained."
+        )

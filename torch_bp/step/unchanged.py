@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
 _NUMBERS = (bool, int, float, str, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _get = operator.getitem
+
+
+def hooked(modules: Iterable[nn.Module]) -> bool:
+    """True if hooks on modules or their parameters would miss the calls of a captured step."""
+    modules = list(modules)
+    if any(getattr(m, name) for module in modules for m in module.modules() for name in _HOOKS):
+        return True
+    return any(p._backward_hooks for module in modules for p in module.parameters())
 
 
 class Unchanged:
@@ -51,11 +58,6 @@ class Unchanged:
         self._where = list(map(Tensor.data_ptr, self._tensors))
         self._trained = [t.requires_grad for t in self._tensors]
 
-    @property
-    def hooked(self) -> bool:
-        """True if somebody watches a module's calls, and would miss those of a captured step."""
-        return any(self._hooks)
-
     def holds(self) -> bool:
         """True if all is as it was, and nobody watches."""
         try:
@@ -65,6 +67,7 @@ class Unchanged:
                 and list(map(Tensor.data_ptr, self._tensors)) == self._where
                 and [t.requires_grad for t in self._tensors] == self._trained
                 and not any(self._hooks)
+                and not any(t._backward_hooks for t in self._tensors)
             )
         except KeyError:  # something was taken away
             return False

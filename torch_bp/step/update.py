@@ -1,0 +1,71 @@
+"""What follows the gradients: nothing that is not finite gets through, clipping, and the optimizer's own step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_bp.kernels import Formula, formula, total
+
+
+@formula
+def squares(x):
+    """The sum of squares of each tensor."""
+    return total(x * x)
+
+
+class Norm:
+    """The norm of gradients that lie where they lie, all together, as one number on the host.
+
+    It is not finite if any of them is not: one pass over the gradients answers both questions. A sum in float64 has
+    room for the square of every number in float32.
+    """
+
+    def __init__(self, gradients: Sequence[Tensor]) -> None:
+        kinds: dict[Any, list[Tensor]] = {}
+        for gradient in gradients:
+            kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
+        self._parts = [_sum_of_squares(alike) for alike in kinds.values()]
+
+    def __call__(self) -> float:
+        return math.sqrt(sum(part() for part in self._parts))
+
+
+def _sum_of_squares(gradients: list[Tensor]) -> Callable[[], float]:
+    bound = squares.formula.bound_total(gradients)
+    if bound is not None:
+        return bound
+
+    def by_torch() -> float:
+        return float(torch.stack(torch._foreach_norm(gradients)).double().square().sum())  # type: ignore[arg-type]
+
+    return by_torch
+
+
+class Update:
+    """Clips and steps.
+
+    Args:
+        optimizer: any.
+        max_norm, max_value: as `clip_grad_norm` and `clip_grad_value` of `TrainStep`.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float | None, max_value: float | None) -> None:
+        self.optimizer, self.max_norm, self.max_value = optimizer, max_norm, max_value
+
+    def __call__(self, gradients: Sequence[Tensor], norm: float) -> None:
+        """Update the parameters; `norm` is that of all gradients."""
+        if self.max_value is not None:
+            torch._foreach_clamp_max_(gradients, self.max_value)
+            torch._foreach_clamp_min_(gradients, -self.max_value)
+            if self.max_norm is not None:
+                norm = Norm(gradients)()
+        if self.max_norm is not None:
+            share = self.max_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
+            if share < 1:
+                torch._foreach_mul_(gradients, share)
+        self.optimizer.step()
