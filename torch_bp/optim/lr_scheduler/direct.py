@@ -43,7 +43,9 @@ class CosineAnnealingWarmRestarts(theirs.CosineAnnealingWarmRestarts):
 class OneCycleLR(theirs.OneCycleLR):
     """As `torch.optim.lr_scheduler.OneCycleLR`, over `curves.one_cycle`.
 
-    A group added later must bring `initial_lr`, `max_lr` and so on: the next step's KeyError names them all.
+    A group added later joins the cycle at the step where it is. What it does not bring of `max_lr`, `initial_lr` and
+    `min_lr` comes from its own rate: that is its `max_lr`, which is divided as those of the others are. The bounds of
+    its momentum are those of the others; where these differ it must bring them, or KeyError is raised.
 
     >>> OneCycleLR(torch.optim.Adam([torch.zeros(1)]), 0.5, total_steps=9, div_factor=4.0).get_last_lr()
     [0.125]
@@ -55,6 +57,7 @@ class OneCycleLR(theirs.OneCycleLR):
         """As torch's, and write the saved rates and momentum into the optimizer's groups."""
         shared.load_state_dict(self, state_dict)
         if self.last_epoch >= 0:  # in a SequentialLR it may not have begun
+            self._join()
             self._set_momentum()
 
     def get_lr(self) -> Rates:
@@ -62,24 +65,40 @@ class OneCycleLR(theirs.OneCycleLR):
         theirs._warn_get_lr_called_within_step(self)
         if (t := self.last_epoch) > (total_steps := self.total_steps):
             raise ValueError(f"Tried to step {t} times. The specified number of total steps is {total_steps}")
+        self._join()
         self._set_momentum()
-        return [self._value(i, "lr") for i in range(len(base_lrs(self)))]
+        return [self._value(group, "lr") for group, _ in zip(self.optimizer.param_groups, base_lrs(self))]
+
+    def _join(self) -> None:
+        """Give groups added later the keys they lack.
+
+        Their rate is the peak and not the begin of their cycle: the optimizer's default, or the rate that the others
+        have at the moment, is often near the peak, and far too large if multiplied by `div_factor`.
+        """
+        groups, keys = self.optimizer.param_groups, GROUP_KEYS[1:] if self.cycle_momentum else GROUP_KEYS[1:4]
+        whole = [group for group in groups if all(key in group for key in keys)]
+        like = next((group for group in whole if group["max_lr"] != 0), None)
+        for i, group in enumerate(groups if len(whole) < len(groups) else ()):
+            if like is not None:
+                peak = float(group.get("max_lr", group["lr"]))
+                given = {key: peak * float(like[key] / like["max_lr"]) for key in keys[:3]}
+                given |= {key: like[key] for key in keys[3:] if all(other[key] == like[key] for other in whole)}
+                group |= given | group
+            if missing := [key for key in keys if key not in group]:
+                raise KeyError(
+                    f"OneCycleLR: param_groups[{i}] must have the keys {keys}, got a group without {missing}. "
+                    "Pass them to add_param_group, or construct the schedule after adding the group."
+                )
 
     def _set_momentum(self) -> None:
-        for i, group in enumerate(self.optimizer.param_groups if self.cycle_momentum else ()):
-            momentum = self._value(i, "momentum")
+        for group in self.optimizer.param_groups if self.cycle_momentum else ():
+            momentum = self._value(group, "momentum")
             group |= {"betas": (momentum, *group["betas"][1:])} if self.use_beta1 else {"momentum": momentum}
 
-    def _value(self, i: int, quantity: str) -> float | torch.Tensor:
-        """The "lr" or "momentum" of group `i` at `last_epoch`."""
-        group, phases = self.optimizer.param_groups[i], cast(list[dict[str, Any]], self._schedule_phases)
+    def _value(self, group: dict[str, Any], quantity: str) -> float | torch.Tensor:
+        """The "lr" or "momentum" of a group at `last_epoch`."""
+        phases = cast(list[dict[str, Any]], self._schedule_phases)
         keys = [phases[0][f"start_{quantity}"], *(phase[f"end_{quantity}"] for phase in phases)]
-        needed = GROUP_KEYS[1:] if self.cycle_momentum else GROUP_KEYS[1:4]
-        if missing := [key for key in needed if key not in group]:
-            raise KeyError(
-                f"OneCycleLR: param_groups[{i}] must have the keys {needed}, got a group without {missing}. "
-                "Pass them to add_param_group, or construct the schedule after adding the group."
-            )
         levels, ends = [group[key] for key in keys], [phase["end_step"] for phase in phases]
         return curves.one_cycle(self.last_epoch, levels, ends, self._anneal_func_type)
 
@@ -117,7 +136,7 @@ class LambdaLR(theirs.LambdaLR):
     [0.8]
     """
 
-    state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    state_dict, load_state_dict, step = shared.state_dict, shared.load_functions, shared.step
 
     def get_lr(self) -> Rates:
         theirs._warn_get_lr_called_within_step(self)

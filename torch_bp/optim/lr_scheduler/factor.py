@@ -182,7 +182,7 @@ class MultiplicativeLR(theirs.MultiplicativeLR):
     [0.8]
     """
 
-    state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    state_dict, load_state_dict, step = shared.state_dict, shared.load_functions, shared.step
 
     def get_lr(self) -> Rates:
         theirs._warn_get_lr_called_within_step(self)
