@@ -48,8 +48,8 @@ class LRFinder(Callback):
     """A range test of the learning rate as a fit of its own: see `torch_bp.optim.lr_find`.
 
     The fit ends when the test does, and leaves the model's parameters and buffers, and the random numbers, as they
-    were. Losses of batches whose gradients are accumulated count as one. Schedules have no effect. Switch checkpoints
-    off: they would keep weights of the test.
+    were; only generators that a loader has of its own go on. Losses of batches whose gradients are accumulated count
+    as one. Schedules have no effect. Switch checkpoints off: they would keep weights of the test.
 
     Args:
         min_lr, max_lr, steps, smoothing, diverge: see `torch_bp.optim.RangeTest`.
