@@ -244,6 +244,48 @@ def test_find_refuses_with_exit_code_2(old, new, message, folder, capsys):
     assert not out
 
 
+LIGHTNING = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+
+class Data(LightningDataModule):
+    def __init__(self, size: int = 8):
+        super().__init__()
+        self.size = size
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.ones(self.size, 2), 4)
+
+class Model(LightningModule):
+    def __init__(self, loss: bool = True):
+        super().__init__()
+        self.linear, self.loss = torch.nn.Linear(2, 1), loss
+
+    def training_step(self, batch, batch_idx):
+        return self.linear(batch).square().mean() if self.loss else None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*returned `None`", "ignore:.*is zero")
+@pytest.mark.parametrize(("size", "loss"), [(8, True), (0, True), (8, False)])
+def test_find_without_batches_or_losses_is_exit_code_2(size, loss, folder, capsys):
+    pytest.importorskip("lightning")
+    (folder / "their_parts.py").write_text(LIGHTNING)
+    parts = {"data": {"size": size}, "model": {"loss": loss}}
+    classes = {"data": "their_parts.Data", "model": "their_parts.Model"}
+    config = {key: {"class_path": classes[key], "init_args": parts[key]} for key in parts}
+    (folder / "a.json").write_text(json.dumps(config | {"trainer": {"accelerator": "cpu"}}))
+    assert main(["lr-find", "a.json", "--steps", "20", "--json"]) == (0 if size and loss else 2)
+    out, err = capsys.readouterr()
+    assert bool(out) == bool(size and loss)
+    if not out:
+        message = "torch-bp lr-find: ValueError: lr-find: data must give at least one batch with a loss, got none"
+        assert message in err
+
+
 def test_as_a_process(folder):
     command = [sys.executable, "-m", "torch_bp", "lr-preview", "--lr_scheduler", PATH + "StepLR", "--init_args"]
     done = subprocess.run(

@@ -48,8 +48,8 @@ class LRFinder(Callback):
     """A range test of the learning rate as a fit of its own: see `torch_bp.optim.lr_find`.
 
     The fit ends when the test does, and leaves the model's parameters and buffers, and the random numbers, as they
-    were. Losses of batches whose gradients are accumulated count as one. Schedules have no effect. Switch checkpoints
-    off: they would keep weights of the test.
+    were; only generators that a loader has of its own go on. Losses of batches whose gradients are accumulated count
+    as one. Schedules have no effect. Switch checkpoints off: they would keep weights of the test.
 
     Args:
         min_lr, max_lr, steps, smoothing, diverge: see `torch_bp.optim.RangeTest`.
@@ -112,7 +112,7 @@ class LRFinder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs  # none where the step has skipped
         if loss is None:
             return
         loss = trainer.strategy.reduce(loss.detach().float(), reduce_op="mean")
@@ -137,6 +137,9 @@ def find_by_config(content: Mapping[str, Any], **options: Any) -> Any:
 
     The model's constructor arguments that the file leaves open come from attributes of the data module of the same
     name. Of `trainer` only what bears on a step counts: precision, accumulation, clipping, devices.
+
+    Raises:
+        ValueError: there has been no loss, such as where the data module has no batches.
     """
     finder = LRFinder(**options)
     if isinstance(seed := content.get("seed_everything"), int) and not isinstance(seed, bool):
@@ -168,6 +171,11 @@ def find_by_config(content: Mapping[str, Any], **options: Any) -> Any:
         # Lightning's own use of a function that torch has renamed.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         trainer.fit(model, datamodule=data)
+    if not finder.test.lr:
+        raise ValueError(
+            "lr-find: data must give at least one batch with a loss, got none. "
+            "Check the data module's arguments and what training_step returns."
+        )
     return finder.test
 
 

@@ -72,7 +72,7 @@ def test_parts_that_never_run(milestones):
 @every_way
 def test_groups_added_later_join(way):
     if way is WAYS["torch's"] or way is WAYS["one cycle"]:
-        pytest.skip("torch's part, or one that asks for its own keys")
+        pytest.skip("torch's part, or one that takes the rate for the peak of its cycle")
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
     schedule = ours.warmup(way(optimizer), 3, 0.5)
     optimizer.step()

@@ -252,3 +252,99 @@ def test_groups_do_not_share_a_rate_in_a_tensor():
     first, second = (group["lr"] for group in optimizer.param_groups)
     assert first is not second
     assert first == second == torch.tensor(0.1)
+
+
+class Factored(torch.optim.Optimizer):
+    """An optimizer whose states are of other shapes than the parameters: sums over an axis, and parts of all."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            state = self.state[p]
+            state["rows"], state["exp_avg"] = p.grad.reshape(len(p), -1).sum(1), p.grad.clone()
+            if p.dim() > 1:
+                state["columns"] = p.grad.sum(0)
+            state["step"] = torch.tensor(1.0)
+
+
+class Rows(Factored):
+    """Of a square matrix, all its states have one shape, with fewer axes."""
+
+    def step(self):
+        super().step()
+        for state in self.state.values():
+            del state["exp_avg"]
+
+
+def stepped(kind, rows=3, columns=4, seed=0, **options):
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(columns, rows)
+    optimizer = kind(model.named_parameters(), **options)
+    model(torch.randn(5, columns)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("size", [(3, 4), (1, 4), (1, 1)])
+def test_adafactor(size, begun):
+    assert torch_bp.optim.Adafactor is torch.optim.Adafactor
+    _, optimizer = stepped(torch.optim.Adafactor, *size)
+    state = optimizer.state_dict()
+    if begun:
+        model, other = stepped(torch.optim.Adafactor, *size, seed=1)
+    else:
+        model = torch.nn.Linear(*size[::-1])
+        other = torch.optim.Adafactor([*model.named_parameters()][::-1])
+    report = load_state_dict_by_name(other, state)
+    assert not report
+    assert not report.unchecked
+    torch.testing.assert_close([dict(other.state[p]) for p in model.parameters()], [*state["state"].values()], **SAME)
+    model(torch.ones(2, size[1])).sum().backward()
+    other.step()
+
+
+@pytest.mark.parametrize(
+    ("size", "wrong"),
+    [
+        ((7, 4), "row_var of shape (3, 1) in the state, (7, 1) in the optimizer"),
+        ((3, 7), "col_var of shape (1, 4) in the state, (1, 7) in the optimizer"),
+    ],
+)
+def test_adafactor_of_another_shape(size, wrong):
+    _, optimizer = stepped(torch.optim.Adafactor)
+    other = torch.optim.Adafactor(torch.nn.Linear(*size[::-1]).named_parameters())
+    assert load_state_dict_by_name(other, optimizer.state_dict(), strict=False).mismatched["weight"] == wrong
+    vector = torch.optim.Adafactor([("weight", torch.nn.Parameter(torch.ones(3)))])
+    assert "row_var" in load_state_dict_by_name(vector, optimizer.state_dict(), strict=False).mismatched["weight"]
+
+
+@pytest.mark.parametrize(("kind", "size"), [(Factored, (3, 4)), (Rows, (3, 4)), (Rows, (3, 3))])
+def test_states_of_unknown_shapes_are_loaded_and_reported(kind, size):
+    model, optimizer = stepped(kind, *size)
+    state = optimizer.state_dict()
+    fresh = kind(model.named_parameters())
+    report = load_state_dict_by_name(fresh, state)
+    assert not report
+    assert report.unchecked == {"weight": f"rows of shape ({size[0]},), columns of shape ({size[1]},)"}
+    assert str(report) == f"Loaded unchecked for weight: {report.unchecked['weight']}."
+    torch.testing.assert_close(dict(fresh.state[model.weight]), state["state"][0], **SAME)
+    _, begun = stepped(kind, *size, seed=1)
+    assert not load_state_dict_by_name(begun, state).unchecked  # the states in place tell the shapes
+    _, begun = stepped(kind, 7, size[1])
+    with pytest.raises(RuntimeError, match="Size mismatch for weight: rows of shape"):
+        load_state_dict_by_name(begun, state)
+
+
+def test_states_of_the_old_shape_of_a_parameter_are_refused_for_any_optimizer():
+    """Where all are of one shape, with as many axes as the parameter has."""
+
+    class Own(torch.optim.Adam):
+        pass
+
+    _, optimizer = stepped(Own)
+    fresh = Own(torch.nn.Linear(4, 7).named_parameters())
+    with pytest.raises(RuntimeError, match=r"exp_avg of shape \(3, 4\) in the state, \(7, 4\) in the optimizer"):
+        load_state_dict_by_name(fresh, optimizer.state_dict())

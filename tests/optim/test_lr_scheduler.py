@@ -275,13 +275,6 @@ def test_groups_added_later_join(name, kwargs):
     for schedule in (mine, other):
         schedule.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.5})
         schedule.min_lrs, schedule.default_min_lr = [0.0] * 3, 0.0  # as torch's ReduceLROnPlateau asks
-    if name == "OneCycleLR":
-        with pytest.raises(KeyError, match=r"param_groups\[2\] must have .*'base_momentum'\), got .*'max_lr'.*Pass"):
-            advance(mine)
-        first, *_, added = mine.optimizer.param_groups
-        added.update({key: first[key] for key in GROUP_KEYS if key in first and key != "lr"})
-        rates = advance(mine).get_last_lr()
-        assert rates[0] == rates[2] == added["lr"] != 0.5
     if name in ("LambdaLR", "MultiplicativeLR", "CyclicLR"):  # one function, or one pair of bounds, for all groups
         advance(mine)
         first, *_, added = mine.optimizer.param_groups
@@ -337,3 +330,98 @@ def test_a_group_added_later_needs_its_own_where_the_groups_differ(name):
         advance(schedule)
     getattr(schedule, values).append(0.3 if name == "CyclicLR" else lambda_1)
     assert len(advance(schedule).get_last_lr()) == 3
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("three_phase", [False, True])
+def test_a_group_added_later_goes_on_in_one_cycle_as_if_it_had_been_there(kind, tensor, three_phase):
+    kwargs = {"max_lr": [0.5, 0.2], "total_steps": 12, "div_factor": 7.0, "three_phase": three_phase}
+    schedule = advance(build(ours, optimizer(kind, tensor), "OneCycleLR", kwargs), 3)
+    rate = torch.tensor(0.3, dtype=torch.float64) if tensor else 0.3
+    schedule.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": rate})
+    kwargs["max_lr"] = [0.5, 0.2, 0.3]
+    fresh = build(ours, optimizer(kind, tensor, (0.1, 0.1, 0.1)), "OneCycleLR", kwargs)
+    assert_twins(advance(schedule), advance(fresh, 4), 8)
+    assert not any(isinstance(schedule.optimizer.param_groups[2][key], torch.Tensor) for key in ("max_lr", "min_lr"))
+    assert (schedule.optimizer.param_groups[2]["lr"] is rate) == tensor
+
+
+def test_what_a_group_added_later_brings_for_its_cycle_stays():
+    schedule = advance(build(ours, optimizer(), "OneCycleLR", {"max_lr": [0.0, 0.5], "total_steps": 9}), 2)
+    group = {"params": [torch.zeros(1)], "lr": 0.3, "max_lr": 0.4, "base_momentum": 0.5}
+    schedule.optimizer.add_param_group(group)
+    added = advance(schedule).optimizer.param_groups[2]
+    assert (added["max_lr"], added["base_momentum"], added["max_momentum"]) == (0.4, 0.5, 0.95)
+    assert same([added["initial_lr"], added["min_lr"]], [0.4 / 25, 0.4 / 25 / 1e4])
+
+
+@pytest.mark.parametrize("kwargs", [{"max_lr": 0.0}, {"max_lr": 0.5, "base_momentum": [0.8, 0.7]}])
+def test_a_group_added_later_must_bring_what_the_others_do_not_tell(kwargs):
+    schedule = advance(build(ours, optimizer(), "OneCycleLR", kwargs | {"total_steps": 9}), 2)
+    schedule.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.5})
+    with pytest.raises(KeyError, match=r"param_groups\[2\] must have .*'base_momentum'\), got .*without.*Pass"):
+        advance(schedule)
+    schedule.optimizer.param_groups[2] |= {"max_lr": 0.5, "initial_lr": 0.1, "min_lr": 0.0}
+    schedule.optimizer.param_groups[2] |= {"base_momentum": 0.8, "max_momentum": 0.9}
+    advance(schedule)
+
+
+class Halving:
+    """A function with a state, which is saved."""
+
+    def __init__(self, power=1):
+        self.power = power
+
+    def __call__(self, t):
+        return 0.5 ** (self.power * t)
+
+
+LATE = dict(FIRST.values()) | {
+    "LambdaLR": {"lr_lambda": Halving()},
+    "MultiplicativeLR": {"lr_lambda": Halving()},
+    "ReduceLROnPlateau": {"patience": 0, "factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("stepped", [0, 2], ids=["before", "after"])
+@pytest.mark.parametrize("order", ["aso", "aos", "as", "sao"])
+@pytest.mark.parametrize("name", LATE)
+def test_a_state_with_a_group_added_later_loads_before_a_step(name, order, stepped):
+    """Added (a), the schedule's state (s) and the optimizer's (o) loaded; saved before and after it took steps."""
+
+    def make(*lrs):
+        return build(ours, optimizer(lrs=lrs), name, copy.deepcopy(LATE[name]))
+
+    schedule = advance(make(0.1, 0.03), 3)
+    schedule.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.5})
+    opt_state, state = saved(advance(schedule, stepped))
+    again = make(7.0, 5.0)
+    for letter in order:
+        if letter == "a":
+            again.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 3.0})
+        elif letter == "s":
+            again.load_state_dict(state)
+        else:
+            again.optimizer.load_state_dict(opt_state)
+    if not stepped:  # the momentum of the group begins with the loading
+        advance(again)
+        advance(schedule)
+    assert_twins(again, schedule, 3)
+
+
+@pytest.mark.parametrize("name", ["LambdaLR", "MultiplicativeLR"])
+def test_functions_of_groups_that_differ_are_appended_before_loading(name):
+    schedule = build(ours, optimizer(), name, {"lr_lambda": [Halving(1), Halving(2)]})
+    schedule.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 0.5})
+    schedule.lr_lambdas.append(Halving(3))
+    state = saved(advance(schedule))[1]
+    again = build(ours, schedule.optimizer, name, {"lr_lambda": [Halving(i) for i in (4, 5, 6)]})
+    again.load_state_dict(state)
+    assert [function.power for function in again.lr_lambdas] == [1, 2, 3]
+    again = build(ours, optimizer(), name, {"lr_lambda": [Halving(4), Halving(5)]})
+    with pytest.raises(ValueError, match=f"{name}: lr_lambdas must have a value for each of 3 parameter groups, got 2"):
+        again.load_state_dict(state)
+    again.lr_lambdas.append(Halving())
+    again.load_state_dict(state)
+    assert again.lr_lambdas[2].power == 3

@@ -117,6 +117,36 @@ def test_layers():
     assert rates == {"weight": 1, "bias": 1}
 
 
+class Pair(torch.nn.Sequential):
+    """A block of its own class."""
+
+
+def test_layers_of_stacks_in_stacks():
+    """They are those of one stack; a block is a class."""
+
+    def linear():
+        return torch.nn.Linear(2, 2)
+
+    def depths(model):
+        rates = by_name(param_groups(model, lr=1.0, layer_decay=0.5), "lr")
+        return [rates[name] for name, _ in model.named_parameters() if name.endswith("weight")]
+
+    stack, modules = torch.nn.Sequential, torch.nn.ModuleList
+    flat = stack(linear(), torch.nn.BatchNorm1d(2), torch.nn.ReLU(), linear(), linear(), linear())
+    assert depths(flat) == [0.125, 0.125, 0.25, 0.5, 1]
+    for body in (stack(*flat[:5]), modules(flat[:5]), stack(stack(*flat[:2]), stack(stack(*flat[2:4]), *flat[4:5]))):
+        assert depths(stack(body, flat[5])) == [0.125, 0.125, 0.25, 0.5, 1]
+    model = torch.nn.Module()
+    model.stages, model.head = modules([stack(linear(), linear()), stack(), stack(linear())]), linear()
+    assert depths(model) == [0.125, 0.25, 0.5, 1]
+    assert depths(stack(Pair(linear(), linear()), stack(Pair(linear(), stack(linear())), linear()))) == [
+        *(0.25, 0.25),
+        *(0.5, 0.5),
+        1,
+    ]
+    assert depths(Pair(Pair(linear(), linear()), linear())) == [0.5, 0.5, 1]
+
+
 def test_depth_by_a_function():
     rates = by_name(param_groups(Network(), lr=1.0, layer_decay=0.1, depth=lambda name: int("head" in name)), "lr")
     assert rates["head.bias"] == 1

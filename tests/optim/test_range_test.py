@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from torch_bp import nn, optim
 from torch_bp.optim import RangeTest, lr_find
@@ -163,6 +163,95 @@ def test_buffers_that_a_module_replaces():
     assert module.calls is kept
     assert module.calls == 0
     assert not hasattr(module, "more")
+
+
+class Odd(torch.nn.Module):
+    """Buffers in which several numbers are one in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 1)
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.register_buffer("expanded", torch.tensor([[1.0], [2.0]]).expand(2, 3))
+        self.register_buffer("windows", torch.arange(5.0).unfold(0, 3, 1))
+        self.register_buffer("empty", torch.zeros(1).expand(0))
+        self.register_buffer("sparse", torch.eye(2).to_sparse())
+
+    def forward(self, x):
+        self.expanded[:, 0] += 1
+        self.windows[:, 0] += 1
+        return self.linear(self.norm(x))
+
+
+def test_buffers_that_overlap():
+    model = Odd().eval()
+    x = torch.randn(32, 8)
+    optimizer = optim.SGD(model.parameters(), lr=0.05)
+    model(x).sum().backward()
+    held, before = everything(model, optimizer), snapshot(model, optimizer)
+    assert model.expanded[:, 0].tolist() == [2.0, 3.0]
+    lr_find(model, nn.MSELoss(), optimizer, [(x, x.sum(1, keepdim=True))])
+    assert_same(snapshot(model, optimizer), before)
+    assert all(a is b for a, b in zip(held, everything(model, optimizer)))
+    assert model.expanded.stride() == (1, 0)
+
+
+def test_what_cannot_be_taken_back_keeps_nothing_else_from_it():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).eval())
+    optimizer = optim.SGD(model.parameters(), lr=0.05)
+    model(torch.ones(1, 2)).sum().backward()
+    first, second = model[0].weight, model[1].weight
+    values, grad = second.clone(), second.grad
+
+    def change():
+        with untouched(model, optimizer):
+            model.train()
+            torch.nn.init.zeros_(second)
+            optimizer.param_groups[0]["lr"] = 1.0
+            first.data = torch.ones(3)
+
+    with pytest.raises(RuntimeError, match="size"):
+        change()
+    assert torch.equal(second, values)
+    assert second.grad is grad
+    assert [m.training for m in model.modules()] == [True, True, False]
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+class ByLength(torch.utils.data.Sampler):
+    """Batches in an order of its own."""
+
+    def __init__(self, inner):
+        self.inner, self.random = inner, torch.Generator().manual_seed(2)
+
+    def __iter__(self):
+        for batch in self.inner:
+            yield [batch[i] for i in torch.randperm(len(batch), generator=self.random)]
+
+    def __len__(self):
+        return len(self.inner)
+
+
+def loaders():
+    data = TensorDataset(torch.arange(64.0).reshape(8, 8), torch.ones(8, 1))
+
+    def shuffled():
+        return RandomSampler(data, generator=torch.Generator().manual_seed(3))
+
+    yield "generator", DataLoader(data, 2, shuffle=True, generator=torch.Generator().manual_seed(3))
+    yield "sampler", DataLoader(data, 2, sampler=shuffled())
+    yield "batch_sampler", DataLoader(data, batch_sampler=BatchSampler(shuffled(), 2, False))
+    yield "sampler of batches", DataLoader(data, batch_size=None, sampler=BatchSampler(shuffled(), 2, False))
+    yield "nested", DataLoader(data, batch_sampler=ByLength(BatchSampler(shuffled(), 2, False)))
+
+
+@pytest.mark.parametrize("which", range(5), ids=[name for name, _ in loaders()])
+def test_a_loader_goes_on_as_before(which):
+    (_, loader), (_, twin) = ([*loaders()][which] for _ in range(2))
+    model, optimizer, _ = problem()
+    lr_find(model, nn.MSELoss(), optimizer, loader, steps=6)
+    for _ in range(2):
+        torch.testing.assert_close([x for x, _ in loader], [x for x, _ in twin], rtol=0, atol=0)
 
 
 def test_groups_keep_their_ratio_and_a_tensor_rate_its_identity():

@@ -76,7 +76,7 @@ class Adam(torch.optim.Adam):
     def state_layout(self, group: Mapping[str, Any]) -> tuple[str | None, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None)
 
-    def scalars(self, group: Mapping[str, Any], step: Any, fresh: bool) -> dict[str, Any]:
+    def scalars(self: Any, group: Mapping[str, Any], step: Any, fresh: bool) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         return {
             "lr": group["lr"],

@@ -68,12 +68,16 @@ def _with_flags(
 
 @dataclass
 class LoadReport:
-    """What `load_state_dict_by_name` found: names, and of `mismatched` ones what differs."""
+    """What `load_state_dict_by_name` found: names, and of `mismatched` ones what differs.
+
+    `unchecked` states have been loaded, and do not make the report true; whether their shapes are right is not known.
+    """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: dict[str, str] = field(default_factory=dict)
     mixed_groups: dict[int, str] = field(default_factory=dict)
+    unchecked: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.mismatched or self.mixed_groups)
@@ -90,6 +94,7 @@ class LoadReport:
             f"Group {index} has parameters of several groups that differ in {keys}."
             for index, keys in self.mixed_groups.items()
         ]
+        lines += [f"Loaded unchecked for {name}: {what}." for name, what in self.unchecked.items()]
         return "\n\t".join(lines) or "All parameters matched."
 
 
@@ -107,6 +112,9 @@ def load_state_dict_by_name(
     `torch.distributed.checkpoint`. A group takes its rate and hyperparameters from the group in which its parameters
     were saved. A parameter without state, because it never had a gradient, is not missing.
 
+    Shapes are compared with those of the state in place or, where there is none yet, with those that the optimizer
+    makes: for torch's and ours that is known. What others make, such as factored second moments, is loaded as it is.
+
     Args:
         optimizer: whose state is loaded; any optimizer.
         state_dict: what was saved.
@@ -117,7 +125,8 @@ def load_state_dict_by_name(
             that differ. Default: True.
 
     Returns:
-        A report with `missing`, `unexpected`, `mismatched` and `mixed_groups`; it is false if all are empty.
+        A report with `missing`, `unexpected`, `mismatched` and `mixed_groups`; it is false if all are empty. It
+        also has `unchecked`: what has been loaded with a shape that could not be compared.
 
     Raises:
         RuntimeError: strict, and something does not match. The optimizer is as it was.
@@ -149,11 +158,13 @@ def load_state_dict_by_name(
             report.missing.append(name)
         else:
             entry = state_dict["state"].get(saved[name][1], {})
-            wrong = _mismatch(p, kept or {}, entry)
+            wrong, unchecked = _compared(optimizer, p, kept or {}, entry)
             if wrong:
                 report.mismatched[name] = wrong
             else:
                 kept = entry
+                if unchecked:
+                    report.unchecked[name] = unchecked
         if kept:
             state[index] = kept
     groups = _groups(optimizer, state_dict, own, saved, report)
@@ -209,19 +220,38 @@ def _check_unique(what: str, names: Sequence[str]) -> None:
         raise ValueError(f"load_state_dict_by_name: names in {what} must be unique, got {', '.join(double)} again.")
 
 
-def _mismatch(p: Tensor, own: Mapping[str, Any], loaded: Mapping[str, Any]) -> str:
-    """What is wrong with the shapes of a loaded state; they are those of the present one, or else the parameter's.
+def _compared(optimizer: Optimizer, p: Tensor, own: Mapping[str, Any], loaded: Mapping[str, Any]) -> tuple[str, str]:
+    """What is wrong with the shapes of a loaded state, and which shapes nothing can be said about.
 
-    Single numbers beside averages (`step`, NAdam's `mu_product`) have no shape to compare.
+    They are those of the present state, or else what the optimizer makes of the parameter's. Of an optimizer that is
+    not known, tensors that are all of one shape, with as many axes as the parameter, are taken for averages over a
+    parameter of that shape. Single numbers beside averages (`step`, NAdam's `mu_product`) have no shape to compare.
     """
     tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor) and key != "step"}
-    only_numbers = not any(value.dim() for value in tensors.values())
+    shapes = {value.shape for value in tensors.values() if value.dim()} or {torch.Size()}
+    averages = _is_known(optimizer) or (len(shapes) == 1 and all(len(shape) == p.dim() for shape in shapes))
+    unchecked = []
     for key, value in tensors.items():
         present = own.get(key)
-        shape = present.shape if isinstance(present, Tensor) else p.shape
-        if value.shape != shape and (value.dim() or only_numbers or present is not None):
-            return f"{key} of shape {tuple(value.shape)} in the state, {tuple(shape)} in the optimizer"
-    return ""
+        shape = present.shape if isinstance(present, Tensor) else _shape(optimizer, p, key)
+        if value.shape != shape and (value.dim() or shapes == {()} or present is not None):
+            if averages or present is not None:
+                return f"{key} of shape {tuple(value.shape)} in the state, {tuple(shape)} in the optimizer", ""
+            unchecked.append(f"{key} of shape {tuple(value.shape)}")
+    return "", ", ".join(unchecked)
+
+
+def _is_known(optimizer: Optimizer) -> bool:
+    """Whether it is torch's own, or of the kind of ours, whose rules have a number for each of the parameter's."""
+    return hasattr(optimizer, "state_layout") or type(optimizer).__module__.startswith("torch.optim")
+
+
+def _shape(optimizer: Optimizer, p: Tensor, key: str) -> torch.Size:
+    """The shape of a state of a parameter; of a matrix Adafactor has only means over its columns and its rows."""
+    if isinstance(optimizer, torch.optim.Adafactor) and p.dim() > 1:
+        *outer, rows, columns = p.shape
+        return torch.Size({"row_var": (*outer, rows, 1), "col_var": (*outer, 1, columns)}.get(key, p.shape))
+    return p.shape
 
 
 def _groups(

@@ -146,7 +146,9 @@ def param_groups(
         depth: gives the layer of a parameter, by its name, counted from 0 at the input. Default: None, by the order of
             the modules: every child of a `Sequential` or `ModuleList` is a layer, and so is every other module with
             parameters that contains neither; a norm belongs to the layer before it, and parameters that a module owns
-            itself to its first layer.
+            itself to its first layer. One within another makes no difference: `Sequential(a, Sequential(b, c))` has
+            the layers of `Sequential(a, b, c)`. So a block must be a class of its own, if only
+            `class Block(Sequential): pass`, to be one layer; or give this function. The table shows the depths.
 
     Raises:
         ValueError: a pattern that matches nothing, or only what earlier patterns have taken; a value out of range.
@@ -165,6 +167,16 @@ def param_groups(
         >>> optimizer = AdamW(groups)
         >>> optimizer.param_groups[1]["param_names"]
         ['0.bias', '1.weight', '1.bias']
+
+        Branches side by side, of which the order of the modules would make layers one after the other:
+
+        >>> model = torch.nn.ModuleDict({"left": torch.nn.Linear(4, 2), "right": torch.nn.Linear(4, 2)})
+        >>> model["head"] = torch.nn.Linear(4, 1)
+        >>> groups = param_groups(model, lr=0.1, no_decay="", layer_decay=0.5, depth=lambda name: int("head" in name))
+        >>> print(groups)
+        group  lr    weight_decay  depth  tensors  elements  parameters
+        0      0.05  default       0      4        20        left.weight, left.bias, right.weight and 1 more
+        1      0.1   default       1      2        5         head.weight, head.bias
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"param_groups: model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -253,8 +265,8 @@ def _layers(model: torch.nn.Module) -> dict[torch.nn.Module, int]:
                 found.setdefault(part, max(last, 0))
             return
         found.setdefault(module, last + 1)
-        for child in module.children():
-            visit(child, isinstance(module, _STACKS))
+        for child in module.children():  # a stack in a stack only goes on; a class of the user's own is a block
+            visit(child, isinstance(module, _STACKS) and type(child) not in _STACKS)
 
     visit(model, False)
     return found

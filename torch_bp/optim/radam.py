@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import formula, maximum, sqrt, where
+from torch_bp.optim.adam import Adam
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import step
@@ -77,19 +78,13 @@ class RAdam(torch.optim.RAdam):
         return ("exp_avg", "exp_avg_sq")
 
     def scalars(self, group: Mapping[str, Any], step: Any, fresh: bool) -> dict[str, Any]:
-        names = ("lr", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
-        beta1, beta2 = group["betas"]
+        beta2 = group["betas"][1]
         rho_inf = 2 / (1 - beta2) - 1
         rho = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
         long, longest = maximum(rho, 5.0), maximum(rho_inf, 5.0)  # where r is not used, it is still a number
-        return {name: group[name] for name in names} | {
-            "beta1": beta1,
-            "beta2": beta2,
-            "bias_correction1": 1 - beta1**step,
-            "bias_correction2": 1 - beta2**step,
+        return Adam.scalars(self, group, step, fresh) | {
             "rho": rho,
             "rectification": sqrt((long - 4) * (long - 2) * longest / ((longest - 4) * (longest - 2) * long)),
-            "decay": bool(group["weight_decay"] != 0),
         }
 
     def sparse(self, group: Mapping[str, Any]) -> str:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from torch_bp.optim import curves
 from torch_bp.optim.lr_scheduler.state import write_rates
@@ -201,7 +203,8 @@ def lr_find(
         loss_fn: gives a scalar.
         optimizer: over parameters of the model, in any state.
         batches: pairs `(input, target)`, such as a DataLoader; gone through again when it ends. A generator, which
-            cannot, ends the test early.
+            cannot, ends the test early. Random numbers of `torch.Generator`s in a loader, its samplers and its data
+            set are also as they were afterwards.
         min_lr, max_lr, steps, smoothing, diverge: see `RangeTest`.
 
     Raises:
@@ -222,9 +225,7 @@ def lr_find(
     """
     test = RangeTest(min_lr, max_lr, steps, smoothing, diverge)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    sampler = getattr(batches, "sampler", None)
-    generators = {getattr(source, "generator", None) for source in (batches, sampler)}
-    with untouched(model, optimizer, generators):
+    with untouched(model, optimizer, _generators(batches)):
         model.train()
         for input, target in _endless(batches):
             write_rates(optimizer, scaled(test.next_lr, rates))
@@ -235,6 +236,18 @@ def lr_find(
             loss.backward()
             optimizer.step()
     return test
+
+
+def _generators(batches: Any) -> list[torch.Generator]:
+    """Those of a loader, and of the loaders, samplers and data sets in it, by whatever name they have them."""
+    found, sources = [], [batches]
+    for source in sources:  # which grows
+        for name, value in getattr(source, "__dict__", {}).items():
+            if isinstance(value, torch.Generator):
+                found.append(value)
+            elif name in ("sampler", "batch_sampler") or isinstance(value, DataLoader | Dataset | Sampler):
+                sources += [value] * all(value is not other for other in sources)
+    return found
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

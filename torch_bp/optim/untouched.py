@@ -5,7 +5,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -33,26 +33,38 @@ def untouched(model: nn.Module, optimizer: Optimizer | None = None, generators: 
     params = dict.fromkeys([*model.parameters(), *(p for group in groups for p in group["params"])])
     places: list[Any] = [names for m in model.modules() for names in (m._parameters, m._buffers)]
     tensors = dict.fromkeys([*params, *(t for names in places for t in names.values() if t is not None)])
-    values = [(t, t.detach().clone()) for t in tensors]
-    gradients = [(p, p.grad) for p in params]
-    flags = [(m, m.training) for m in model.modules()]
-    entries = [(names, dict(names)) for names in places]
-    for p in params:  # new ones are made; those in place stay as they are
-        p.grad = None
-    try:
-        with same_random_numbers(generators), _same_optimizer(optimizer):
-            yield
-    finally:
-        for names, kept in entries:
-            names.clear()
-            names.update(kept)
-        with torch.no_grad():
-            for t, value in values:
-                t.copy_(value)
-        for p, grad in gradients:
-            p.grad = grad
-        for module, training in flags:
-            module.training = training
+    with ExitStack() as kept:  # it goes on with the others where one thing cannot be taken back
+        for m in model.modules():
+            kept.callback(setattr, m, "training", m.training)
+        for p in params:
+            kept.callback(setattr, p, "grad", p.grad)
+        for t in tensors:
+            kept.callback(_write, t, _once(t).clone())
+        for names in places:
+            kept.callback(_refill, names, dict(names))
+        kept.enter_context(same_random_numbers(generators))
+        kept.enter_context(_same_optimizer(optimizer))
+        for p in params:  # new ones are made; those in place stay as they are
+            p.grad = None
+        yield
+
+
+def _once(t: Tensor) -> Tensor:
+    """The tensor without the repetitions of an expanded one, into which torch does not write."""
+    t = t.detach()
+    if t.layout is not torch.strided or 0 not in t.stride():
+        return t
+    return t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
+
+
+def _write(t: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        _once(t).copy_(value)
+
+
+def _refill(names: dict[str, Any], kept: dict[str, Any]) -> None:
+    names.clear()
+    names.update(kept)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ What differs from torch:
   but `ReduceLROnPlateau` write their last rates, unless the optimizer has loaded since. Groups match in order.
 - **`rescale(total_steps)`**, of the schedules that have a length, goes on to another length.
 - **Groups added later** with `add_param_group` join every schedule. Their base rate is their `"initial_lr"`
-  or, without one, the rate they have at the next step. `OneCycleLR` asks for its own keys.
+  or, without one, the rate they have at the next step. `OneCycleLR` takes that rate for their `"max_lr"`.
 - **Where torch divides by zero** the schedule is defined: see `curves.move` and `curves.one_cycle`.
 - **Composites nest**: a sequence or a chain does the same as a part of a sequence as it does alone.
 - **Copies** of a schedule and its optimizer, by `deepcopy` or pickle, step without a warning.

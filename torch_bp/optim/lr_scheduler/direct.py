@@ -3,7 +3,6 @@
 import math
 from typing import Any, cast
 
-import torch
 from torch.optim import lr_scheduler as theirs
 
 from torch_bp.optim import curves
@@ -40,48 +39,74 @@ class CosineAnnealingWarmRestarts(theirs.CosineAnnealingWarmRestarts):
         self._update_lr(math.floor(epoch))
 
 
+def _write_momentum(self: Any) -> None:
+    momenta = self._momenta() if self.cycle_momentum else ()
+    for group, momentum in zip(self.optimizer.param_groups, momenta):
+        group |= {"betas": (momentum, *group["betas"][1:])} if self.use_beta1 else {"momentum": momentum}
+
+
+def _load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+    """As torch's, and write the saved rates and momentum into the optimizer's groups."""
+    shared.load_state_dict(self, state_dict)
+    if self.last_epoch >= 0:  # in a SequentialLR it may not have begun
+        _write_momentum(self)
+
+
 class OneCycleLR(theirs.OneCycleLR):
     """As `torch.optim.lr_scheduler.OneCycleLR`, over `curves.one_cycle`.
 
-    A group added later must bring `initial_lr`, `max_lr` and so on: the next step's KeyError names them all.
+    A group added later joins the cycle at the step where it is. What it does not bring of `max_lr`, `initial_lr` and
+    `min_lr` comes from its own rate: that is its `max_lr`, which is divided as those of the others are. The bounds of
+    its momentum are those of the others; where these differ it must bring them, or KeyError is raised.
 
     >>> OneCycleLR(torch.optim.Adam([torch.zeros(1)]), 0.5, total_steps=9, div_factor=4.0).get_last_lr()
     [0.125]
     """
 
-    state_dict, step = shared.state_dict, shared.step
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, and write the saved rates and momentum into the optimizer's groups."""
-        shared.load_state_dict(self, state_dict)
-        if self.last_epoch >= 0:  # in a SequentialLR it may not have begun
-            self._set_momentum()
+    state_dict, load_state_dict, step = shared.state_dict, _load_state_dict, shared.step
 
     def get_lr(self) -> Rates:
         """The rates at `last_epoch`; with cycle_momentum it also sets the momentum, as torch's does."""
         theirs._warn_get_lr_called_within_step(self)
         if (t := self.last_epoch) > (total_steps := self.total_steps):
             raise ValueError(f"Tried to step {t} times. The specified number of total steps is {total_steps}")
-        self._set_momentum()
-        return [self._value(i, "lr") for i in range(len(base_lrs(self)))]
+        _write_momentum(self)
+        rates = self._values("lr")
+        base_lrs(self)  # takes note of groups added later, whose keys are there now
+        return rates
 
-    def _set_momentum(self) -> None:
-        for i, group in enumerate(self.optimizer.param_groups if self.cycle_momentum else ()):
-            momentum = self._value(i, "momentum")
-            group |= {"betas": (momentum, *group["betas"][1:])} if self.use_beta1 else {"momentum": momentum}
+    def _join(self) -> None:
+        """Give groups added later the keys they lack.
 
-    def _value(self, i: int, quantity: str) -> float | torch.Tensor:
-        """The "lr" or "momentum" of group `i` at `last_epoch`."""
-        group, phases = self.optimizer.param_groups[i], cast(list[dict[str, Any]], self._schedule_phases)
+        Their rate is the peak and not the begin of their cycle: the optimizer's default, or the rate that the others
+        have at the moment, is often near the peak, and far too large if multiplied by `div_factor`.
+        """
+        groups, keys = self.optimizer.param_groups, GROUP_KEYS[1:] if self.cycle_momentum else GROUP_KEYS[1:4]
+        whole = [group for group in groups if all(key in group for key in keys)]
+        like = next((group for group in whole if group["max_lr"] != 0), None)
+        for i, group in enumerate(groups if len(whole) < len(groups) else ()):
+            if like is not None:
+                peak = float(group.get("max_lr", group["lr"]))
+                given = {key: peak * float(like[key] / like["max_lr"]) for key in keys[:3]}
+                given |= {key: like[key] for key in keys[3:] if all(other[key] == like[key] for other in whole)}
+                group |= given | group
+            if missing := [key for key in keys if key not in group]:
+                raise KeyError(
+                    f"OneCycleLR: param_groups[{i}] must have the keys {keys}, got a group without {missing}. "
+                    "Pass them to add_param_group, or construct the schedule after adding the group."
+                )
+
+    def _momenta(self) -> Rates:
+        return self._values("momentum")
+
+    def _values(self, quantity: str) -> Rates:
+        """The "lr" or "momentum" of each group at `last_epoch`."""
+        self._join()
+        phases = cast(list[dict[str, Any]], self._schedule_phases)
         keys = [phases[0][f"start_{quantity}"], *(phase[f"end_{quantity}"] for phase in phases)]
-        needed = GROUP_KEYS[1:] if self.cycle_momentum else GROUP_KEYS[1:4]
-        if missing := [key for key in needed if key not in group]:
-            raise KeyError(
-                f"OneCycleLR: param_groups[{i}] must have the keys {needed}, got a group without {missing}. "
-                "Pass them to add_param_group, or construct the schedule after adding the group."
-            )
-        levels, ends = [group[key] for key in keys], [phase["end_step"] for phase in phases]
-        return curves.one_cycle(self.last_epoch, levels, ends, self._anneal_func_type)
+        levels = ([group[key] for key in keys] for group in self.optimizer.param_groups)
+        ends = [phase["end_step"] for phase in phases]
+        return [curves.one_cycle(self.last_epoch, of_group, ends, self._anneal_func_type) for of_group in levels]
 
     def rescale(self, total_steps: int) -> None:
         """Go on as in a cycle planned for `total_steps` steps from its start, those already taken included.
@@ -117,7 +142,7 @@ class LambdaLR(theirs.LambdaLR):
     [0.8]
     """
 
-    state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    state_dict, load_state_dict, step = shared.state_dict, shared.load_functions, shared.step
 
     def get_lr(self) -> Rates:
         theirs._warn_get_lr_called_within_step(self)
@@ -135,28 +160,17 @@ class CyclicLR(theirs.CyclicLR):
     [0.1]
     """
 
-    state_dict, step = shared.state_dict, shared.step
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, and write the saved rates and momentum into the optimizer's groups."""
-        shared.load_state_dict(self, state_dict)
-        if self.last_epoch >= 0:  # in a SequentialLR it may not have begun
-            self._set_momentum()
+    state_dict, load_state_dict, step = shared.state_dict, _load_state_dict, shared.step
 
     def get_lr(self) -> Rates:
         """The rates at `last_epoch`; with cycle_momentum it also sets the momentum, as torch's does."""
         theirs._warn_get_lr_called_within_step(self)
         vars(self).setdefault(shared.BUILT_ON, self.optimizer.param_groups)
-        self._set_momentum()
+        _write_momentum(self)
         return self._values(self.base_lrs, self.max_lrs, "base_lrs", "max_lrs")
 
-    def _set_momentum(self) -> None:
-        if not self.cycle_momentum:
-            return
-        names = ("max_momentums", "base_momentums")
-        momenta = self._values(self.max_momentums, self.base_momentums, *names)
-        for group, momentum in zip(self.optimizer.param_groups, momenta):
-            group |= {"betas": (momentum, *group["betas"][1:])} if self.use_beta1 else {"momentum": momentum}
+    def _momenta(self) -> Rates:
+        return self._values(self.max_momentums, self.base_momentums, "max_momentums", "base_momentums")
 
     def _scale(self, cycle: int) -> float:
         if self._scale_fn_custom is not None:

@@ -19,12 +19,8 @@ class StepLR(theirs.StepLR):
     [0.8]
     """
 
-    state_dict, load_state_dict, step, _get_closed_form_lr = (
-        shared.state_dict,
-        shared.load_state_dict,
-        shared.step,
-        shared.closed_form,
-    )
+    state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    _get_closed_form_lr = shared.closed_form
 
     def _curve(self, t: int, since: int = 0) -> float:
         return curves.step(t, self.step_size, self.gamma, since)
@@ -41,12 +37,8 @@ class MultiStepLR(theirs.MultiStepLR):
     [0.8]
     """
 
-    state_dict, load_state_dict, step, _get_closed_form_lr = (
-        shared.state_dict,
-        shared.load_state_dict,
-        shared.step,
-        shared.closed_form,
-    )
+    state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    _get_closed_form_lr = shared.closed_form
 
     def _curve(self, t: int, since: float = -math.inf) -> float:
         return curves.multi_step(t, self.milestones, self.gamma, since)
@@ -63,13 +55,8 @@ class ConstantLR(theirs.ConstantLR):
     [0.4]
     """
 
-    state_dict, load_state_dict, step, _get_closed_form_lr = (
-        shared.state_dict,
-        shared.load_state_dict,
-        shared.step,
-        shared.closed_form,
-    )
-    rescale, _length = shared.rescale, "total_iters"
+    state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    _get_closed_form_lr, rescale, _length = shared.closed_form, shared.rescale, "total_iters"
 
     def _curve(self, t: int) -> float:
         return curves.constant(t, self.factor, self.total_iters)
@@ -86,13 +73,8 @@ class LinearLR(theirs.LinearLR):
     [0.2]
     """
 
-    state_dict, load_state_dict, step, _get_closed_form_lr = (
-        shared.state_dict,
-        shared.load_state_dict,
-        shared.step,
-        shared.closed_form,
-    )
-    rescale, _length = shared.rescale, "total_iters"
+    state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    _get_closed_form_lr, rescale, _length = shared.closed_form, shared.rescale, "total_iters"
 
     def _curve(self, t: int) -> float:
         return curves.linear(t, self.start_factor, self.end_factor, self.total_iters)
@@ -111,12 +93,8 @@ class ExponentialLR(theirs.ExponentialLR):
     [0.8]
     """
 
-    state_dict, load_state_dict, step, _get_closed_form_lr = (
-        shared.state_dict,
-        shared.load_state_dict,
-        shared.step,
-        shared.closed_form,
-    )
+    state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    _get_closed_form_lr = shared.closed_form
 
     def _curve(self, t: int) -> float:
         return curves.exponential(t, self.gamma)
@@ -133,13 +111,8 @@ class CosineAnnealingLR(theirs.CosineAnnealingLR):
     [0.8]
     """
 
-    state_dict, load_state_dict, step, _get_closed_form_lr = (
-        shared.state_dict,
-        shared.load_state_dict,
-        shared.step,
-        shared.closed_form,
-    )
-    rescale, _length = shared.rescale, "T_max"
+    state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    _get_closed_form_lr, rescale, _length = shared.closed_form, shared.rescale, "T_max"
 
     def _curve(self, t: int) -> float:
         return curves.cosine(t, self.T_max)
@@ -182,7 +155,7 @@ class MultiplicativeLR(theirs.MultiplicativeLR):
     [0.8]
     """
 
-    state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    state_dict, load_state_dict, step = shared.state_dict, shared.load_functions, shared.step
 
     def get_lr(self) -> Rates:
         theirs._warn_get_lr_called_within_step(self)

@@ -1,5 +1,6 @@
 """What every schedule shares: base rates of groups, states that load in any order, steps that AMP skips."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -74,11 +75,25 @@ def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
     elif vars(self).get(BUILT_ON) is param_groups and _moment(self)[0] >= 0:  # torch's, and it has begun
         groups = [{"lr": lr} for lr in self._last_lr]
     for group, entries in zip(param_groups, groups):
-        for key in entries.keys() & group.keys():
-            if isinstance(group[key], torch.Tensor):  # stays the same object
-                group[key].fill_(float(entries[key]))
+        for key, value in entries.items():  # a group added since the construction lacks all but its rate
+            if isinstance(group.get(key), torch.Tensor):  # stays the same object
+                group[key].fill_(float(value))
             else:
-                group[key] = float(entries[key])
+                group[key] = float(value)
+
+
+def load_functions(self: Any, state_dict: dict[str, Any]) -> None:
+    """As `load_state_dict`, also where groups, and functions with them, have been added since the construction.
+
+    Raises:
+        ValueError: more functions than there are have been saved, and those there are differ.
+    """
+    functions: list[Any] = self.lr_lambdas
+    known, saved = len(functions), state_dict["lr_lambdas"]
+    count = max((number for number, entries in enumerate(saved, 1) if entries is not None), default=0)
+    each_group(self, functions, "lr_lambdas", count)
+    functions[known:] = map(copy.copy, functions[known:])  # what they load may differ from group to group
+    load_state_dict(self, state_dict)
 
 
 def step(self: Any, epoch: int | None = None) -> None:
@@ -116,21 +131,23 @@ def base_lrs(scheduler: theirs.LRScheduler) -> Rates:
     return scheduler.base_lrs[: len(groups)]
 
 
-def each_group(scheduler: theirs.LRScheduler, values: list[Any], name: str) -> list[Any]:
+def each_group(scheduler: theirs.LRScheduler, values: list[Any], name: str, count: int | None = None) -> list[Any]:
     """`values`, one for each group: one that all groups share goes to groups added later too.
+
+    `count` groups are meant, by default as many as there are.
 
     Raises:
         ValueError: there are more groups than values, which differ.
     """
-    groups = scheduler.optimizer.param_groups
-    if missing := max(len(groups) - len(values), 0):
+    count = len(scheduler.optimizer.param_groups) if count is None else count
+    if missing := max(count - len(values), 0):
         if not values or any(value is not values[0] and value != values[0] for value in values):
             raise ValueError(
-                f"{type(scheduler).__name__}: {name} must have a value for each of {len(groups)} parameter groups, got "
+                f"{type(scheduler).__name__}: {name} must have a value for each of {count} parameter groups, got "
                 f"{len(values)}. Append one to `scheduler.{name}` for each group that you add."
             )
         values += [copied(values[0]) for _ in range(missing)]
-    return values[: len(groups)]
+    return values[:count]
 
 
 def moved(scheduler: theirs.LRScheduler, before: float, now: float, eta_min: float = 0.0) -> Rates:
