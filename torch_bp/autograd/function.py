@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch._C._functorch import TransformType
@@ -55,6 +55,8 @@ class Function(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+    # For people: forward, and backward in one line, or one for each of the first arguments.
+    equations: ClassVar[tuple[str, str | tuple[str, ...]]] = ("", "")
     _jvp: Callable[..., Any] | None = None
     _eager: type[Function]
     _apply: Callable[..., Any]

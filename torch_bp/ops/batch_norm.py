@@ -132,6 +132,8 @@ def batch_norm_backward(
 class BatchNorm(Function):
     """y, m and r of a batch. The running statistics are updated on the way."""
 
+    equations = ("y = w x^ + b, x^ = (x - m) r", ("dx = w r (d - x^ dw / n)", "dw = sum of d x^", "db = sum of dy"))
+
     @staticmethod
     def forward(
         x: torch.Tensor,
@@ -179,6 +181,8 @@ class BatchNorm(Function):
 
 class FixedBatchNorm(Function):
     """y with given statistics, which are constants."""
+
+    equations = ("y = w x^ + b, x^ = (x - m) r", ("dx = w r dy", "dw = sum of dy x^", "db = sum of dy"))
 
     @staticmethod
     def forward(

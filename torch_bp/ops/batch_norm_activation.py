@@ -30,6 +30,11 @@ _PARAMETERS = 5  # x, w, b, V, c: what gradients are for
 class BatchNormActivation(Function):
     """z, or a without V, from x, and the statistics of x; `spec` is what the activation is made of."""
 
+    equations = (
+        "y = w x^ + b, a = s(y), z = a V^T + c",
+        "dV = dz^T a, dc = sum of dz, dy = s'(y) (dz V), from there batch norm's",
+    )
+
     @staticmethod
     def forward(
         x: torch.Tensor,

@@ -73,11 +73,13 @@ BinaryCrossEntropy = elementwise_loss(
     "binary_cross_entropy",
     lambda x, t, weight, _, reduction: torch._C._nn.binary_cross_entropy(x, t, weight, reduction),
     _bce_slopes,
+    ("L = mean of -t log x - (1 - t) log(1 - x), eq. 5", "dx = (x - t) / (x (1 - x)) dL / n"),
 )
 BinaryCrossEntropyWithLogits = elementwise_loss(
     "binary_cross_entropy_with_logits",
     torch.binary_cross_entropy_with_logits,
     _bce_logits_slopes,
+    ("L = mean of -t log s(z) - (1 - t) log(1 - s(z)), eq. 5", "dz = (s(z) - t) dL / n"),
 )
 
 

@@ -161,6 +161,8 @@ def soft_cross_entropy_backward(
 class CrossEntropy(ClassLoss):
     """eq. 4 with class indices."""
 
+    equations = ("L = mean of -log(softmax(z)[target]), eq. 4", "dz = (softmax(z) - onehot) dL / n, eq. 4")
+
     @staticmethod
     def forward(
         z: torch.Tensor,
@@ -187,6 +189,8 @@ class CrossEntropy(ClassLoss):
 
 class RowCrossEntropy(Function):
     """eq. 4 with class indices and without class weights, where nobody watches, from one kernel over the rows."""
+
+    equations = ("L = mean of -log(softmax(z)[target]), eq. 4", "dz = (softmax(z) - onehot) dL / n, eq. 4")
 
     @staticmethod
     def forward(
@@ -225,6 +229,8 @@ class RowCrossEntropy(Function):
 class CountedCrossEntropy(CountedLoss):
     """eq. 4 of few logits, with class indices and without class weights: torch's two kernels make less ado of it."""
 
+    equations = ("L = mean of -log(softmax(z)[target]), eq. 4", "dz = (softmax(z) - onehot) dL / n, eq. 4")
+
     @staticmethod
     def forward(z: torch.Tensor, target: torch.Tensor, reduction: int, ignored: int) -> tuple[torch.Tensor, Any]:
         return counted_nll(torch.log_softmax(z, 1), target, reduction, ignored)
@@ -239,6 +245,8 @@ class CountedCrossEntropy(CountedLoss):
 
 class SoftCrossEntropy(ClassLoss):
     """eq. 4 with target probabilities."""
+
+    equations = ("L = mean of -sum of t log(softmax(z)), eq. 4", "dz = (softmax(z) sum(t) - t) dL / n, eq. 4")
 
     @staticmethod
     def forward(

@@ -35,6 +35,8 @@ def unpack(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 class Dropout(Function):
     """y = x k, of a k that is given."""
 
+    equations = ("y = x k", "dx = dy k")
+
     @staticmethod
     def forward(x: torch.Tensor, k: torch.Tensor, p: float) -> torch.Tensor:
         return x * k

@@ -16,12 +16,14 @@ from torch_bp.ops.reduction import MEAN, NONE
 _Optional = torch.Tensor | None
 
 
-def elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Callable[..., Any]) -> type[Function]:
+def elementwise_loss(
+    name: str, value: Callable[..., torch.Tensor], slopes: Callable[..., Any], described: tuple[str, str]
+) -> type[Function]:
     """Make the Function of a loss of `(input, target, weight, pos_weight, reduction, factor)`.
 
     `value(input, target, weight, pos_weight, reduction)` is reduced by torch, by NONE, MEAN or SUM, and multiplied
     with `factor`; `slopes(dy, input, target, pos_weight, wanted, scale=, factor=)` returns both times dl/dx and dl/dt,
-    times dy where that is not None.
+    times dy where that is not None. `described` are its equations, forward and backward.
     """
 
     def upstream(dy: torch.Tensor, x: torch.Tensor, weight: _Optional, options: tuple[int, float]) -> tuple[Any, Any]:
@@ -36,6 +38,8 @@ def elementwise_loss(name: str, value: Callable[..., torch.Tensor], slopes: Call
         return (weight * dy).expand_as(x), {"scale": 1.0, "factor": factor}
 
     class Loss(Function):
+        equations = described
+
         @staticmethod
         def forward(
             x: torch.Tensor,

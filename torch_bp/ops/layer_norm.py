@@ -57,6 +57,11 @@ def layer_norm_backward(dy, x, mean, inverse, weight=None, *, count, wanted):
 class LayerNorm(Function):
     """y, m and r of examples of `dims` dimensions."""
 
+    equations = (
+        "y = w x^ + b, x^ = (x - m) r",
+        ("dx = r (g - <g> - x^ <x^ g>), g = w dy", "dw = sum of dy x^", "db = sum of dy"),
+    )
+
     @staticmethod
     def forward(
         x: torch.Tensor, weight: _Optional, bias: _Optional, dims: int, eps: float

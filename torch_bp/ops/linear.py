@@ -54,6 +54,8 @@ def linear_tangent(a: torch.Tensor, weight: torch.Tensor, da: _Optional, dw: _Op
 class Linear(Function):
     """z = a W^T + b."""
 
+    equations = ("z = a W^T + b, eq. 1", ("da = dz W", "dW = dz^T a", "db = sum of dz"))
+
     @staticmethod
     def forward(a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return torch.nn.functional.linear(a, weight, bias)

@@ -62,6 +62,11 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
         return compute(z, **dict(zip(parameters, values))) if by_name else compute(z, *values)
 
     class LinearActivation(Function):
+        equations = (
+            f"y = {name}(a W^T + b), eq. 1 and 2",
+            ("da = dz W", "dW = dz^T a", f"db = sum of dz, dz = {name}'(z) dy"),
+        )
+
         @staticmethod
         def forward(a: torch.Tensor, weight: torch.Tensor, bias: _Optional, *values: float) -> Any:
             z = torch.nn.functional.linear(a, weight, bias)

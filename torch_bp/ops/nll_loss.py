@@ -61,6 +61,8 @@ def nll_backward(
 class NegativeLogLikelihood(ClassLoss):
     """The loss on log-probabilities that eq. 4 ends with."""
 
+    equations = ("L = mean of -logp[target]", "dlogp = -onehot dL / n")
+
     @staticmethod
     def forward(
         logp: torch.Tensor, target: torch.Tensor, weight: _Optional, reduction: int, ignored: int
@@ -80,6 +82,8 @@ class NegativeLogLikelihood(ClassLoss):
 
 class CountedNegativeLogLikelihood(CountedLoss):
     """The loss on log-probabilities, without class weights, where nobody watches."""
+
+    equations = ("L = mean of -logp[target]", "dlogp = -onehot dL / n")
 
     @staticmethod
     def forward(logp: torch.Tensor, target: torch.Tensor, reduction: int, ignored: int) -> tuple[torch.Tensor, Any]:

@@ -8,6 +8,7 @@ Each activation is one formula and one line. `activation` makes a function of tw
 torch operation, or a formula) and the derivative.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,7 +103,11 @@ def activation(
             )
     no_gradients = (None,) * len(parameters)
 
+    slope, equation = f"dz = {name}'(z) dy", re.search(r"eq\. \d+", derivative.__doc__ or "")
+
     class Node(Function):
+        equations = (f"y = {name}(z)", f"{slope}, {equation.group()}" if equation else slope)
+
         @staticmethod
         def forward(z: torch.Tensor, *values: float) -> torch.Tensor:
             return value(z, **dict(zip(parameters, values))) if by_name else value(z, *values)

@@ -53,6 +53,8 @@ class _AlongDimension(Function):
 class Softmax(_AlongDimension):
     """eq. 16."""
 
+    equations = ("y = softmax(z), eq. 16", "dz = y (dy - sum of y dy), eq. 16")
+
     @staticmethod
     def forward(z: torch.Tensor, dim: int) -> torch.Tensor:
         return torch.softmax(z, dim)
@@ -70,6 +72,8 @@ class Softmax(_AlongDimension):
 
 class LogSoftmax(_AlongDimension):
     """log(softmax(z)), computed without the intermediate that underflows."""
+
+    equations = ("y = log(softmax(z))", "dz = dy - softmax(z) (sum of dy)")
 
     @staticmethod
     def forward(z: torch.Tensor, dim: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ SquaredError = elementwise_loss(
     "squared_error",
     lambda x, t, _, __, reduction: torch._C._nn.mse_loss(x, t, reduction),
     _squared_error_slopes,
+    ("L = mean of (x - t)^2, eq. 3", "dx = 2 (x - t) dL / n, eq. 3"),
 )
 
 

@@ -139,9 +139,8 @@ class Recorder(TorchDispatchMode):
         memory = self.memories.get(_number(value))
         if memory is None or not memory.made:
             return value
-        return Place(
-            _number(value), value.dtype, value.device, tuple(value.shape), value.stride(), value.storage_offset()
-        )
+        form = tuple(value.shape), value.stride(), int(value.storage_offset())
+        return Place(_number(value), value.dtype, value.device, *form)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

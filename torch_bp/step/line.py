@@ -122,14 +122,17 @@ class Line:
             if n not in direct
         ]
         self.written = self.program.written
+        self._before = [torch.empty_like(t) for t in self.written]
         self.loss = self.program.tensor(recorder.place(loss))
         self.loss.copy_(loss)
         for number in reached:
-            into(homes[number], gradients[number])  # type: ignore[operator]
+            into(homes[number], gradients[number])  # type: ignore[arg-type]
             leaves[number].grad = homes[number]
         self.gradients = [(leaves[n], homes[n]) for n in reached]
         self.norm = Norm([homes[n] for n in reached])
         self._add = add
+        names = {id(p): name for module in modules for name, p in module.named_parameters()}
+        self.plan.parameters = [names.get(id(leaves[n]), "?") for n in reached]
         self.plan.bytes, self.plan.apart = self.program.arena.size, self.program.arena.total
 
     def run(self, batch: Sequence[Tensor]) -> Tensor:
@@ -140,10 +143,17 @@ class Line:
                     home.zero_() if p.grad is None else home.copy_(p.grad)
         for own, given in zip(self.batch, batch):
             own.copy_(given)
+        if self.written:
+            torch._foreach_copy_(self._before, self.written)
         self.program.run()
         for p, home in self.gradients:
             p.grad = home
         return self.loss
+
+    def restore(self) -> None:
+        """Take back what the last run wrote to the model's own tensors."""
+        for tensor, before in zip(self.written, self._before):
+            tensor.copy_(before)
 
 
 def _whole(recorder: Recorder, places: Mapping[int, Any], homes: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +19,7 @@ class PlanLine:
         name: of the operation.
         forward, backward: its equations.
         inputs, outputs: shapes of tensors among arguments and results.
+        gradients: shapes of the gradients that it gives.
         bytes: of the results.
     """
 
@@ -28,6 +28,7 @@ class PlanLine:
     forward: str
     backward: str
     inputs: list[tuple[int, ...]]
+    gradients: list[tuple[int, ...]]
     outputs: list[tuple[int, ...]]
     bytes: int
 
@@ -53,7 +54,7 @@ class Plan:
 
         def note(entry: Entry) -> None:
             outputs = [t for t in entry.outputs if isinstance(t, Tensor)]
-            forward, backward = equations(entry.function)
+            forward, backward = equations(entry)
             self.lines.append(
                 PlanLine(
                     path(),
@@ -61,6 +62,7 @@ class Plan:
                     forward,
                     backward,
                     [tuple(t.shape) for t in entry.inputs if isinstance(t, Tensor)],
+                    [tuple(t.shape) for t, n in zip(entry.inputs, entry.sources) if n is not None],  # type: ignore[union-attr]
                     [tuple(t.shape) for t in outputs],
                     sum(t.numel() * t.element_size() for t in outputs),
                 )
@@ -76,7 +78,7 @@ class Plan:
         ]
         rows.append(("", "backward", "", "", ""))
         rows += [
-            (str(n), line.backward, _shapes(line.outputs, line.inputs), "", line.path)
+            (str(n), line.backward, _shapes(line.outputs[:1], line.gradients), "", line.path)
             for n, line in reversed([*enumerate(self.lines, 1)])
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
@@ -87,11 +89,12 @@ class Plan:
         return "\n".join(text)
 
 
-def equations(function: Any) -> tuple[str, str]:
-    """Return the equations of an operation, forward and backward."""
-    forward, backward = getattr(function, "equations", ("", ""))
-    name = getattr(function, "__name__", type(function).__name__)
-    return forward or f"{name}", backward or f"{name}, by autograd"
+def equations(entry: Entry) -> tuple[str, str]:
+    """Return the equations of an operation, forward and backward, of gradients those that it gives."""
+    forward, backward = getattr(entry.function, "equations", ("", ""))
+    if isinstance(backward, tuple):
+        backward = ", ".join(text for text, source in zip(backward, entry.sources) if source is not None)
+    return forward or entry.name, backward or f"{entry.name}, by autograd"
 
 
 def _shapes(before: Sequence[tuple[int, ...]], after: Sequence[tuple[int, ...]]) -> str:

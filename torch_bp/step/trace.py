@@ -32,7 +32,8 @@ _MOVING = """
     flip roll repeat tile pad where copy_ setitem cumsum
 """
 _ASKING = """
-    get is_inference requires_grad_ size dim ndimension numel nelement element_size stride len is_floating_point is_complex is_contiguous detach
+    get is_inference requires_grad_
+    size dim ndimension numel nelement element_size stride len is_floating_point is_complex is_contiguous detach
     empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full new_tensor
     eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign
 """

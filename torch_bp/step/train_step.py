@@ -127,8 +127,8 @@ class TrainStep:
             The losses (K).
         """
         tensors = [t for t in tree_leaves((xs, ys)) if isinstance(t, Tensor)]
-        lengths = {t.shape[0] if t.dim() else None for t in tensors}
-        if len(lengths) != 1 or None in lengths:
+        lengths = {t.shape[0] if t.dim() else -1 for t in tensors}
+        if len(lengths) != 1 or -1 in lengths:
             raise ValueError(
                 f"TrainStep.many: xs and ys must have the same number of batches in their first dimension, got "
                 f"{', '.join(str(tuple(t.shape)) for t in tensors)}."

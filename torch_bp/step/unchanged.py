@@ -50,7 +50,9 @@ class Unchanged:
             for name, value in place.items()
             if place is not module.__dict__ or isinstance(value, (*_NUMBERS, Tensor))
         ]
-        self._places, self._names, self._values = zip(*items) if items else ((), (), ())
+        self._places = [place for place, _, _ in items]
+        self._names = [name for _, name, _ in items]
+        self._values = [value for _, _, value in items]
         self._dicts = [place for module in everything for place in (module._modules, module._parameters)]
         self._sizes = list(map(len, self._dicts))
         self._hooks = [getattr(module, name) for module in everything for name in _HOOKS]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_bp.kernels import Formula, formula, total
+from torch_bp.kernels import formula, total
 
 
 @formula
@@ -57,7 +57,7 @@ class Update:
     def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float | None, max_value: float | None) -> None:
         self.optimizer, self.max_norm, self.max_value = optimizer, max_norm, max_value
 
-    def __call__(self, gradients: Sequence[Tensor], norm: float) -> None:
+    def __call__(self, gradients: list[Tensor], norm: float) -> None:
         """Update the parameters; `norm` is that of all gradients."""
         if self.max_value is not None:
             torch._foreach_clamp_max_(gradients, self.max_value)
