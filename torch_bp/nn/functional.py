@@ -6,6 +6,7 @@ import torch.nn.functional
 
 from torch_bp import ops
 from torch_bp._mirror import mirror
+from torch_bp.autograd.function import overridden
 from torch_bp.ops import (
     batch_norm,
     binary_cross_entropy,
@@ -70,7 +71,8 @@ def _may_write(
     """Apply an activation whose derivative needs its input, of which a copy is kept where that is written over."""
     if not inplace:
         return function(input, *values)
-    copied = torch.is_grad_enabled() or torch.jit.is_tracing()  # a trace may be run with gradients afterwards
+    # A trace may be run with gradients afterwards; on a tape there is no graph that says so.
+    copied = torch.is_grad_enabled() or torch.jit.is_tracing() or not overridden()
     return input.copy_(function(input.clone() if copied else input, *values))
 
 

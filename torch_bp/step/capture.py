@@ -49,6 +49,8 @@ _EMPTY = {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
+# Write to running statistics, the fourth and the fifth argument, without saying so.
+_HIDDEN_WRITES = {_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default}
 _FILLS = {_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default, _aten.new_zeros.default}
 _FILLS |= {_aten.new_ones.default, _aten.new_full.default}
 
@@ -195,6 +197,8 @@ class Recorder(TorchDispatchMode):
 
 def _written(operation: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> list[Tensor]:
     """Return the arguments that an operation writes to."""
+    if operation in _HIDDEN_WRITES:
+        return [t for t in args[3:5] if isinstance(t, Tensor)]
     schema = getattr(operation, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import torch_bp.nn.functional
 from torch_bp.autograd.tape import Tape
+from torch_bp.kernels.capture import capturing
+from torch_bp.step.capture import NotCapturableError
 
 _ARITHMETIC = """
     add sub mul div neg radd rsub rmul rdiv rtruediv truediv subtract multiply divide true_divide negative iadd isub
@@ -82,17 +84,15 @@ class Explicit(TorchFunctionMode):
         if ours is not None:
             with self:
                 return ours(*args, **kwargs)
-        tracked = any(map(self.tape.tracks, tree_leaves((args, kwargs))))
-        if not tracked:
-            return func(*args, **kwargs)
         name = func.__name__
         if name.startswith("__"):
             name = name.strip("_")
         if name in _READING:
-            raise UnknownBackwardError(
-                f"TrainStep: {self._where()}reads the values of a tensor ({name}), which may be others at the next "
-                "step: a step must do the same whatever the values. Use torch.where in its place, or loss.backward()."
-            )
+            if capturing():
+                raise NotCapturableError(f"{self._where()}reads the values of a tensor ({name})")
+            return func(*args, **kwargs)
+        if not any(map(self.tape.tracks, tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
         if self.fallback or name in _KNOWN:
             return self.tape.through_autograd(func, args, kwargs)
         raise UnknownBackwardError(

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch_bp.kernels import engine
 from torch_bp.step.capture import NotCapturableError
 from torch_bp.step.line import Line, Passes
+from torch_bp.step.origin import origin
 from torch_bp.step.plan import Plan
 from torch_bp.step.unchanged import hooked
 from torch_bp.step.update import Norm, Update
@@ -83,9 +84,11 @@ class TrainStep:
         self._passes = Passes(model, loss_fn, fallback == "autograd")
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
         self._lines: dict[Any, list[Line]] = {}
+        self._never: set[Any] = set()  # kinds of batches that cannot be captured
         self._homes: dict[Tensor, Tensor] = {}
         self._update = Update(optimizer, clip_grad_norm, clip_grad_value)
         self._plan: Plan | None = None
+        self._restore: Callable[[], None] = lambda: None  # takes back what the last pass wrote to buffers
         self._waiting = 0  # batches since the last update
 
     def __call__(self, x: Any, y: Any) -> Tensor:
@@ -179,6 +182,7 @@ class TrainStep:
     def reset(self) -> None:
         """Forget what was captured; the next step is captured anew."""
         self._lines.clear()
+        self._never.clear()
 
     @property
     def plan(self) -> Plan:
@@ -220,9 +224,17 @@ class TrainStep:
         self.steps += 1
 
     def _refuse(self, inputs: _Inputs, loss: Tensor, norm: float) -> NoReturn:
+        """Leave everything as it was before the window of batches, and say what is wrong."""
+        value = loss.item()
+        self._restore()
+        self._waiting = 0
+        for p in self._parameters():
+            p.grad = None
+        where = origin(self._passes, inputs, self._parameters(), self._modules)
         raise FloatingPointError(
-            f"TrainStep: at step {self.steps + 1} the loss is {loss.item():.4g} and the norm of the gradients "
-            f"{norm:.4g}; nothing was updated."
+            f"TrainStep: at step {self.steps + 1} the loss is {value:.4g} and the norm of the gradients {norm:.4g}: "
+            f"{where}. Parameters, optimizer and running statistics are as before; leave the batch out, or lower the "
+            "rate, or clip gradients by clip_grad_norm."
         )
 
     def _pass(self, inputs: _Inputs, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
@@ -233,20 +245,25 @@ class TrainStep:
         with torch.no_grad():
             for line in self._lines.get(kind, ()):
                 if line.unchanged.holds():
-                    self._plan = line.plan
+                    self._restore, self._plan = line.restore, line.plan
                     return line.run(batch), line.norm
             return self._first(inputs, kind, add, scale)
 
     def _first(self, inputs: _Inputs, kind: Any, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
         """Run a pass of a kind that was not captured, and capture it if that can be done."""
         leaves = self._parameters()
-        if self.capture and not hooked(self._modules):
+        self._restore = _snapshot(self._modules)
+        if self.capture and kind not in self._never and not hooked(self._modules):
             homes = [self._home(p, add) for p in leaves]
+            random = torch.get_rng_state()
             try:
                 line = Line(self._passes, self._modules, inputs, leaves, homes, scale, add)
             except NotCapturableError:
+                self._restore()
+                torch.set_rng_state(random)
                 if self.capture is True:
                     raise
+                self._never.add(kind)
             else:
                 kept = self._lines.setdefault(kind, [])
                 kept.append(line)
@@ -272,6 +289,18 @@ class TrainStep:
 
 def _inputs(x: Any, y: Any) -> _Inputs:
     return x if isinstance(x, tuple) else (x,), y if isinstance(y, tuple) else (y,)
+
+
+def _snapshot(modules: Sequence[torch.nn.Module]) -> Callable[[], None]:
+    """Return a function that brings the modules' buffers back to what they are now."""
+    before = [(b, b.clone()) for module in modules for b in module.buffers()]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+    return restore
 
 
 def _at(values: Any, number: int) -> Any:

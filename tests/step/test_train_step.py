@@ -1,0 +1,472 @@
+"""TrainStep against the same model trained through autograd."""
+
+import copy
+
+import pytest
+import torch
+
+import torch_bp
+from torch_bp import nn, optim
+from torch_bp.nn import functional as F
+from torch_bp.step import TrainStep
+from torch_bp.step.capture import NotCapturableError
+from torch_bp.step.trace import UnknownBackwardError
+
+
+class Own(torch.nn.Module):
+    """A forward with arithmetic, functions, shapes, and a layer used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared, self.last = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = x.view(x.shape[0], -1)
+        h = torch.relu(self.first(x))
+        h = h + 0.5 * F.gelu(self.shared(h))
+        h = self.shared(h) - h / 2
+        return self.last(torch.cat([h, torch.tanh(h)], 1))
+
+
+class Inplace(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(12, 8), torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = torch.nn.functional.silu(self.first(x), inplace=True)
+        h += 1
+        return self.last(torch.nn.functional.relu(h, inplace=True))
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 5))
+    model[2].weight = model[0].weight
+    return model
+
+
+def frozen():
+    model = nn.Sequential(nn.Linear(12, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 5))
+    model[2].requires_grad_(False)
+    return model
+
+
+def torchs():
+    t = torch.nn
+    return t.Sequential(t.Linear(12, 8), t.BatchNorm1d(8), t.LeakyReLU(), t.Dropout(0.2), t.Linear(8, 5))
+
+
+MODELS = {
+    "linear": lambda: nn.Linear(12, 5),
+    "without bias": lambda: nn.Sequential(nn.Linear(12, 8, bias=False), nn.ReLU(), nn.Linear(8, 5, bias=False)),
+    "activations": lambda: nn.Sequential(
+        *(m for a in (nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.Hardtanh, nn.ELU, nn.Softplus, nn.SiLU, nn.GELU)
+          for m in (nn.Linear(12, 12), a())), nn.Linear(12, 5)
+    ),
+    "softmax inside": lambda: nn.Sequential(nn.Linear(12, 8), nn.Softmax(1), nn.Linear(8, 5), nn.LogSoftmax(1)),
+    "fused": lambda: nn.MLP([12, 8, 8, 5], "tanh"),
+    "normalised": lambda: nn.MLP([12, 8, 8, 5], norm="batch", dropout=0.3),
+    "layer norm": lambda: nn.MLP([12, 8, 8, 5], "gelu", norm="layer"),
+    "residual": lambda: nn.MLP([12, 8, 8, 8, 5], residual=True),
+    "residual, separate": lambda: nn.MLP([12, 8, 8, 8, 5], residual=True, norm="batch", fused=False),
+    "own forward": Own,
+    "in place": Inplace,
+    "tied": tied,
+    "frozen": frozen,
+    "torch's": torchs,
+}  # fmt: skip
+LOSSES = {
+    "cross-entropy": lambda: nn.CrossEntropyLoss(),
+    "smoothed, weighted": lambda: nn.CrossEntropyLoss(torch.arange(1.0, 6), label_smoothing=0.1, ignore_index=3),
+    "sum": lambda: nn.CrossEntropyLoss(reduction="sum", ignore_index=1),
+    "squared": lambda: nn.MSELoss(),
+    "half": lambda: nn.HalfMSELoss(),
+    "logits": lambda: nn.BCEWithLogitsLoss(pos_weight=torch.arange(1.0, 6)),
+    "torch's": lambda: torch.nn.CrossEntropyLoss(),
+    "a function": lambda: lambda out, y: F.mse_loss(out, y) + 0.01 * (out * out).sum(),
+}
+_CLASSES = ("cross-entropy", "smoothed, weighted", "sum", "torch's")
+
+
+def batches(loss, count=6, size=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        x = torch.randn(size, 12, generator=generator).to(dtype)
+        if loss in _CLASSES:
+            yield x, torch.randint(0, 5, (size,), generator=generator)
+        else:
+            yield x, torch.rand(size, 5, generator=generator).to(dtype)
+
+
+def by_autograd(model, loss_fn, optimizer, data, clip=None, accumulate=1):
+    losses = []
+    for number, (x, y) in enumerate(data, 1):
+        loss = loss_fn(model(x), y)
+        (loss / accumulate).backward() if accumulate > 1 else loss.backward()
+        if number % accumulate == 0:
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def pair(model, dtype=torch.float32):
+    torch.manual_seed(1)
+    first = MODELS[model]().to(dtype)
+    return first, copy.deepcopy(first)
+
+
+def assert_same_state(a, b, rounding=0.0):
+    for (name, mine), theirs in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=rounding, atol=rounding, msg=name)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+def test_models_train_bit_for_bit_as_through_autograd(model, capture):
+    mine, theirs = pair(model)
+    loss_fn = nn.CrossEntropyLoss() if "inside" not in model else nn.NLLLoss()
+    step = TrainStep(mine, loss_fn, optim.Adam(mine.parameters(), lr=0.01), capture=capture)
+    torch.manual_seed(2)
+    got = torch.stack([step(x, y) for x, y in batches("cross-entropy")])
+    torch.manual_seed(2)
+    theirs = torch_bp.convert(theirs)
+    expected = by_autograd(theirs, loss_fn, optim.Adam(theirs.parameters(), lr=0.01), batches("cross-entropy"))
+    # Through autograd, a forward that calls torch's functions has torch's backward of them.
+    rounding = 1e-6 if model in ("own forward", "in place") else 0
+    torch.testing.assert_close(got, expected, rtol=rounding, atol=0)
+    assert_same_state(mine, theirs, rounding)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses(loss):
+    mine, theirs = pair("linear")
+    loss_fn = LOSSES[loss]()
+    step = TrainStep(mine, loss_fn, optim.SGD(mine.parameters(), lr=0.01), capture=True)
+    got = torch.stack([step(x, y) for x, y in batches(loss)])
+    expected = by_autograd(theirs, loss_fn, optim.SGD(theirs.parameters(), lr=0.01), batches(loss))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+    for a, b in zip(mine.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("model", ["normalised", "own forward", "activations"])
+def test_float64_follows_torchs_own_modules(model):
+    mine, theirs = pair(model, torch.float64)
+    theirs = torch_bp.to_torch(theirs)
+    data = list(batches("cross-entropy", 50, dtype=torch.float64))
+    step = TrainStep(mine, nn.CrossEntropyLoss(), optim.Adam(mine.parameters(), lr=0.01))
+    torch.manual_seed(2)
+    got = torch.stack([step(x, y) for x, y in data])
+    torch.manual_seed(2)
+    reference = torch.nn.CrossEntropyLoss()
+    expected = by_autograd(theirs, reference, torch.optim.Adam(theirs.parameters(), lr=0.01), data)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_smaller_last_batch_has_buffers_of_its_own():
+    mine, theirs = pair("normalised")
+    data = [*batches("cross-entropy", 3), *batches("cross-entropy", 1, 7), *batches("cross-entropy", 2)]
+    step = TrainStep(mine, nn.CrossEntropyLoss(), optim.Adam(mine.parameters()))
+    torch.manual_seed(2)
+    got = torch.stack([step(x, y) for x, y in data])
+    torch.manual_seed(2)
+    expected = by_autograd(theirs, nn.CrossEntropyLoss(), optim.Adam(theirs.parameters()), data)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_accumulation_with_a_window_that_is_not_full(capture):
+    mine, theirs = pair("fused")
+    data = list(batches("cross-entropy", 7))
+    step = TrainStep(mine, nn.CrossEntropyLoss(), optim.SGD(mine.parameters(), lr=0.1), accumulate=3, capture=capture)
+    for x, y in data:
+        step(x, y)
+    step.update()
+    optimizer = optim.SGD(theirs.parameters(), lr=0.1)
+    by_autograd(theirs, nn.CrossEntropyLoss(), optimizer, data, accumulate=3)
+    optimizer.step()  # of the seventh alone
+    for a, b in zip(mine.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_clipping():
+    mine, theirs = pair("fused")
+    data = list(batches("cross-entropy"))
+    step = TrainStep(mine, nn.CrossEntropyLoss(), optim.SGD(mine.parameters(), lr=0.1), clip_grad_norm=0.05)
+    for x, y in data:
+        step(x, y)
+    by_autograd(theirs, nn.CrossEntropyLoss(), optim.SGD(theirs.parameters(), lr=0.1), data, clip=0.05)
+    for a, b in zip(mine.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_clipping_by_value():
+    model, _ = pair("fused")
+    step = TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.0), clip_grad_value=1e-3)
+    step(*next(batches("cross-entropy")))
+    largest = max(p.grad.abs().max() for p in model.parameters())
+    assert largest.item() == pytest.approx(1e-3)
+
+
+def test_goes_over_to_ordinary_training_and_back():
+    mine, theirs = pair("normalised")
+    data = list(batches("cross-entropy", 9))
+    loss_fn, ours = nn.CrossEntropyLoss(), optim.Adam(mine.parameters())
+    step = TrainStep(mine, loss_fn, ours)
+    torch.manual_seed(2)
+    for x, y in data[:3]:
+        step(x, y)
+    ours.zero_grad()
+    by_autograd(mine, loss_fn, ours, data[3:6])
+    for x, y in data[6:]:
+        step(x, y)
+    torch.manual_seed(2)
+    by_autograd(theirs, loss_fn, optim.Adam(theirs.parameters()), data)
+    assert_same_state(mine, theirs)
+
+
+def test_what_changes_in_the_model_is_seen():
+    model, reference = pair("normalised")
+    loss_fn = nn.CrossEntropyLoss()
+    step = TrainStep(model, loss_fn, optim.SGD(model.parameters(), lr=0.0))
+    x, y = next(batches("cross-entropy"))
+
+    def agree():
+        torch.manual_seed(3)
+        got = step(x, y)
+        torch.manual_seed(3)
+        torch.testing.assert_close(got, loss_fn(reference(x), y), rtol=0, atol=0)
+
+    def both(change):
+        change(model), change(reference)
+        agree()
+
+    agree()
+    both(lambda m: m.eval())
+    both(lambda m: m.train())
+    both(lambda m: setattr(next(d for d in m if isinstance(d, nn.Dropout)), "p", 0.7))
+    both(lambda m: m.__setattr__("0", nn.Linear(12, 8)) if False else m[0].weight.data.mul_(2))
+    both(lambda m: setattr(m[0].weight, "data", m[0].weight.data.clone() * 2))
+    both(lambda m: m[1].eval())
+    both(lambda m: m[0].requires_grad_(False))
+    assert model[0].weight.grad is None or not model[0].weight.requires_grad
+    loss_fn.label_smoothing = 0.2
+    agree()
+
+
+def test_many_and_epoch():
+    mine, theirs = pair("fused")
+    data = list(batches("cross-entropy", 5))
+    xs, ys = (torch.stack(t) for t in zip(*data))
+    loss_fn = nn.CrossEntropyLoss()
+    step = TrainStep(mine, loss_fn, optim.Adam(mine.parameters()))
+    optimizer = optim.Adam(theirs.parameters())
+    expected = by_autograd(theirs, loss_fn, optimizer, data)
+    torch.testing.assert_close(step.many(xs, ys), expected, rtol=0, atol=0)
+    x, y = xs.flatten(0, 1), ys.flatten()
+    got = step.epoch([x, y], 24, torch.Generator().manual_seed(4))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(4))
+    expected = by_autograd(theirs, loss_fn, optimizer, [(x[i], y[i]) for i in order.split(24)])
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert len(step.epoch([x, y], 24, shuffle=False, drop_last=True)) == len(x) // 24
+    with pytest.raises(ValueError, match="one length"):
+        step.epoch([x, y[:-1]], 8)
+    with pytest.raises(ValueError, match="first dimension"):
+        step.many(xs, ys[:2])
+
+
+def test_backward_adds_as_autograd_does():
+    mine, theirs = pair("residual")
+    loss_fn = nn.CrossEntropyLoss()
+    step = TrainStep(mine, loss_fn, optim.SGD(mine.parameters()))
+    for x, y in batches("cross-entropy", 3):
+        step.backward(x, y)
+        loss_fn(theirs(x), y).backward()
+    for a, b in zip(mine.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+    mine.zero_grad()
+    assert all(p.grad is None for p in mine.parameters())
+    theirs.zero_grad()
+    x, y = next(batches("cross-entropy"))
+    step.backward(x, y, scale=3.0)
+    (3.0 * loss_fn(theirs(x), y)).backward()
+    for a, b in zip(mine.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-7)
+
+
+def test_losses_have_memory_of_their_own():
+    model, _ = pair("linear")
+    step = TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.5))
+    x, y = next(batches("cross-entropy"))
+    losses = [step(x, y) for _ in range(4)]
+    assert len({loss.item() for loss in losses}) == 4
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("at", [0, 2])
+def test_what_is_not_finite_changes_nothing(capture, at):
+    model, _ = pair("normalised")
+    optimizer = optim.Adam(model.parameters())
+    step = TrainStep(model, nn.CrossEntropyLoss(), optimizer, capture=capture)
+    x, y = next(batches("cross-entropy"))
+    for _ in range(at):
+        step(x, y)
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    bad = x.clone()
+    bad[3, 1] = torch.inf
+    with pytest.raises(FloatingPointError, match=f"at step {at + 1} the loss is nan.*it is in the input"):
+        step(bad, y)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert str(optimizer.state_dict()) == str(state)
+    assert torch.isfinite(step(x, y))
+
+
+def test_names_the_module_where_numbers_stop_being_finite():
+    model = nn.Sequential(nn.Linear(12, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 5))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[1][0].weight.fill_(1e30)
+        model[2].weight.fill_(1e30)
+    step = TrainStep(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters()))
+    with pytest.raises(FloatingPointError, match="forward of Linear in module '2'"):
+        step(torch.ones(4, 12), torch.zeros(4, dtype=torch.int64))
+
+
+def test_an_overflow_in_the_gradient_alone_is_found():
+    model = nn.Linear(12, 5, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1e-32)
+    step = TrainStep(model, lambda out, _: 1e10 * out.mean(), optim.SGD(model.parameters()))
+    with pytest.raises(FloatingPointError, match="the loss is 1.2e.*gradients inf.*backward of Linear"):
+        step(torch.full((4, 12), 1e30), torch.zeros(4))
+
+
+class Convolution(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Conv1d(1, 4, 3, padding=1), torch.nn.PReLU())
+        self.last = nn.Linear(48, 5)
+
+    def forward(self, x):
+        return self.last(self.body(x.unsqueeze(1)).flatten(1))
+
+
+def test_unknown_operations_are_named_or_left_to_autograd():
+    torch.manual_seed(1)
+    mine = Convolution()
+    theirs = copy.deepcopy(mine)
+    loss_fn = nn.CrossEntropyLoss()
+    step = TrainStep(mine, loss_fn, optim.SGD(mine.parameters(), lr=0.1))
+    with pytest.raises(UnknownBackwardError, match=r"module 'body.0' calls .*conv1d.*fallback=\"autograd\""):
+        step(*next(batches("cross-entropy")))
+    step = TrainStep(mine, loss_fn, optim.SGD(mine.parameters(), lr=0.1), fallback="autograd", capture=True)
+    got = torch.stack([step(x, y) for x, y in batches("cross-entropy")])
+    expected = by_autograd(theirs, loss_fn, optim.SGD(theirs.parameters(), lr=0.1), batches("cross-entropy"))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+class Deciding(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(12, 5)
+
+    def forward(self, x):
+        h = self.first(x)
+        return h if h.sum() > 0 else -h
+
+
+def test_a_forward_that_reads_values_runs_at_every_step():
+    torch.manual_seed(1)
+    mine = Deciding()
+    theirs = copy.deepcopy(mine)
+    data = [(x + shift, y) for x, y in batches("cross-entropy", 3) for shift in (-2, 2)]
+    assert len({(theirs.first(x).sum() > 0).item() for x, _ in data}) == 2
+    step = TrainStep(mine, nn.CrossEntropyLoss(), optim.SGD(mine.parameters(), lr=0.1))
+    got = torch.stack([step(x, y) for x, y in data])
+    expected = by_autograd(theirs, nn.CrossEntropyLoss(), optim.SGD(theirs.parameters(), lr=0.1), data)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    step = TrainStep(mine, nn.CrossEntropyLoss(), optim.SGD(mine.parameters()), capture=True)
+    with pytest.raises(NotCapturableError, match="reads"):
+        step(*data[0])
+
+
+def test_batch_norm_with_a_cumulative_average_runs_uncaptured():
+    def make():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 5))
+
+    mine, theirs = make(), make()
+    loss_fn = nn.CrossEntropyLoss()
+    step = TrainStep(mine, loss_fn, optim.SGD(mine.parameters(), lr=0.1))
+    for x, y in batches("cross-entropy"):
+        step(x, y)
+    by_autograd(theirs, loss_fn, optim.SGD(theirs.parameters(), lr=0.1), batches("cross-entropy"))
+    assert_same_state(mine, theirs)
+
+
+def test_hooks_on_modules_are_called_at_every_step():
+    model, _ = pair("linear")
+    calls = []
+    step = TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.1))
+    x, y = next(batches("cross-entropy"))
+    step(x, y)
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    step(x, y), step(x, y)
+    assert len(calls) == 2
+    handle.remove()
+    step(x, y)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"model": 1}, TypeError, "model must be"),
+        ({"loss_fn": 1}, TypeError, "loss_fn must be"),
+        ({"optimizer": nn.CrossEntropyLoss()}, TypeError, "model, loss_fn, optimizer"),
+        ({"optimizer": optim.SGD([torch.nn.Parameter(torch.ones(1))])}, ValueError, "parameters of the model"),
+        ({"clip_grad_norm": 0}, ValueError, "clip_grad_norm must be > 0"),
+        ({"clip_grad_value": -1}, ValueError, "clip_grad_value must be > 0"),
+        ({"accumulate": 0}, ValueError, "accumulate"),
+        ({"capture": "always"}, ValueError, "capture"),
+        ({"fallback": "torch"}, ValueError, "fallback"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, str) else "",
+)
+def test_arguments_are_checked(change, error, says):
+    model = nn.Linear(12, 5)
+    arguments = {"model": model, "loss_fn": nn.MSELoss(), "optimizer": optim.SGD(model.parameters())} | change
+    with pytest.raises(error, match=says):
+        TrainStep(**arguments)
+
+
+def test_a_loss_must_be_one_number_of_the_parameters():
+    model = nn.Linear(12, 5)
+    x, y = next(batches("cross-entropy"))
+    for loss_fn, error, says in (
+        (nn.CrossEntropyLoss(reduction="none"), ValueError, "one number"),
+        (lambda out, y: 1.0, TypeError, "must return a tensor"),
+        (lambda out, y: out.detach().sum(), RuntimeError, "depends on no parameter"),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(error, match=says):
+            TrainStep(model, loss_fn, optim.SGD(model.parameters()))(x, y)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_plan_and_memory():
+    model, _ = pair("fused")
+    step = TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters()))
+    with pytest.raises(RuntimeError, match="do a step first"):
+        step.plan  # noqa: B018
+    step(*next(batches("cross-entropy")))
+    text = str(step.plan)
+    assert "y = tanh(a W^T + b), eq. 1 and 2" in text
+    assert "da = dz W" not in text.splitlines()[-3]  # the input needs no error signal
+    assert step.plan.parameters == [name for name, _ in model.named_parameters()]
+    assert 0 < step.plan.bytes < step.plan.apart
+    assert step.memory()["gradients"] == sum(4 * p.numel() for p in model.parameters())
