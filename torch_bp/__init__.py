@@ -12,12 +12,14 @@ from typing import Any
 from torch_bp._version import __version__
 
 _FUNCTIONS = {  # and the modules they are in
+    "TrainStep": "step",
     "conversion": "nn.convert",
     "convert": "nn.convert",
     "to_torch": "nn.convert",
     "verify": "certificate",
 }
 __all__ = [
+    "TrainStep",
     "__version__",
     "autograd",
     "certificate",
@@ -27,6 +29,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "step",
     "to_torch",
     "verify",
 ]

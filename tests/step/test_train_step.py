@@ -341,7 +341,7 @@ def test_an_overflow_in_the_gradient_alone_is_found():
     with torch.no_grad():
         model.weight.fill_(1e-32)
     step = TrainStep(model, lambda out, _: 1e10 * out.mean(), optim.SGD(model.parameters()))
-    with pytest.raises(FloatingPointError, match="the loss is 1.2e.*gradients inf.*backward of Linear"):
+    with pytest.raises(FloatingPointError, match=r"the loss is 1.2e.*gradients inf.*backward of Linear"):
         step(torch.full((4, 12), 1e30), torch.zeros(4))
 
 

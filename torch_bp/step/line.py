@@ -84,7 +84,7 @@ class Line:
     Attributes:
         batch: tensors that the inputs and targets of a step are copied to.
         loss: of the last run.
-        gradients: parameters that have a gradient, and where it goes.
+        gradients: parameters that have a gradient, and where it goes; `homes` are the latter.
         norm: gives the norm of all gradients.
         program: what runs.
         plan: what it does.
@@ -129,7 +129,8 @@ class Line:
             into(homes[number], gradients[number])  # type: ignore[arg-type]
             leaves[number].grad = homes[number]
         self.gradients = [(leaves[n], homes[n]) for n in reached]
-        self.norm = Norm([homes[n] for n in reached])
+        self.homes = [homes[n] for n in reached]
+        self.norm = Norm(self.homes)
         self._add = add
         names = {id(p): name for module in modules for name, p in module.named_parameters()}
         self.plan.parameters = [names.get(id(leaves[n]), "?") for n in reached]

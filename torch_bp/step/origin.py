@@ -13,7 +13,7 @@ from torch_bp.autograd.tape import Entry
 from torch_bp.step.line import Passes
 
 
-class _Found(Exception):
+class _FoundError(Exception):
     """Ends the pass at the first finding."""
 
 
@@ -29,7 +29,7 @@ def origin(passes: Passes, inputs: Any, leaves: Sequence[Tensor], modules: Itera
 
     def noted(entry: Entry) -> None:
         if _bad(entry.outputs):
-            raise _Found(f"it comes from the forward of {entry.name}{_of(passes.path())}")
+            raise _FoundError(f"it comes from the forward of {entry.name}{_of(passes.path())}")
 
     paths: dict[int, str] = {}
 
@@ -39,12 +39,12 @@ def origin(passes: Passes, inputs: Any, leaves: Sequence[Tensor], modules: Itera
 
     def seen(entry: Entry, gradients: Sequence[Any]) -> None:
         if _bad(gradients):
-            raise _Found(f"it comes from the backward of {entry.name}{_of(paths[id(entry)])}")
+            raise _FoundError(f"it comes from the backward of {entry.name}{_of(paths[id(entry)])}")
 
     try:
         with torch.random.fork_rng(devices=[]):
             passes.run(inputs, leaves, 1.0, remembered, seen)
-    except _Found as found:
+    except _FoundError as found:
         return str(found)
     finally:
         with torch.no_grad():

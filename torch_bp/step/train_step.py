@@ -18,6 +18,7 @@ from torch_bp.step.plan import Plan
 from torch_bp.step.unchanged import hooked
 from torch_bp.step.update import Norm, Update
 
+_autocasting = torch._C._is_any_autocast_enabled
 _LINES = 8  # that are kept for one kind of batch
 _Inputs = tuple[tuple[Any, ...], tuple[Any, ...]]
 
@@ -89,6 +90,7 @@ class TrainStep:
         self._update = Update(optimizer, clip_grad_norm, clip_grad_value)
         self._plan: Plan | None = None
         self._restore: Callable[[], None] = lambda: None  # takes back what the last pass wrote to buffers
+        self._gradients: list[Tensor] = []  # of the last pass
         self._waiting = 0  # batches since the last update
 
     def __call__(self, x: Any, y: Any) -> Tensor:
@@ -177,7 +179,8 @@ class TrainStep:
         """Clip the gradients and let the optimizer step, after a window that is not full too."""
         if self._waiting == 0:
             return
-        self._finish(Norm([p.grad for p in self._parameters() if p.grad is not None])())
+        self._gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        self._finish(Norm(self._gradients)())
 
     def reset(self) -> None:
         """Forget what was captured; the next step is captured anew."""
@@ -220,7 +223,7 @@ class TrainStep:
 
     def _finish(self, norm: float) -> None:
         self._waiting = 0
-        self._update([p.grad for p in self._parameters() if p.grad is not None], norm)
+        self._update(self._gradients, norm)
         self.steps += 1
 
     def _refuse(self, inputs: _Inputs, loss: Tensor, norm: float) -> NoReturn:
@@ -239,13 +242,12 @@ class TrainStep:
 
     def _pass(self, inputs: _Inputs, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
         """Leave gradients in `p.grad`; return the loss, which the next pass overwrites, and the gradients' norm."""
-        batch = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-        kind: Any = add, scale, engine.forced(), torch._C._is_any_autocast_enabled()
-        kind = (*kind, *((t.shape, t.dtype, t.device) for t in batch))
+        batch = _batch(inputs)
+        kind: Any = add, scale, engine.forced(), _autocasting(), *[(t.shape, t.dtype, t.device) for t in batch]
         with torch.no_grad():
             for line in self._lines.get(kind, ()):
                 if line.unchanged.holds():
-                    self._restore, self._plan = line.restore, line.plan
+                    self._restore, self._plan, self._gradients = line.restore, line.plan, line.homes
                     return line.run(batch), line.norm
             return self._first(inputs, kind, add, scale)
 
@@ -268,7 +270,7 @@ class TrainStep:
                 kept = self._lines.setdefault(kind, [])
                 kept.append(line)
                 del kept[:-_LINES]
-                self._plan = line.plan
+                self._plan, self._gradients = line.plan, line.homes
                 return line.loss, line.norm
         plan = Plan()
         loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path))
@@ -276,7 +278,8 @@ class TrainStep:
             if gradient is not None:
                 p.grad = p.grad + gradient if add and p.grad is not None else gradient
         self._plan = plan
-        return loss, Norm([p.grad for p in leaves if p.grad is not None])
+        self._gradients = [p.grad for p in leaves if p.grad is not None]
+        return loss, Norm(self._gradients)
 
     def _home(self, p: Tensor, add: bool) -> Tensor:
         home = self._homes.get(p)
@@ -301,6 +304,14 @@ def _snapshot(modules: Sequence[torch.nn.Module]) -> Callable[[], None]:
                 buffer.copy_(value)
 
     return restore
+
+
+def _batch(inputs: _Inputs) -> list[Tensor]:
+    """Return the tensors among the arguments of model and loss."""
+    flat = [*inputs[0], *inputs[1]]
+    if not all(isinstance(value, Tensor) for value in flat):
+        flat = [value for value in tree_leaves(inputs) if isinstance(value, Tensor)]
+    return flat
 
 
 def _at(values: Any, number: int) -> Any:
