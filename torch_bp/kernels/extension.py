@@ -49,5 +49,6 @@ def _extend(rule: Formula, scaled: bool, cleared: bool, measured: bool) -> Formu
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__name__ = function.__qualname__ = rule.name
     result = Formula(function, (*rule.updates, grad_name) if cleared else rule.updates, rule.static)
+    result.lent = (grad_name,) if cleared else ()  # users free gradients when they like
     result._outer = rule._outer  # the numbers that a trace would freeze are the rule's
     return result

@@ -187,12 +187,15 @@ def fused_step(
     finally:
         del optimizer._extras  # type: ignore[attr-defined]
     if zero_grad:
-        for p in _with_gradient(optimizer):
-            gradient: Any = p.grad
-            if gradient.requires_grad:
-                p.grad = gradient = gradient.detach()
-            if id(p) not in extras.clean:
-                gradient.zero_()
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                gradient = p.grad
+                if gradient is None:
+                    continue
+                if gradient.requires_grad:
+                    p.grad = gradient = gradient.detach()
+                if id(p) not in extras.clean:
+                    gradient.zero_()
     done = {id(p) for p in extras.params}
     # in the order of the groups; a hook may have cleared gradients
     params = [p for group in optimizer.param_groups for p in group["params"] if id(p) in done]
