@@ -119,6 +119,22 @@ def test_the_list_kernel_does_it_all(name):
 
 @ENGINES
 @EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_in_half_precision_are_measured_as_rounded(name, dtype, engine):
+    """At this rate most of them are less than half of the last place, and change nothing."""
+    params = parameters(dtype)
+    optimizer = PAIRS[name][0](params, lr=1e-3)
+    for seed in range(3):
+        gradients(params, seed)
+        before = [p.detach().double() for p in params]
+        with use(engine):
+            done = optim.fused_step(optimizer, max_norm=1.0, norms=True)
+        changes = [p.detach().double() - b for p, b in zip(params, before)]
+        torch.testing.assert_close(done.update_norms, torch.stack([c.norm() for c in changes]), rtol=1e-6, atol=0)
+
+
+@ENGINES
+@EACH
 def test_gradients_are_not_kept_alive(name, engine):
     params = parameters(torch.float32)
     optimizer = PAIRS[name][0](params)
