@@ -16,6 +16,7 @@ from torch_bp.kernels.native import UNFIT, handle_of
 from torch_bp.kernels.table import LENT, Table
 
 _address_of = torch.Tensor.data_ptr
+_is_compiling = torch.compiler.is_dynamo_compiling
 HALF = {torch.float16, torch.bfloat16}
 PLAIN_NUMBERS = frozenset({float, int, bool, str, type(None)})
 
@@ -62,8 +63,16 @@ def as_torch(
     # A result that is itself a target (the previous value, kept) would be overwritten before it is read.
     writes = [(t, r.clone() if any(r is other for other in targets) else r) for t, r in writes]
     for target, result in writes:
-        target.copy_(result)
+        write(target, result)
     return alone(_tuple(results)[len(updates) :])
+
+
+def write(target: torch.Tensor, result: torch.Tensor) -> None:
+    """Write a result to its place."""
+    if _is_compiling() and target.dtype is torch.float64 and not target.dim():
+        torch._foreach_copy_([target], [result])  # torch.compile loses what `copy_` writes to such a tensor on the CPU
+    else:
+        target.copy_(result)
 
 
 def _tuple(results: Any) -> tuple[Any, ...]:

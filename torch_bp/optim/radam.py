@@ -18,7 +18,7 @@ import torch
 from torch_bp.kernels import formula, maximum, sqrt, where
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
-from torch_bp.optim.step import step
+from torch_bp.optim.step import power, step
 
 
 @formula(updates=("param", "exp_avg", "exp_avg_sq"), static=("maximize", "decay", "decoupled_weight_decay"))
@@ -80,13 +80,13 @@ class RAdam(torch.optim.RAdam):
         names = ("lr", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
         beta1, beta2 = group["betas"]
         rho_inf = 2 / (1 - beta2) - 1
-        rho = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
+        rho = rho_inf - 2 * step * power(beta2, step) / (1 - power(beta2, step))
         long, longest = maximum(rho, 5.0), maximum(rho_inf, 5.0)  # where r is not used, it is still a number
         return {name: group[name] for name in names} | {
             "beta1": beta1,
             "beta2": beta2,
-            "bias_correction1": 1 - beta1**step,
-            "bias_correction2": 1 - beta2**step,
+            "bias_correction1": 1 - power(beta1, step),
+            "bias_correction2": 1 - power(beta2, step),
             "rho": rho,
             "rectification": sqrt((long - 4) * (long - 2) * longest / ((longest - 4) * (longest - 2) * long)),
             "decay": bool(group["weight_decay"] != 0),
