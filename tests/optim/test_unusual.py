@@ -168,6 +168,27 @@ def test_compiled_step(name):
     torch.testing.assert_close(*results, **CLOSE)
 
 
+@EACH
+def test_compiled_step_of_single_numbers_in_double(name):
+    """Which torch.compile takes for Python numbers, and loses what is written to them as to other tensors."""
+    results = []
+    torch.set_default_dtype(torch.float64)  # that of the step counts
+    try:
+        for compiled in (True, False):
+            torch._dynamo.reset()
+            params = parameters(shapes=[(), (3,)])
+            optimizer = PAIRS[name][0](params)
+            step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+            for seed in range(4):
+                for p, grad in zip(params, parameters(shapes=[(), (3,)], seed=seed + 1)):
+                    p.grad = grad.detach()
+                step()
+            results.append((params, [optimizer.state[p] for p in params if p in optimizer.state]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(*results, **EXACT)
+
+
 @pytest.mark.parametrize("name", [n for n in TORCHS if "capturable" in PAIRS[n][1]([torch.ones(1)]).defaults])
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
 def test_capturable(name, lr):

@@ -92,7 +92,10 @@ class Formula:
         scalars: names of the keyword-only arguments that are numbers or one-element tensors.
         static: names of the keyword-only arguments that are fixed while tracing.
         updates: names of the tensors that the results are written to; empty if the results are new tensors.
+        lent: those of `updates` that a kept table must not keep alive. None, unless set before the first call.
     """
+
+    lent: tuple[str, ...] = ()
 
     def __init__(self, function: Callable[..., Any], updates: Sequence[str] = (), static: Iterable[str] = ()) -> None:
         functools.update_wrapper(self, function)
@@ -291,7 +294,7 @@ class Formula:
         expression = trace(
             self.function, self.name, dict.fromkeys(self.tensors, "tensor"), absent, self.scalars, static, defaults
         )
-        return Program(expression, self.tensors, self.updates, serving, dtype)
+        return Program(expression, self.tensors, self.updates, serving, dtype, self.lent)
 
     def static_values(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values of the static keywords of a call."""
@@ -365,4 +368,4 @@ class Formula:
             self._refuse_results()
         if not table.refresh(present, program.writes, program.chunk):
             return None
-        return program.foreach(table, first.device, keywords)
+        return program.foreach(present, table, keywords)

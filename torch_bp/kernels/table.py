@@ -14,6 +14,7 @@ import torch
 from torch_bp.kernels import native, plain
 
 _Tensor = torch.Tensor
+LENT = 2  # among the rows that are written: its tensors are the caller's, to be freed when the call is over
 
 
 @dataclass
@@ -30,7 +31,7 @@ class _Seen:
     references: list[weakref.ref[torch.Tensor]]  # make `swap_tensors` refuse
 
 
-def _disjoint(addresses: np.ndarray, sizes: np.ndarray, writes: Sequence[bool]) -> bool:
+def _disjoint(addresses: np.ndarray, sizes: np.ndarray, writes: Sequence[int]) -> bool:
     """True if no stretch of memory that is written overlaps another one, but for itself in the same column."""
     if not any(writes):
         return True
@@ -64,7 +65,7 @@ class Table:
     `refresh` is called before each use. Tensors that are written are expected to be the same ones as last time, at the
     same addresses; those that are only read (gradients, new at each step) may be others, of the same dtype, shapes and
     strides, and are not kept alive. One compiled look at all of them tells; after any other change, and where no
-    compiled code can be had, the table is built anew.
+    compiled code can be had, the table is built anew. A written row may be LENT: it is not kept alive either.
 
     A row that is the same *tuple* as last time holds the same tensors, which saves asking each for its handle. Against
     `torch.utils.swap_tensors`, the one way to change what is behind a tensor, they have weak references, which make
@@ -82,19 +83,19 @@ class Table:
         self.dtype = torch.float32
         self.written: list[torch.Tensor] = []
         self.version = 0  # grows whenever an address changes: a device copy of the table knows when it is stale
-        self._writes: Sequence[bool] = ()
+        self._writes: Sequence[int] = ()
         self._chunk = 0
         self._inference = False
         self._seen: _Seen | None = None
         self._answer = np.zeros(8, np.int64)
         self._copied: tuple[int, torch.device] | None = None
 
-    def refresh(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[bool], chunk: int) -> bool:
+    def refresh(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[int], chunk: int) -> bool:
         """Bring the table up to date; False if these tensors are not for a kernel.
 
         Args:
             lists: the tensors of each row.
-            writes: which rows the kernel writes to.
+            writes: which rows the kernel writes to; LENT for one that it writes to and must not keep.
             chunk: how many elements a thread takes at a time.
         """
         if writes == self._writes and chunk == self._chunk and self._same(lists):
@@ -118,7 +119,8 @@ class Table:
             for number, (row, held) in enumerate(zip(lists, seen.held)):
                 if row is held:
                     continue
-                if len(row) != columns or not self._seen_whole(row, seen.single if self._writes[number] else None):
+                kept = self._writes[number] == 1
+                if len(row) != columns or not self._seen_whole(row, seen.single if kept else None):
                     return False
                 handles[number] = native.handles(row, columns)
         except TypeError:  # not a tensor
@@ -133,9 +135,9 @@ class Table:
     def _seen_whole(row: Sequence[torch.Tensor], single: Sequence[int] | None) -> bool:
         """True if `check`, which sees no more than memory, sees all there is to these tensors.
 
-        It does not see a pending sign. That a written tensor got one, at the same address and strides, is ruled out but
-        for single elements (their columns are given for a row that is written): `x.conj().imag` is every other number
-        of x.
+        It does not see a pending sign. That a tensor got one which was kept, at the same address and strides, is ruled
+        out but for single elements (their columns are given for a row that is kept): `x.conj().imag` is every other
+        number of x.
         """
         if single is not None:
             return not any(row[k].is_neg() for k in single)
@@ -158,7 +160,7 @@ class Table:
             references=[weakref.ref(t) for row in held if row is not None for t in row],
         )
 
-    def _build(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[bool], chunk: int) -> bool:
+    def _build(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[int], chunk: int) -> bool:
         count, everything = len(lists[0]), list(chain.from_iterable(lists))
         if not everything or any(len(row) != count for row in lists):
             return False
@@ -175,8 +177,8 @@ class Table:
         self.dtype = everything[0].dtype
         if not _disjoint(self.addresses, self._sizes * self.dtype.itemsize, writes):
             return False
-        self.written = [t for row, w in zip(lists, writes) if w for t in row]
-        self._inference = any(map(_Tensor.is_inference, self.written))
+        self.written = [t for row, w in zip(lists, writes) if w == 1 for t in row]
+        self._inference = any(t.is_inference() for row, w in zip(lists, writes) if w for t in row)
         if self._inference and not torch.is_inference_mode_enabled():
             return False  # torch refuses this, in its own words
         self.version += 1

@@ -77,7 +77,9 @@ class Extras:
         self.params.append(p)
         if before is not None:
             of_grad, of_weight, weight = before
-            self._totals.append(tuple(t.reshape(1) for t in (of_grad, of_weight, squares(p.detach() - weight))))
+            wide = torch.promote_types(p.dtype, torch.float32)  # a difference of two halves may have more digits
+            of_update = squares(p.detach().to(wide) - weight.to(wide))
+            self._totals.append(tuple(t.reshape(1) for t in (of_grad, of_weight, of_update)))
 
     def _scale_on(self, device: torch.device) -> float | Tensor:
         return self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale  # type: ignore[return-value]
@@ -143,7 +145,8 @@ def fused_step(
     and the gradients in memory stay as they were, unless `zero_grad` clears them. It does not go through a
     `torch.amp.GradScaler`, whose `step` skips gradients that have overflowed: use that there. Sparse, complex and
     distributed gradients, and whatever else a list kernel may not serve, are scaled, cleared and measured by operations
-    of their own, with the same result. In half precision the update is measured before it is rounded.
+    of their own, with the same result. An update is measured as it is in memory, rounded to the parameter's dtype: in
+    half precision a small one may be nothing.
 
     Args:
         optimizer: of `torch_bp.optim`, or a `RuleOptimizer`. Its hooks run as in `step`.
@@ -187,12 +190,15 @@ def fused_step(
     finally:
         del optimizer._extras  # type: ignore[attr-defined]
     if zero_grad:
-        for p in _with_gradient(optimizer):
-            gradient: Any = p.grad
-            if gradient.requires_grad:
-                p.grad = gradient = gradient.detach()
-            if id(p) not in extras.clean:
-                gradient.zero_()
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                gradient = p.grad
+                if gradient is None:
+                    continue
+                if gradient.requires_grad:
+                    p.grad = gradient = gradient.detach()
+                if id(p) not in extras.clean:
+                    gradient.zero_()
     done = {id(p) for p in extras.params}
     # in the order of the groups; a hook may have cleared gradients
     params = [p for group in optimizer.param_groups for p in group["params"] if id(p) in done]

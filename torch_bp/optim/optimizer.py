@@ -118,7 +118,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         Args:
             group: the parameter group.
             step: which update of these parameters this is, from 1 on: a number, or a tensor where the count must stay
-                on the device. 0 if steps are not counted.
+                on the device. 0 if steps are not counted. `torch_bp.optim.step.power(beta, step)` is beta^step also
+                in a compiled step, and where a schedule changes beta.
             fresh: True at the first update of these parameters.
         """
         rule = self.rule.formula  # type: ignore[attr-defined]

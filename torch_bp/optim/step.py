@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torch_bp.kernels.plain import unwatched
+from torch_bp.kernels.program import write
 from torch_bp.optim.plan import Gradients, Plan, counted, forget, initial_state, on_device
 
 _set_recording = torch._C._set_grad_enabled
@@ -156,9 +157,21 @@ def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: T
             forget([(state, created)])
             raise
         for name, (_, after) in counts.items():
-            state[name].copy_(after)
+            write(state[name], after)
         if extras is not None:
             extras.finish(p, before)
+
+
+def power(base: Any, step: Any) -> Any:
+    """base^step, of a number that schedules may change.
+
+    torch.compile writes the number of `pow(number, tensor)` into the graph. It then compiles anew for each one, at most
+    eight times, and its cache of compiled graphs has been seen to give out one that was made for another number. As a
+    tensor the number is an input of the graph.
+    """
+    if isinstance(step, Tensor) and not isinstance(base, Tensor) and _is_compiling():
+        base = torch.zeros_like(step) + base
+    return base**step
 
 
 def _advanced(self: Any, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
