@@ -103,6 +103,37 @@ def test_calls():
         formula(updates=("a", "b"))(lambda a, b: a + b)(torch.ones(3), torch.ones(3))
 
 
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        ("0.1", "got the string '0.1'; write it without quotes"),
+        ("fast", r"got 'fast', of type str; name it in @formula\(static=...\)"),
+        ((0.1, 0.2), r"got \(0.1, 0.2\), of type tuple; give each of its numbers a keyword of its own"),
+        (None, "got None, of type NoneType"),
+    ],
+)
+def test_scalars_that_are_no_numbers(rate, message, engine):
+    @formula
+    def scaled(x, *, rate):
+        return x * rate
+
+    @formula(updates=("x",))
+    def shrunk(x, *, rate):
+        return x - rate * x
+
+    for function in (scaled, shrunk, lambda x, **keywords: shrunk.foreach_([x], **keywords)):
+        with use(engine), pytest.raises(TypeError, match=f"rate must be a number or a one-element tensor, {message}"):
+            function(torch.ones(3), rate=rate)
+
+
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+def test_a_result_for_each_update(engine):
+    few = formula(updates=("a", "b"))(lambda a, b: a + b)
+    with use(engine), pytest.raises(TypeError, match=r"must return one result for each of updates=.*, got 1"):
+        few(torch.ones(3), torch.ones(3))
+
+
 def test_formulas_need_no_source():
     namespace = {"formula": formula, "exp": exp, "sqrt": sqrt}
     exec("@formula\ndef made(x, *, a):\n    return exp(a) * sqrt(abs(x))", namespace)
