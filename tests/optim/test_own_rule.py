@@ -1,5 +1,6 @@
 """A rule that is not shipped: sign momentum, as README has it, by every engine, with a kill and a resume."""
 
+import functools
 import math
 import os
 import subprocess
@@ -210,6 +211,7 @@ def test_a_class_that_a_step_could_not_use(body, message):
 
 def test_scalars_that_a_step_can_call():
     debiased_class(scalars=staticmethod(lambda group, step, fresh: {}))
+    debiased_class(scalars=functools.partialmethod(lambda self, other, group, step, fresh: {}, 1))
     debiased_class(scalars=lambda self, *arguments, **numbers: {}, numbers=("mu",), counts_steps=True)
 
 

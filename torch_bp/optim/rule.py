@@ -63,11 +63,11 @@ def _check_rule(cls: Any, of_names: bool) -> None:
 
 def _check_scalars(cls: Any) -> None:
     """Refuse a `scalars` that cannot be called as a step calls it."""
-    try:
-        signature = inspect.signature(cls.scalars)
-    except (TypeError, ValueError):  # of what is not written in Python
-        return
-    itself = [None] if inspect.isfunction(inspect.getattr_static(cls, "scalars")) else []
+    kept = inspect.getattr_static(cls, "scalars")
+    if not inspect.isfunction(kept) and not isinstance(kept, staticmethod | classmethod):
+        return  # what a descriptor makes of it, only a call tells
+    signature = inspect.signature(cls.scalars)
+    itself = [None] if inspect.isfunction(kept) else []
     try:
         signature.bind(*itself, {}, 0, False, **dict.fromkeys(cls.numbers))
     except TypeError:
