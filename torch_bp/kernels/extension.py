@@ -49,6 +49,7 @@ def _extend(rule: Formula, scaled: bool, cleared: bool, measured: bool) -> Formu
     parameters += [inspect.Parameter(SCALE, inspect.Parameter.KEYWORD_ONLY)] * scaled
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__name__ = function.__qualname__ = rule.name
+    function.__wrapped__ = rule.function  # type: ignore[attr-defined]  # whose lines errors name
     result = Formula(function, (*rule.updates, grad_name) if cleared else rule.updates, rule.static)
     result.lent = (grad_name,) if cleared else ()  # users free gradients when they like
     result._outer = rule._outer  # the numbers that a trace would freeze are the rule's

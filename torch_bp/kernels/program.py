@@ -57,6 +57,11 @@ def as_torch(
         results = tuple(rounded) if several else rounded[0]
     if not updates:
         return results
+    if len(_tuple(results)) < len(updates):
+        raise TypeError(
+            f"formula {function.__name__}: it must return one result for each of updates={tuple(updates)}, None for "
+            f"one that is None, got {len(_tuple(results))}."
+        )
     by_name = dict(zip(names, given))
     targets = [by_name[name] for name in updates]
     writes = [(t, r) for t, r in zip(targets, _tuple(results)) if r is not None and r is not t]

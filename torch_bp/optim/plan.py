@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_bp.kernels import Table, engine, native, plain
 from torch_bp.optim import shards
+from torch_bp.optim.rule import UNKNOWN, explain
 
 Layout = Sequence[str | None]
 Gradients = Sequence[Tensor | None]
@@ -151,7 +152,6 @@ class Bucket:
         """Run the list kernel; False if it may not serve, and then nothing is changed."""
         grads = gradients if len(gradients) == len(self.positions) else [gradients[i] for i in self.positions]
         counts = self._advanced(optimizer, group)
-        scalars = optimizer.scalars(group, counts.get("step", 0), self.fresh, **_but_step(counts))
         rows = [None if name is None else self.state[name] for name in self.layout]
         lists: Sequence[Any] = (self.params, grads, *rows)
         rule, extras = optimizer.rule.formula, optimizer.__dict__.get("_extras")
@@ -160,9 +160,15 @@ class Bucket:
             if extras is not None or not all(shards.alike(p, [g]) for p, g in zip(self.params, grads)):
                 return False
             lists = [None if row is None else shards.locals_of(row) for row in lists]
-        if extras is not None:
-            rule, scalars = extras.extend(rule, scalars, self.params[0].device)
-        totals = rule.launch(lists, self.table, scalars)
+        scalars = UNKNOWN
+        try:
+            given = scalars = optimizer.scalars(group, counts.get("step", 0), self.fresh, **_but_step(counts))
+            if extras is not None:
+                rule, given = extras.extend(rule, given, self.params[0].device)
+            totals = rule.launch(lists, self.table, given)
+        except Exception as error:
+            explain(optimizer, scalars, error)
+            raise
         if totals is None:
             return False
         if self.distributed:  # each DTensor counts its versions apart from its part

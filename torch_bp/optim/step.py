@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 from torch_bp.kernels.plain import unwatched
 from torch_bp.kernels.program import write
 from torch_bp.optim.plan import Gradients, Plan, counted, forget, initial_state, on_device
+from torch_bp.optim.rule import UNKNOWN, explain
 
 _set_recording = torch._C._set_grad_enabled
 _profiling = torch.autograd._profiler_enabled
@@ -142,6 +143,7 @@ def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: T
             work.append((p, grad, how))
     for p, grad, how in work:
         state, created = initial_state(self, p, group, layout)
+        scalars = UNKNOWN
         try:
             counts = _advanced(self, group, state)
             numbers = {name: value for name, (value, _) in counts.items()}
@@ -153,8 +155,9 @@ def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: T
             if extras is not None:
                 grad, before = extras.prepare(p, grad)
             _apply(self.rule, p, grad, states, scalars, how)
-        except BaseException:
+        except BaseException as error:
             forget([(state, created)])
+            explain(self, scalars, error)
             raise
         for name, (_, after) in counts.items():
             write(state[name], after)
