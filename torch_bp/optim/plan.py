@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,6 +50,29 @@ def _count(value: float, p: Tensor, group: Mapping[str, Any]) -> Tensor:
     double = torch.get_default_dtype() is torch.float64 and not group.get("fused")
     dtype = torch.float64 if double else torch.float32
     return torch.full((), float(value), dtype=dtype, device=p.device if on_device else "cpu")
+
+
+def in_turn(optimizer: Any, params: Sequence[Tensor], positions: Iterable[int]) -> set[int]:
+    """Positions whose updates follow on each other: of a parameter that is listed again, of counts that are shared."""
+    found: dict[Any, list[int]] = {}
+    for i in positions:
+        found.setdefault(id(params[i]), []).append(i)
+        state = optimizer.state.get(params[i], {})
+        for count in map(state.get, counted(optimizer)):
+            if isinstance(count, Tensor):
+                place = count.data_ptr() if type(count) in plain.PLAIN_TYPES else id(count)
+                found.setdefault(("count", place), []).append(i)
+    return {i for sharing in found.values() if len(sharing) > 1 for i in sharing}
+
+
+def name_wrong_scalar(optimizer: Any, scalars: Mapping[str, Any]) -> None:
+    """Raise an error that names the scalar that no rule can take, where a rule has raised a TypeError."""
+    for name in optimizer.rule.formula.scalars:
+        if name in scalars and not isinstance(scalars[name], (numbers.Number, Tensor)):
+            raise TypeError(
+                f"{type(optimizer).__name__}: {name} must be a number or a tensor of one element, got "
+                f"{scalars[name]!r}; set what it is made from in the parameter group."
+            ) from None
 
 
 def forget(created: Iterable[tuple[dict[str, Any], list[str]]]) -> None:
@@ -162,7 +186,11 @@ class Bucket:
             lists = [None if row is None else shards.locals_of(row) for row in lists]
         if extras is not None:
             rule, scalars = extras.extend(rule, scalars, self.params[0].device)
-        totals = rule.launch(lists, self.table, scalars)
+        try:
+            totals = rule.launch(lists, self.table, scalars)
+        except TypeError:
+            name_wrong_scalar(optimizer, scalars)
+            raise
         if totals is None:
             return False
         if self.distributed:  # each DTensor counts its versions apart from its part
@@ -204,6 +232,7 @@ class Share:
             if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
                 optimizer.sparse(group)  # may refuse, before anything is changed
         listed = not on_device(group)
+        self.in_turn = in_turn(optimizer, self.params, self.present)
         self.others = [i for i in self.present if not (listed and self._eligible(optimizer, i, gradients))]
         buckets: dict[Any, Bucket] = {}
         try:
@@ -225,7 +254,7 @@ class Share:
 
     def _eligible(self, optimizer: Any, i: int, gradients: Gradients) -> bool:
         p = self.params[i]
-        return eligible(p, gradients[i], optimizer.state.get(p, {}), self.layout)
+        return i not in self.in_turn and eligible(p, gradients[i], optimizer.state.get(p, {}), self.layout)
 
     def fits(self, optimizer: Any, group: dict[str, Any], gradients: Gradients) -> bool:
         """True if this share, made at an earlier step, still tells the truth."""

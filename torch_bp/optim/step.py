@@ -4,7 +4,7 @@
   What was collected (`Plan`) is kept while it still holds, which one compiled look at all tensors tells; step counts
   are read once and then known. Of DTensors that are cut alike, the parts on this rank.
 - *One by one*, through the same formula: sparse and complex gradients, other tensor subclasses, `differentiable`,
-  `capturable`, `torch.compile`, and whatever else a kernel may not serve.
+  `capturable`, `torch.compile`, parameters that are listed twice, and whatever else a kernel may not serve.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torch_bp.kernels.plain import unwatched
-from torch_bp.optim.plan import Gradients, Plan, counted, forget, initial_state, on_device
+from torch_bp.optim.plan import Gradients, Plan, counted, forget, initial_state, name_wrong_scalar, on_device
 
 _set_recording = torch._C._set_grad_enabled
 _profiling = torch.autograd._profiler_enabled
@@ -139,8 +139,13 @@ def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: T
         if grad is not None:
             how = self.sparse(group) if grad.layout is not torch.strided else "as it is"
             work.append((p, grad, how))
+    begun: dict[Tensor, tuple[dict[str, Any], list[str]]] = {}
     for p, grad, how in work:
+        if getattr(self, "begins_each", False) and p in begun:
+            forget([begun[p]])
         state, created = initial_state(self, p, group, layout)
+        if created:
+            begun[p] = state, created
         try:
             counts = _advanced(self, group, state)
             numbers = {name: value for name, (value, _) in counts.items()}
@@ -151,7 +156,11 @@ def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: T
             before = None
             if extras is not None:
                 grad, before = extras.prepare(p, grad)
-            _apply(self.rule, p, grad, states, scalars, how)
+            try:
+                _apply(self.rule, p, grad, states, scalars, how)
+            except TypeError:
+                name_wrong_scalar(self, scalars)
+                raise
         except BaseException:
             forget([(state, created)])
             raise
@@ -194,6 +203,7 @@ def _apply(
         grad = grad.to_dense()
     tensors = [p, grad, *states]
     if p.is_complex():
+        tensors[1] = grad.resolve_conj()  # of conj() in the model, which leaves it pending
         tensors = [None if t is None else torch.view_as_real(t) for t in tensors]
     scalars = {n: v.reshape(()) if isinstance(v, Tensor) else v for n, v in scalars.items()}
     rule(*tensors, **scalars)
