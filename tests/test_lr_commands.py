@@ -145,6 +145,28 @@ def test_the_sheet_of_the_recipes_has_every_schedule(capsys):
             "OneCycleLR: Tried to step 10 times. The specified number of total steps is 9. Take fewer --steps.",
         ),
         ([*STEP, "--png", "no/where.png"], "No such file"),
+        (
+            ["--lr_scheduler", PATH + "ExponentialLR", "--init_args", "gamma=1e200"],
+            "ExponentialLR: the rate must be finite, got inf at step 2",
+        ),
+        (
+            ["--lr_scheduler", PATH + "ExponentialLR", "--init_args", "gamma=1e200", "--json"],
+            "ExponentialLR: the rate must be finite, got inf at step 2",
+        ),
+        (
+            [
+                "--lr_scheduler",
+                PATH + "CyclicLR",
+                "--init_args",
+                "base_lr=1",
+                "max_lr=2",
+                "mode=exp_range",
+                "gamma=1e9",
+            ],
+            "CyclicLR: .*Take fewer --steps",
+        ),
+        ([*STEP, "--lr=nan"], "StepLR: the rate must be finite, got nan at step 0"),
+        ([*STEP, "--lr=inf"], "StepLR: the rate must be finite, got inf at step 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

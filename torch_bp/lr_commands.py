@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -128,9 +129,15 @@ def _rates(item: Any, optimizer_item: Any, args: argparse.Namespace) -> list[flo
     for _ in range(args.steps - 1):
         try:
             schedule.step(*([1.0] if isinstance(schedule, ReduceLROnPlateau) else []))
-        except ValueError as error:  # past the end
+        except (ValueError, OverflowError) as error:  # past the end, or past all numbers
             raise config.ConfigError(f"{cls.__name__}: {error}. Take fewer --steps.") from error
         rates.append(float(optimizer.param_groups[0]["lr"]))
+    for t, rate in enumerate(rates):
+        if not math.isfinite(rate):  # neither a chart nor JSON has a place for it
+            raise config.ConfigError(
+                f"{cls.__name__}: the rate must be finite, got {rate} at step {t}. Change its arguments or take fewer "
+                "--steps."
+            )
     return rates
 
 

@@ -235,3 +235,13 @@ def test_rescale_refuses():
     with pytest.raises(ValueError, match=r"a part must have a length.*got ExponentialLR, ExponentialLR"):
         parts.rescale(9)
     assert not hasattr(WAYS["leaf"](optimizer), "rescale")
+
+
+def test_a_constant_of_no_length_has_no_end_as_a_part_too():
+    def sequence(module, o):
+        return module.SequentialLR(o, [module.ConstantLR(o, 1.0), module.ConstantLR(o, 0.3, total_iters=0)], [2])
+
+    for module in (ours, theirs):
+        assert rates(lambda o, module=module: module.ConstantLR(o, 0.3, total_iters=0), 3) == pytest.approx([0.03] * 4)
+    assert rates(lambda o: sequence(ours, o), 4) == pytest.approx([0.1, 0.1, 0.03, 0.03, 0.03])
+    assert rates(lambda o: sequence(theirs, o), 4) == pytest.approx([0.1] * 5)

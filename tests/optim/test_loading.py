@@ -348,3 +348,51 @@ def test_states_of_the_old_shape_of_a_parameter_are_refused_for_any_optimizer():
     fresh = Own(torch.nn.Linear(4, 7).named_parameters())
     with pytest.raises(RuntimeError, match=r"exp_avg of shape \(3, 4\) in the state, \(7, 4\) in the optimizer"):
         load_state_dict_by_name(fresh, optimizer.state_dict())
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_sparse_buffer_of_torchs_goes_on_dense(nesterov, by_name):
+    results = []
+    for kind in PAIRS["SGD"]:
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(6, 3, sparse=True)
+        before, after = (
+            k(table.named_parameters(), lr=0.1, momentum=0.9, nesterov=nesterov) for k in (torch.optim.SGD, kind)
+        )
+        for number in range(5):
+            table.zero_grad()
+            table(torch.tensor([1, 1, number])).pow(2).sum().backward()
+            (before if number < 2 else after).step()
+            if number == 1:
+                saved = copy.deepcopy(before.state_dict())
+                load_state_dict_by_name(after, saved) if by_name else after.load_state_dict(saved)
+                assert saved["state"][0]["momentum_buffer"].is_sparse, "what is loaded stays as it is"
+        assert after.state[table.weight]["momentum_buffer"].is_sparse == (kind is torch.optim.SGD)
+        results.append(table.weight.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_state_that_is_no_parameters_is_loaded_as_it_is():
+    saved = trained(torch_bp.optim.Adam).state_dict()
+    saved["state"]["other"] = 3
+    ours = torch_bp.optim.Adam(parameters())
+    ours.load_state_dict(saved)
+    assert ours.state["other"] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [n for n in PAIRS if n != "Lion"])
+def test_state_that_is_loaded_without_a_copy_is_shared(name, dtype):
+    """All of it; torch converts NAdam's product where the parameter is not of single precision."""
+    shared = []
+    for kind in PAIRS[name]:
+        params = parameters(dtype)
+        first, second = kind(params), kind(params)
+        train(first, params, 2)
+        second.load_state_dict(first.state_dict())
+        a, b = first.state[params[0]], second.state[params[0]]
+        shared.append({key for key in a if a[key] is b[key]})
+        everything = {*a}
+    assert shared[0] == everything
+    assert shared[1] >= everything - {"mu_product"}

@@ -30,7 +30,8 @@ def as_torch(
 ) -> Any:
     """Run a formula's function on tensors as it is, and write the results where `updates` says.
 
-    Half precision is computed in float32 and rounded once, as torch's own kernels do.
+    Half precision is computed in float32 and rounded once, as torch's own kernels do. What would lose its fraction is
+    not written: torch's in-place operations refuse it as well.
     """
     for tensor in tensors:
         if not (tensor is None or isinstance(tensor, torch.Tensor)):
@@ -67,6 +68,9 @@ def as_torch(
     writes = [(t, r) for t, r in zip(targets, _tuple(results)) if r is not None and r is not t]
     # A result that is itself a target (the previous value, kept) would be overwritten before it is read.
     writes = [(t, r.clone() if any(r is other for other in targets) else r) for t, r in writes]
+    for target, result in writes:
+        if not (target.is_floating_point() or torch.can_cast(result.dtype, target.dtype)):
+            raise RuntimeError(f"result type {result.dtype} can't be cast to the desired output type {target.dtype}")
     for target, result in writes:
         write(target, result)
     return alone(_tuple(results)[len(updates) :])

@@ -20,6 +20,7 @@ def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
 
     The rate and all hyperparameters are the checkpoint's. `foreach` and `fused` say how an update runs, which is a
     matter of this machine: they stay as the optimizer was built, with a warning where the checkpoint has others.
+    Sparse state, as torch's SGD makes its momentum of sparse gradients, becomes dense.
 
     Args:
         state_dict: what `state_dict()` of this optimizer or of torch's of the same name returned.
@@ -30,7 +31,7 @@ def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
     differing: dict[str, tuple[Any, Any]] = {}
 
     def keep_flags(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-        return _with_flags(optimizer.param_groups, state, differing)
+        return _with_flags(optimizer.param_groups, _dense(state), differing)
 
     handle = self.register_load_state_dict_pre_hook(keep_flags)  # the last one: it sees what others have made
     try:
@@ -44,6 +45,18 @@ def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
             "build it with the checkpoint's flags to run as that did.",
             stacklevel=2,
         )
+
+
+def _dense(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without sparse tensors; what was given stays as it is."""
+    tensors = dict(state["state"])
+    for index, values in tensors.items():
+        if not isinstance(values, dict):  # not of a parameter
+            continue
+        sparse = {k: v.to_dense() for k, v in values.items() if isinstance(v, Tensor) and v.layout is torch.sparse_coo}
+        if sparse:
+            tensors[index] = {**values, **sparse}
+    return {**state, "state": tensors}
 
 
 def _with_flags(

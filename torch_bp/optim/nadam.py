@@ -108,7 +108,7 @@ class NAdam(torch.optim.NAdam):
             kept = state_dict["state"].get(number, {}).get("mu_product")
             loaded = self.state.get(p, {}).get("mu_product")
             if isinstance(kept, Tensor) and loaded is not None and kept.to(loaded) == loaded:  # a hook may have its way
-                self.state[p]["mu_product"] = kept.to(loaded.device if capturable else "cpu", copy=True)
+                self.state[p]["mu_product"] = kept.to(loaded.device if capturable else "cpu")
 
     def sparse(self, group: Mapping[str, Any]) -> str:
         raise RuntimeError("NAdam does not support sparse gradients")

@@ -52,6 +52,19 @@ def _count(value: float, p: Tensor, group: Mapping[str, Any]) -> Tensor:
     return torch.full((), float(value), dtype=dtype, device=p.device if on_device else "cpu")
 
 
+def in_turn(optimizer: Any, params: Sequence[Tensor], positions: Iterable[int]) -> set[int]:
+    """Positions whose updates follow on each other: of a parameter that is listed again, of counts that are shared."""
+    found: dict[Any, list[int]] = {}
+    for i in positions:
+        found.setdefault(id(params[i]), []).append(i)
+        state = optimizer.state.get(params[i], {})
+        for count in map(state.get, counted(optimizer)):
+            if isinstance(count, Tensor):
+                place = count.data_ptr() if type(count) in plain.PLAIN_TYPES else id(count)
+                found.setdefault(("count", place), []).append(i)
+    return {i for sharing in found.values() if len(sharing) > 1 for i in sharing}
+
+
 def forget(created: Iterable[tuple[dict[str, Any], list[str]]]) -> None:
     """Take back what `initial_state` made for an update that did not happen."""
     for state, names in created:
@@ -210,6 +223,7 @@ class Share:
             if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
                 optimizer.sparse(group)  # may refuse, before anything is changed
         listed = not on_device(group)
+        self.in_turn = in_turn(optimizer, self.params, self.present)
         self.others = [i for i in self.present if not (listed and self._eligible(optimizer, i, gradients))]
         buckets: dict[Any, Bucket] = {}
         try:
@@ -231,7 +245,7 @@ class Share:
 
     def _eligible(self, optimizer: Any, i: int, gradients: Gradients) -> bool:
         p = self.params[i]
-        return eligible(p, gradients[i], optimizer.state.get(p, {}), self.layout)
+        return i not in self.in_turn and eligible(p, gradients[i], optimizer.state.get(p, {}), self.layout)
 
     def fits(self, optimizer: Any, group: dict[str, Any], gradients: Gradients) -> bool:
         """True if this share, made at an earlier step, still tells the truth."""

@@ -4,7 +4,7 @@
   What was collected (`Plan`) is kept while it still holds, which one compiled look at all tensors tells; step counts
   are read once and then known. Of DTensors that are cut alike, the parts on this rank.
 - *One by one*, through the same formula: sparse and complex gradients, other tensor subclasses, `differentiable`,
-  `capturable`, `torch.compile`, and whatever else a kernel may not serve.
+  `capturable`, `torch.compile`, parameters that are listed twice, and whatever else a kernel may not serve.
 """
 
 from __future__ import annotations
@@ -141,8 +141,13 @@ def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: T
         if grad is not None:
             how = self.sparse(group) if grad.layout is not torch.strided else "as it is"
             work.append((p, grad, how))
+    begun: dict[Tensor, tuple[dict[str, Any], list[str]]] = {}
     for p, grad, how in work:
+        if getattr(self, "begins_each", False) and p in begun:
+            forget([begun[p]])
         state, created = initial_state(self, p, group, layout)
+        if created:
+            begun[p] = state, created
         scalars = UNKNOWN
         try:
             counts = _advanced(self, group, state)
@@ -210,6 +215,7 @@ def _apply(
         grad = grad.to_dense()
     tensors = [p, grad, *states]
     if p.is_complex():
+        tensors[1] = grad.resolve_conj()  # of conj() in the model, which leaves it pending
         tensors = [None if t is None else torch.view_as_real(t) for t in tensors]
     scalars = {n: v.reshape(()) if isinstance(v, Tensor) else v for n, v in scalars.items()}
     rule(*tensors, **scalars)

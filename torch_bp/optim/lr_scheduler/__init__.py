@@ -18,7 +18,9 @@ What differs from torch:
 - **Groups added later** with `add_param_group` join every schedule. Their base rate is their `"initial_lr"`
   or, without one, the rate they have at the next step. `OneCycleLR` takes that rate for their `"max_lr"`.
 - **Where torch divides by zero** the schedule is defined: see `curves.move` and `curves.one_cycle`.
-- **Composites nest**: a sequence or a chain does the same as a part of a sequence as it does alone.
+- **Composites nest**: a sequence or a chain does the same as a part of a sequence as it does alone. So does
+  `ConstantLR(total_iters=0)`, which has no end: torch's, as a later part, has ended when it begins.
+- **`ReduceLROnPlateau` takes `last_epoch`** as the others do, by keyword.
 - **Copies** of a schedule and its optimizer, by `deepcopy` or pickle, step without a warning.
 - **A first step that a GradScaler skips** gives no warning about the order of `optimizer.step()`.
 
