@@ -381,3 +381,16 @@ def test_a_hook_that_clears_gradients():
     done = optim.fused_step(optimizer, norms=True)
     assert done.params[0] is weight
     assert done.update_norms.item() == pytest.approx(2**0.5)
+
+
+def test_gradients_with_a_pending_conjugation():
+    weights = [torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j])) for _ in range(2)]
+    for w in weights:
+        (w.conj() * torch.tensor([0.5 - 1j, 2j])).real.sum().backward()
+    assert weights[0].grad.is_conj()
+    mine, theirs = optim.SGD(weights[:1], lr=0.1), torch.optim.SGD(weights[1:], lr=0.1)
+    done = optim.fused_step(mine, max_norm=1.0)
+    norm = torch.nn.utils.clip_grad_norm_(weights[1:], 1.0)
+    theirs.step()
+    torch.testing.assert_close(done.total_norm.float(), norm)
+    torch.testing.assert_close(weights[0], weights[1])

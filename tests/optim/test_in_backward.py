@@ -515,3 +515,14 @@ def test_a_removed_handle_does_not_clip():
     with pytest.raises(RuntimeError, match=r"must be in force, got backward\(\) after remove\(\)"):
         handle.backward(loss_of(model, 0), 1.0)
     assert model.last.weight.grad is None
+
+
+def test_a_step_that_would_clip_finds_no_gradients_and_says_so():
+    model = torch.nn.Linear(4, 4)
+    optimizer = optim.SGD(model.parameters(), lr=1.0)
+    with optim.apply_in_backward(model, optimizer):
+        model(torch.ones(1, 4)).sum().backward()
+        for options in ({"max_norm": 1.0}, {"scale": 0.5}, {"norms": True}):
+            with pytest.raises(RuntimeError, match=r"clip by the handle's backward"):
+                optim.fused_step(optimizer, **options)
+        optim.fused_step(optimizer, zero_grad=True)

@@ -103,7 +103,7 @@ def squares(x: Tensor) -> Tensor:
 
 def _values(x: Tensor) -> Tensor:
     x = x.coalesce().values() if x.layout is torch.sparse_coo else x
-    return torch.view_as_real(x) if x.is_complex() else x
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def _total_norm(gradients: Sequence[Tensor], tables: dict[Any, Table]) -> Tensor:
@@ -162,6 +162,7 @@ def fused_step(
 
     Raises:
         TypeError: the optimizer is not one of torch_bp, or is a wrapper around one.
+        RuntimeError: the optimizer is applied in the backward.
         ValueError: `max_norm` is negative or NaN, `scale` has several elements, or both are given.
 
     Example:
@@ -176,7 +177,7 @@ def fused_step(
         >>> done.total_norm, done.update_norms
         (tensor(5., dtype=torch.float64), tensor([1.0000], dtype=torch.float64))
     """
-    _check(optimizer, max_norm, scale)
+    _check(optimizer, max_norm, scale, norms)
     total_norm = None
     with torch.no_grad():
         if max_norm is not None:
@@ -205,7 +206,7 @@ def fused_step(
     return FusedStep(params, total_norm, *(extras.norms(params) if norms else ()))
 
 
-def _check(optimizer: Any, max_norm: float | None, scale: Any) -> None:
+def _check(optimizer: Any, max_norm: float | None, scale: Any, norms: bool) -> None:
     if "param_groups" not in getattr(optimizer, "__dict__", {}):
         raise TypeError(
             f"fused_step: optimizer must be the optimizer itself, got {type(optimizer).__name__}; a wrapper has it as "
@@ -215,6 +216,11 @@ def _check(optimizer: Any, max_norm: float | None, scale: Any) -> None:
         raise TypeError(
             f"fused_step: optimizer must be one of torch_bp.optim with a rule, got {type(optimizer).__module__}."
             f"{type(optimizer).__qualname__}; with another, call clip_grad_norm_, step and zero_grad."
+        )
+    if (max_norm is not None or scale is not None or norms) and "_applied_in_backward" in vars(optimizer):
+        raise RuntimeError(
+            "fused_step: gradients must be there to be clipped, scaled or measured, got an optimizer that is applied "
+            "in the backward, which has used and freed them; clip by the handle's backward(loss, max_norm)."
         )
     if max_norm is not None and scale is not None:
         raise ValueError(
