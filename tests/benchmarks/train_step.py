@@ -80,14 +80,14 @@ def measure(group: str, pairs: int) -> Iterator[Result]:
 def peaks(widths: Sequence[int], count: int) -> tuple[int, int]:
     """Return the bytes that a step takes beyond parameters, optimizer state and the batch: ours, and torch's.
 
-    Ours are its buffers, which stay, with gradients and copies of the batch, and what it allocates on the way.
+    Ours are its buffers, which stay and hold the gradients too, and what it allocates on the way.
     """
     runs = sides(widths, count)
     x, y = data(widths, count)
     network = perceptron(torch_bp.nn, widths)
     step = TrainStep(network, torch_bp.nn.CrossEntropyLoss(), torch_bp.optim.Adam(network.parameters()))
     step(x, y)
-    return sum(step.memory().values()) + peak(lambda: step(x, y)), peak(runs["torch"])
+    return step.memory()["buffers"] + peak(lambda: step(x, y)), peak(runs["torch"])
 
 
 def bare(group: str, pairs: int) -> Iterator[Result]:

@@ -6,8 +6,8 @@ some 30 us, where an ordinary step is one call: it saves memory, and for many sm
 
 What needs all gradients before the first update has no place in it. The norm of all gradients is known when the last
 one is; `clip_grad_norm_` between backward and step finds none, which torch takes for a norm of 0. Clipping by that norm
-therefore takes two passes, `handle.backward(loss, max_norm)`, which are exact. To clip each parameter by itself, give it
-a hook before:
+therefore takes two passes, `handle.backward(loss, max_norm)`, which are exact. To clip each parameter by itself, give
+it a hook before:
 
     def clip(p):
         torch.nn.utils.clip_grad_norm_(p, 1.0)

@@ -86,7 +86,6 @@ class TrainStep:
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
         self._lines: dict[Any, list[Line]] = {}
         self._never: set[Any] = set()  # kinds of batches that cannot be captured
-        self._homes: dict[Tensor, Tensor] = {}
         self._update = Update(optimizer, clip_grad_norm, clip_grad_value)
         self._plan: Plan | None = None
         self._restore: Callable[[], None] = lambda: None  # takes back what the last pass wrote to buffers
@@ -195,12 +194,11 @@ class TrainStep:
         return self._plan
 
     def memory(self) -> dict[str, int]:
-        """Bytes of what the step owns: its buffers, copies of batches, and gradients."""
+        """Bytes of what the step owns: "buffers", and of these "gradients"."""
         lines = [line for kept in self._lines.values() for line in kept]
         return {
             "buffers": sum(line.program.arena.size for line in lines),
-            "batches": sum(t.numel() * t.element_size() for line in lines for t in line.batch),
-            "gradients": sum(t.numel() * t.element_size() for t in self._homes.values()),
+            "gradients": sum(t.numel() * t.element_size() for line in lines for t in line.gradients),
         }
 
     def _parameters(self) -> list[Tensor]:
@@ -243,12 +241,20 @@ class TrainStep:
     def _pass(self, inputs: _Inputs, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
         """Leave gradients in `p.grad`; return the loss, which the next pass overwrites, and the gradients' norm."""
         batch = _batch(inputs)
-        kind: Any = add, scale, engine.forced(), _autocasting(), *[(t.shape, t.dtype, t.device) for t in batch]
+        kind: Any = (
+            add,
+            scale,
+            engine.forced(),
+            _autocasting(),
+            *[(t.shape, t.stride(), t.dtype, t.device) for t in batch],
+        )
         with torch.no_grad():
             for line in self._lines.get(kind, ()):
                 if line.unchanged.holds():
-                    self._restore, self._plan, self._gradients = line.restore, line.plan, line.homes
-                    return line.run(batch), line.norm
+                    self._restore, self._plan = line.restore, line.plan
+                    loss = line.run(batch)
+                    self._gradients = line.gradients
+                    return loss, line.norm
             return self._first(inputs, kind, add, scale)
 
     def _first(self, inputs: _Inputs, kind: Any, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
@@ -256,10 +262,9 @@ class TrainStep:
         leaves = self._parameters()
         self._restore = _snapshot(self._modules)
         if self.capture and kind not in self._never and not hooked(self._modules):
-            homes = [self._home(p, add) for p in leaves]
             random = torch.get_rng_state()
             try:
-                line = Line(self._passes, self._modules, inputs, leaves, homes, scale, add)
+                line = Line(self._passes, self._modules, inputs, leaves, scale, add)
             except NotCapturableError:
                 self._restore()
                 torch.set_rng_state(random)
@@ -270,7 +275,7 @@ class TrainStep:
                 kept = self._lines.setdefault(kind, [])
                 kept.append(line)
                 del kept[:-_LINES]
-                self._plan, self._gradients = line.plan, line.homes
+                self._plan, self._gradients = line.plan, line.gradients
                 return line.loss, line.norm
         plan = Plan()
         loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path))
@@ -280,14 +285,6 @@ class TrainStep:
         self._plan = plan
         self._gradients = [p.grad for p in leaves if p.grad is not None]
         return loss, Norm(self._gradients)
-
-    def _home(self, p: Tensor, add: bool) -> Tensor:
-        home = self._homes.get(p)
-        if home is None or home.shape != p.shape or home.dtype is not p.dtype or home.stride() != p.stride():
-            home = self._homes[p] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if add and p.grad is not home:
-            home.zero_() if p.grad is None else home.copy_(p.grad)
-        return home
 
 
 def _inputs(x: Any, y: Any) -> _Inputs:
