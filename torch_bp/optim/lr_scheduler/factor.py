@@ -5,6 +5,7 @@
 
 import math
 
+from torch.optim import Optimizer
 from torch.optim import lr_scheduler as theirs
 
 from torch_bp.optim import curves
@@ -107,12 +108,22 @@ class ExponentialLR(theirs.ExponentialLR):
 class CosineAnnealingLR(theirs.CosineAnnealingLR):
     """As `torch.optim.lr_scheduler.CosineAnnealingLR`, over `curves.cosine` from the base rate to `eta_min`.
 
+    Raises:
+        ValueError: T_max is 0, with which torch divides at the first step.
+
     >>> CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=0.8), T_max=100).get_last_lr()
     [0.8]
     """
 
     state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
     _get_closed_form_lr, rescale, _length = shared.closed_form, shared.rescale, "T_max"
+
+    def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0, last_epoch: int = -1) -> None:  # noqa: N803
+        if T_max == 0:
+            raise ValueError(
+                "CosineAnnealingLR: T_max must not be 0, got 0. Give the number of steps from base_lr to eta_min."
+            )
+        super().__init__(optimizer, T_max, eta_min, last_epoch)
 
     def _curve(self, t: int) -> float:
         return curves.cosine(t, self.T_max)
