@@ -150,3 +150,37 @@ def test_total_steps():
         total_steps(trainer(), "epoch")
     with pytest.raises(ValueError, match="got inf: the fit is open-ended"):
         trainer(max_epochs=-1, max_steps=-1).fit(Least())
+
+
+class Longer(Least):
+    """A schedule of the length of the fit, which follows the fit where that is resumed with another."""
+
+    def __init__(self, rescales):
+        super().__init__()
+        self.rescales = rescales
+
+    def configure_optimizers(self):
+        optimizer = optim.SGD(self.parameters(), lr=0.1)
+        schedule = lr_scheduler.CosineAnnealingLR(optimizer, total_steps(self.trainer))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_train_start(self):
+        if self.rescales:
+            self.lr_schedulers().rescale(total_steps(self.trainer))
+
+
+@pytest.mark.parametrize("rescales", [False, True])
+def test_a_fit_resumed_with_more_epochs(rescales, tmp_path):
+    first = trainer(max_epochs=1, max_steps=-1)
+    first.fit(Longer(rescales))
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    again = Longer(rescales)
+    message = r"run of 8 steps \(T_max\), the schedule was constructed for 24\..*call rescale\(total_steps=24\)"
+    with pytest.warns(UserWarning, match=message):
+        trainer(max_epochs=3, max_steps=-1).fit(again, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    seen = [rate for [rate] in again.rates]
+    assert len(seen) == 16
+    if rescales:
+        assert seen == pytest.approx([0.05 * (1 + math.cos(math.pi * t / 24)) for t in range(8, 24)])
+    else:
+        assert seen[0] < 1e-6 < 0.09 < max(seen)  # as in torch

@@ -23,6 +23,13 @@ _TRAINER = ("accelerator", "devices", "precision", "accumulate_grad_batches", "g
 def total_steps(trainer: Trainer, interval: Literal["step", "epoch"] = "step") -> int:
     """How often a schedule steps in the whole fit, for arguments such as `total_steps` or `T_max`.
 
+    A fit that is resumed with a larger `max_epochs` brings the old length back with the schedule's state, as torch's
+    do, and a cosine would rise again. `rescale` of torch_bp's schedules, in the module's `on_train_start`, which
+    Lightning calls after it has loaded the state, goes on to the new one; where nothing has changed it does nothing:
+
+        def on_train_start(self):
+            self.lr_schedulers().rescale(total_steps(self.trainer))
+
     Args:
         trainer: the trainer of a fit, in `configure_optimizers` for example.
         interval: what the schedule counts: optimizer steps, or epochs. Default "step".

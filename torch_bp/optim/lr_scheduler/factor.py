@@ -21,6 +21,10 @@ class StepLR(theirs.StepLR):
     """
 
     state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    rescale, _endless = (
+        shared.refuse_rescale,
+        "the rate is cut every step_size steps, without end; set `step_size` instead",
+    )
     _get_closed_form_lr = shared.closed_form
 
     def _curve(self, t: int, since: int = 0) -> float:
@@ -39,6 +43,10 @@ class MultiStepLR(theirs.MultiStepLR):
     """
 
     state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    rescale, _endless = (
+        shared.refuse_rescale,
+        "the rate is cut at given steps; set `milestones`, a Counter of steps instead",
+    )
     _get_closed_form_lr = shared.closed_form
 
     def _curve(self, t: int, since: float = -math.inf) -> float:
@@ -95,6 +103,10 @@ class ExponentialLR(theirs.ExponentialLR):
     """
 
     state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    rescale, _endless = (
+        shared.refuse_rescale,
+        "the rate shrinks by gamma in each step, without end; set `gamma` instead",
+    )
     _get_closed_form_lr = shared.closed_form
 
     def _curve(self, t: int) -> float:
@@ -167,6 +179,7 @@ class MultiplicativeLR(theirs.MultiplicativeLR):
     """
 
     state_dict, load_state_dict, step = shared.state_dict, shared.load_functions, shared.step
+    rescale, _endless = shared.refuse_rescale, "your function knows the steps; give it the new length instead"
 
     def get_lr(self) -> Rates:
         theirs._warn_get_lr_called_within_step(self)

@@ -21,6 +21,7 @@ class ReduceLROnPlateau(theirs.ReduceLROnPlateau):
     """
 
     state_dict, load_state_dict = shared.state_dict, shared.load_state_dict
+    rescale, _endless = shared.refuse_rescale, "the metric decides; set `patience` instead"
 
     def _is_better(self, a: float, best: float) -> bool:
         return curves.improved(a, best, self.mode, self.threshold, self.threshold_mode)
