@@ -142,6 +142,9 @@ def test_warmup_refuses():
     for steps in (-1, 2.5):
         with pytest.raises(ValueError, match=f"steps must be an integer >= 0, got {steps}"):
             ours.warmup(schedule, steps)
+    for other in (optimizer, 3):
+        with pytest.raises(TypeError, match=f"schedule must be a .* schedule, got {type(other).__name__}"):
+            ours.warmup(other, 3)
     with pytest.raises(ValueError, match="Starting multiplicative factor expected"):
         ours.warmup(schedule, 3, 0.0)
     with pytest.raises(ValueError, match="does not support `ReduceLROnPlateau`"):

@@ -169,12 +169,18 @@ def warmup(schedule: theirs.LRScheduler, steps: int, start_factor: float = 1e-3)
 
     Raises:
         ValueError: steps < 0, `start_factor` outside (0, 1], or `schedule` is a `ReduceLROnPlateau`.
+        TypeError: `schedule` is none, such as the optimizer.
         RuntimeError: `schedule` has taken steps.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.8)
     >>> warmup(LinearLR(optimizer, 1.0, 0.0, total_iters=8), steps=2, start_factor=0.5).get_last_lr()
     [0.4]
     """
+    if not isinstance(schedule, theirs.LRScheduler):
+        raise TypeError(
+            f"warmup: schedule must be a learning-rate schedule, got {type(schedule).__name__}. "
+            "Make one of the optimizer first: warmup(CosineAnnealingLR(optimizer, 900), steps=100)."
+        )
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"warmup: steps must be an integer >= 0, got {steps}. Give the length of the warm-up.")
     if getattr(schedule, "last_epoch", 0) > 0:
