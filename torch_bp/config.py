@@ -131,7 +131,8 @@ def build(value: Any, **given: Any) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # the class may raise anything
-        raise ConfigError(f"{title}: {type(error).__name__}: {error}") from error
+        had = ", ".join(f"{name}={item!r}" for name, item in arguments.items() if name not in given)
+        raise ConfigError(f"{title}: {type(error).__name__}: {error}{had and f'; init_args: {had}'}") from error
 
 
 def _check_arguments(

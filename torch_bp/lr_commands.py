@@ -236,18 +236,18 @@ def _tested(content: Mapping[str, Any], args: argparse.Namespace) -> Any:
 
     options = {"min_lr": args.min_lr, "max_lr": args.max_lr, "steps": args.steps}
     torch.manual_seed(args.seed)
-    if "data" in content:
-        try:
-            from torch_bp import lightning
-        except ImportError as error:
-            raise ImportError(f'{error}. Remedy: pip install "torch_bp[lightning]"') from error
-        return lightning.find_by_config(content, **options)
-    wanted = ("model", "loss", "optimizer", "batches")
+    wanted = ("model", "data") if "data" in content else ("model", "loss", "optimizer", "batches")
     if missing := [key for key in wanted if key not in content]:
         hints = (config.nearest(key, content, f" For {key} the nearest is ") for key in missing)
         raise config.ConfigError(
             f"{args.config}: the file must have model, loss, optimizer and batches, or model and data, got no "
             f"{', '.join(missing)}; it has {', '.join(map(str, content)) or 'no keys'}.{''.join(hints)}"
         )
+    if "data" in content:
+        try:
+            from torch_bp import lightning
+        except ImportError as error:
+            raise ImportError(f'{error}. Remedy: pip install "torch_bp[lightning]"') from error
+        return lightning.find_by_config(content, **options)
     model, loss, batches = (config.build(content[key]) for key in ("model", "loss", "batches"))
     return lr_find(model, loss, config.build(content["optimizer"], params=model.parameters()), batches, **options)

@@ -24,7 +24,7 @@ RULES = {  # what each picks; the first is the one to begin with
     "minimum": "a tenth of the rate of the lowest loss",
     "valley": "two thirds along the longest fall of the loss",
 }
-_COARSE = 20  # with fewer rates one step may leap over all that are useful
+_COARSE = 3.0  # rates further apart than by this factor may leap over all that are useful
 
 
 @dataclass
@@ -51,6 +51,7 @@ class RangeTest:
         0.01
         >>> print(test)
         4 of 4 rates tried, 0.001 to 1; the loss diverged there.
+        Take more steps: the rates are apart by a factor of 10.
         Begin with lr = 0.1, "steepest"; the rules in turn:
           steepest  0.1       where the loss falls fastest
            minimum  0.01      a tenth of the rate of the lowest loss
@@ -113,6 +114,11 @@ class RangeTest:
         """Whether the batches have ended before the rates have, and before the loss diverged."""
         return not self.diverged and len(self.lr) < self.steps
 
+    @property
+    def _factor(self) -> float:
+        """From one rate to the next."""
+        return (self.max_lr / self.min_lr) ** (1 / (self.steps - 1))
+
     def __str__(self) -> str:
         """How far the test has come, and what each rule suggests."""
         lines = [self._extent()]
@@ -120,8 +126,8 @@ class RangeTest:
             suggestions = {rule: f"{self.suggestion(rule):.3g}" for rule in RULES}
         except RuntimeError as error:
             return "\n".join([*lines, str(error)])
-        if self.cut_short:
-            lines.append(f"What follows is of that part only. {self._remedy()}")
+        if self.cut_short or self._factor > _COARSE:
+            lines.append(self._remedy())
         first = next(iter(RULES))
         lines.append(f'Begin with lr = {suggestions[first]}, "{first}"; the rules in turn:')
         return "\n".join(lines + [f"{rule:>10}  {suggestions[rule]:<8}  {RULES[rule]}" for rule in RULES])
@@ -138,8 +144,8 @@ class RangeTest:
         """What may make the loss fall, or fall further."""
         if self.cut_short:
             return "Give more batches or epochs, or take fewer steps."
-        if self.steps < _COARSE:
-            return f"Take more steps than {self.steps}: the rates are too far apart."
+        if self._factor > _COARSE:
+            return f"Take more steps: the rates are apart by a factor of {self._factor:.3g}."
         if self.diverged:
             return "Take a smaller min_lr."
         return "Take a larger max_lr, or check that the model learns at all."
