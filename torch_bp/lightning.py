@@ -12,15 +12,23 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from torch_bp import config
+from torch_bp import chart, config
 
 _TRAINER = ("accelerator", "devices", "precision", "accumulate_grad_batches", "gradient_clip_val", "strategy")
 
 
 def total_steps(trainer: Trainer, interval: Literal["step", "epoch"] = "step") -> int:
     """How often a schedule steps in the whole fit, for arguments such as `total_steps` or `T_max`.
+
+    A fit that is resumed with a larger `max_epochs` brings the old length back with the schedule's state, as torch's
+    do, and a cosine would rise again. `rescale` of torch_bp's schedules, in the module's `on_train_start`, which
+    Lightning calls after it has loaded the state, goes on to the new one; where nothing has changed it does nothing:
+
+        def on_train_start(self):
+            self.lr_schedulers().rescale(total_steps(self.trainer))
 
     Args:
         trainer: the trainer of a fit, in `configure_optimizers` for example.
@@ -39,7 +47,7 @@ def total_steps(trainer: Trainer, interval: Literal["step", "epoch"] = "step") -
     if steps is None or not 0 < steps < math.inf:
         raise ValueError(
             f"lr_scheduler: total_steps must be positive and finite, got {steps}: the fit is open-ended. "
-            "Set --trainer.max_epochs or --trainer.max_steps."
+            "Give the Trainer max_epochs or max_steps (--trainer.max_steps on a command line)."
         )
     return int(steps)
 
@@ -47,9 +55,14 @@ def total_steps(trainer: Trainer, interval: Literal["step", "epoch"] = "step") -
 class LRFinder(Callback):
     """A range test of the learning rate as a fit of its own: see `torch_bp.optim.lr_find`.
 
-    The fit ends when the test does, and leaves the model's parameters and buffers, and the random numbers, as they
-    were; only generators that a loader has of its own go on. Losses of batches whose gradients are accumulated count
-    as one. Schedules have no effect. Switch checkpoints off: they would keep weights of the test.
+    The fit ends when the test does, prints what `torch-bp lr-find` prints, and leaves the model's parameters and
+    buffers, and the random numbers, as they were; only generators that a loader has of its own go on. Losses of batches
+    whose gradients are accumulated count as one. Schedules have no effect. Lightning's checkpoint callbacks rest during
+    the fit, as they would keep weights of the test, and might overwrite or remove those of a training. The fit trains
+    nothing: what is tested or saved after it are the weights from before.
+
+    The trainer must have as many steps as there are rates: `max_steps=100`, say, with `max_epochs=-1`. If the data ends
+    earlier, the test does, with a warning.
 
     Args:
         min_lr, max_lr, steps, smoothing, diverge: see `torch_bp.optim.RangeTest`.
@@ -63,11 +76,13 @@ class LRFinder(Callback):
 
     Example:
         >>> finder = LRFinder(steps=50)
-        >>> trainer = Trainer(callbacks=finder, max_epochs=-1, logger=False, enable_checkpointing=False)
+        >>> trainer = Trainer(callbacks=finder, max_epochs=-1, max_steps=50, logger=False, enable_checkpointing=False)
         >>> # trainer.fit(model, datamodule=data); then finder.test.suggestion("steepest")
         >>> finder.test.min_lr, finder.test.max_lr
         (1e-07, 10.0)
     """
+
+    _reports = True
 
     def __init__(
         self,
@@ -81,12 +96,21 @@ class LRFinder(Callback):
 
         self._arguments = (min_lr, max_lr, steps, smoothing, diverge)
         self.test = RangeTest(*self._arguments)
-        self._kept = ExitStack()
+        self._kept, self._resting = ExitStack(), ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         from torch_bp.optim.untouched import same_random_numbers
 
+        if stage != "fit":
+            return
         self._kept.enter_context(same_random_numbers())
+        resting = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoint)]  # type: ignore[attr-defined]
+        if resting:
+            before = trainer.callbacks  # type: ignore[attr-defined]
+            self._resting.callback(setattr, trainer, "callbacks", before)
+            trainer.callbacks = [callback for callback in before if callback not in resting]  # type: ignore[attr-defined]
+            names = ", ".join(type(callback).__name__ for callback in resting)
+            rank_zero_info(f"LRFinder: {names}: nothing is written in this fit, whose weights are thrown away.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from torch_bp.optim import RangeTest
@@ -123,13 +147,27 @@ class LRFinder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._kept.close()
-        rank_zero_info(f"LRFinder: {len(self.test.lr)} rates tried, diverged: {self.test.diverged}")
+        if not self._reports:
+            return
+        rank_zero_info(
+            f"LRFinder: {chart.range_test(self.test)}\nThis fit has trained nothing: the model is as it was."
+        )
+        if self.test.cut_short:
+            tried, steps = len(self.test.lr), self.test.steps
+            rank_zero_warn(
+                f"LRFinder: the fit ended after {tried} of {steps} rates, before the loss diverged. Give the Trainer "
+                f"max_steps={steps} with max_epochs=-1, or a larger max_epochs, or take fewer steps."
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._kept.close()
+        self._end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._kept.close()
+        self._resting.close()
 
 
 def find_by_config(content: Mapping[str, Any], **options: Any) -> Any:
@@ -139,9 +177,10 @@ def find_by_config(content: Mapping[str, Any], **options: Any) -> Any:
     name. Of `trainer` only what bears on a step counts: precision, accumulation, clipping, devices.
 
     Raises:
-        ValueError: there has been no loss, such as where the data module has no batches.
+        ConfigError: there has been no loss, such as where the data module has no batches.
     """
     finder = LRFinder(**options)
+    finder._reports = False  # the command does
     if isinstance(seed := content.get("seed_everything"), int) and not isinstance(seed, bool):
         torch.manual_seed(seed)
     data = _instantiated(LightningDataModule, dict(content["data"]))
@@ -172,8 +211,8 @@ def find_by_config(content: Mapping[str, Any], **options: Any) -> Any:
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         trainer.fit(model, datamodule=data)
     if not finder.test.lr:
-        raise ValueError(
-            "lr-find: data must give at least one batch with a loss, got none. "
+        raise config.ConfigError(
+            "data: it must give at least one batch with a loss, got none. "
             "Check the data module's arguments and what training_step returns."
         )
     return finder.test

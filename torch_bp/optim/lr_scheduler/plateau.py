@@ -25,6 +25,7 @@ class ReduceLROnPlateau(theirs.ReduceLROnPlateau):
     """
 
     state_dict, load_state_dict = shared.state_dict, shared.load_state_dict
+    rescale, _endless = shared.refuse_rescale, "the metric decides; set `patience` instead"
 
     def __init__(
         self,
