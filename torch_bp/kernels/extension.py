@@ -52,5 +52,5 @@ def _extend(rule: Formula, scaled: bool, cleared: bool, measured: bool) -> Formu
     function.__wrapped__ = rule.function  # type: ignore[attr-defined]  # whose lines errors name
     result = Formula(function, (*rule.updates, grad_name) if cleared else rule.updates, rule.static)
     result.lent = (grad_name,) if cleared else ()  # users free gradients when they like
-    result._outer = rule._outer  # the numbers that a trace would freeze are the rule's
+    result.outer = rule.outer  # the numbers that a trace would freeze are the rule's
     return result

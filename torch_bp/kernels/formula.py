@@ -114,6 +114,7 @@ class Formula:
         static: names of the keyword-only arguments that are fixed while tracing.
         updates: names of the tensors that the results are written to; empty if the results are new tensors.
         lent: those of `updates` that a kept table must not keep alive. None, unless set before the first call.
+        outer: readers of the numbers in its closure and module that a kernel has as they are.
         defaults: values of the keyword-only arguments that a call may leave out.
     """
 
@@ -136,8 +137,8 @@ class Formula:
         self.updates = tuple(updates)
         self.defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
         self._programs: dict[Any, Program | None] = {}
-        self._outer = _outer_numbers(function)
-        self._by_tensors = not (self.static or self._outer or self.updates)  # they alone choose the kernel
+        self.outer = _outer_numbers(function)
+        self._by_tensors = not (self.static or self.outer or self.updates)  # they alone choose the kernel
         self.check_names("updates", self.updates, self.tensors)
         self.check_names("static", self.static, [p.name for p in keywords])
         if not self.tensors:
@@ -302,8 +303,8 @@ class Formula:
             # 1, 1.0 and True are one key of a dictionary, and so are 0.0 and -0.0
             kinds = [*map(type, static)]
             key = (*key, *kinds, *(map(repr, static) if float in kinds else static))
-        if self._outer:
-            key = (*key, *(number() for number in self._outer))
+        if self.outer:
+            key = (*key, *(number() for number in self.outer))
         try:
             return self._programs[key]
         except KeyError:
@@ -407,4 +408,5 @@ class Formula:
             self._refuse_results()
         if not table.refresh(present, program.writes, program.chunk):
             return None
+        table.program = program
         return program.foreach(present, table, keywords)

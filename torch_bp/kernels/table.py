@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ LENT = 2  # among the rows that are written: its tensors are the caller's, to be
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What a table saw when it was built, which the next call's tensors are compared with."""
 
     handles: np.ndarray
@@ -85,9 +86,10 @@ class Table:
         self.version = 0  # grows whenever an address changes: a device copy of the table knows when it is stale
         self._writes: Sequence[int] = ()
         self._chunk = 0
-        self._inference = False
-        self._seen: _Seen | None = None
-        self._answer = np.zeros(8, np.int64)
+        self.inference = False
+        self.seen: Seen | None = None
+        self.program: Any = None  # that has run over it last
+        self.answer = np.zeros(8, np.int64)
         self._copied: tuple[int, torch.device] | None = None
 
     def refresh(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[int], chunk: int) -> bool:
@@ -108,11 +110,11 @@ class Table:
 
     def _same(self, lists: Sequence[Sequence[torch.Tensor]]) -> bool:
         """True if nothing but the addresses of lists that are only read has changed; those are updated."""
-        compiled, seen = native.functions(), self._seen
+        compiled, seen = native.functions(), self.seen
         rows, columns = self.addresses.shape
         if compiled is None or seen is None or len(lists) != rows:
             return False
-        if self._inference and not torch.is_inference_mode_enabled():
+        if self.inference and not torch.is_inference_mode_enabled():
             return False
         handles = seen.handles.copy()
         try:
@@ -126,7 +128,7 @@ class Table:
         except TypeError:  # not a tensor
             return False
         verdict = compiled.check(
-            handles, seen.handles, seen.kept, seen.kinds, seen.forms, seen.written, self.addresses, self._answer
+            handles, seen.handles, seen.kept, seen.kinds, seen.forms, seen.written, self.addresses, self.answer
         )
         self.version += verdict == native.MOVED
         return verdict != native.CHANGED
@@ -149,7 +151,7 @@ class Table:
         stretches = np.stack([starts.ravel(), (starts + self._sizes * self.dtype.itemsize).ravel()])
         stretches = stretches[:, stretches[1] > stretches[0]]
         held = [row if isinstance(row, tuple) else None for row in lists]
-        self._seen = _Seen(
+        self.seen = Seen(
             handles,
             kept=np.array([*self._writes, self.dtype.itemsize], np.int64),
             kinds=self._kinds,
@@ -166,7 +168,7 @@ class Table:
             return False
         if not plain.PLAIN_TYPES.issuperset(map(type, everything)) or any(map(_Tensor.is_neg, everything)):
             return False
-        self._seen, compiled, handles = None, native.functions(), None
+        self.seen, compiled, handles = None, native.functions(), None
         if compiled is None:
             described = self._described_by_torch(lists)
         else:
@@ -178,8 +180,8 @@ class Table:
         if not _disjoint(self.addresses, self._sizes * self.dtype.itemsize, writes):
             return False
         self.written = [t for row, w in zip(lists, writes) if w == 1 for t in row]
-        self._inference = any(t.is_inference() for row, w in zip(lists, writes) if w for t in row)
-        if self._inference and not torch.is_inference_mode_enabled():
+        self.inference = any(t.is_inference() for row, w in zip(lists, writes) if w for t in row)
+        if self.inference and not torch.is_inference_mode_enabled():
             return False  # torch refuses this, in its own words
         self.version += 1
         self.elements = int(self._sizes.sum())
@@ -193,10 +195,10 @@ class Table:
         """Ask all tensors where they are and of what form; False if they are not alike."""
         addresses, sizes = np.empty_like(handles), np.empty(handles.shape[1], np.int64)
         kinds, forms = np.zeros(4, np.int64), np.empty(5 * handles.shape[1], np.int64)
-        needed = compiled.describe(handles, kinds, forms, sizes, addresses, self._answer)
+        needed = compiled.describe(handles, kinds, forms, sizes, addresses, self.answer)
         if needed > len(forms):  # more than two dimensions
             forms = np.empty(needed, np.int64)
-            needed = compiled.describe(handles, kinds, forms, sizes, addresses, self._answer)
+            needed = compiled.describe(handles, kinds, forms, sizes, addresses, self.answer)
         self._kinds, self._forms, self._sizes, self.addresses = kinds, forms, sizes, addresses
         return needed != native.UNFIT and kinds[0] == 0  # strided
 

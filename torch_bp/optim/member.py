@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_bp.optim.plan import Plan
-from torch_bp.optim.step import lists_may_serve, update_group
+from torch_bp.optim.step import lists_may_serve, repeated, update_group
 
 
 class Member:
@@ -24,8 +24,10 @@ class Member:
         """Update from `p.grad`, as its group says now: rates change, and loading puts other dicts in its place."""
         group = {**self._found(), "params": [self.p]}
         if self.state is not self.optimizer.state.get(self.p):
-            self.plan.shares.clear()
-        update_group(self.optimizer, self.plan if lists_may_serve() else None, 0, group)
+            self.plan.forget()
+        plan = self.plan if lists_may_serve() else None
+        if plan is None or not repeated(self.optimizer, plan, 0, group):
+            update_group(self.optimizer, plan, 0, group)
         self.state = self.optimizer.state.get(self.p)
 
     def _found(self) -> dict[str, Any]:

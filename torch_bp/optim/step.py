@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 
 from torch_bp.kernels.plain import unwatched
 from torch_bp.kernels.program import write
+from torch_bp.optim.again import Again
 from torch_bp.optim.plan import Gradients, Plan, counted, forget, initial_state, on_device
 from torch_bp.optim.rule import UNKNOWN, explain
 
@@ -106,7 +107,8 @@ def _update(self: Any, scale: Tensor | None) -> None:
         if plan is not None:
             plan.look(self)
         for index, group in enumerate(self.param_groups):
-            update_group(self, plan, index, group, scale)
+            if plan is None or not repeated(self, plan, index, group):
+                update_group(self, plan, index, group, scale)
         if plan is not None:
             plan.remember(self)
     finally:
@@ -114,11 +116,25 @@ def _update(self: Any, scale: Tensor | None) -> None:
             plan.lock.release()
 
 
+def repeated(self: Any, plan: Plan, index: int, group: Any) -> bool:
+    """Update one group as in the last step, if nothing but numbers and gradients is new."""
+    again = plan.again.get(index)
+    if again is not None and "_extras" not in self.__dict__:
+        if again.step(self, group):
+            return True
+        del plan.again[index]
+    return False
+
+
 def update_group(self: Any, plan: Plan | None, index: int, group: Any, scale: Tensor | None = None) -> None:
     """Update the parameters of one group; `plan` is None where no list kernel may serve."""
     gradients: Gradients = [p.grad for p in group["params"]]
     if plan is not None:
         gradients = plan.update(self, index, group, gradients)
+        share = plan.shares.get(index)
+        again = None if share is None else Again.of(self, group, share)
+        if again is not None:
+            plan.again[index] = again
     if gradients:
         _one_by_one(self, group, gradients, scale)
 
