@@ -34,7 +34,7 @@ ONLY_IN = {
     "triton": "kernels/",
     "lightning": "lightning.py",
     "jsonargparse": "lightning.py",
-    "matplotlib": ("chart.py", "optim/range_test.py"),
+    "matplotlib": ("chart.py", "optim/range_test.py", "step/figure.py"),
     "yaml": "config.py",
     "tensorboard": "diagnostics/writers.py",
 }

@@ -15,6 +15,8 @@ from torch_bp.step.capture import NotCapturableError
 from torch_bp.step.line import Line, Passes
 from torch_bp.step.origin import origin
 from torch_bp.step.plan import Plan
+from torch_bp.step.record import record
+from torch_bp.step.table import Trace
 from torch_bp.step.unchanged import hooked
 from torch_bp.step.update import Norm, Update
 
@@ -180,6 +182,21 @@ class TrainStep:
             return
         self._gradients = [p.grad for p in self._parameters() if p.grad is not None]
         self._finish(Norm(self._gradients)())
+
+    def trace(self, x: Any, y: Any, *, check: bool = False) -> Trace:
+        """Return the table of Algorithm 1 for a batch: what every operation gives, and the error signals; no update.
+
+        Parameters, `p.grad`, buffers, random numbers and what was captured are afterwards as before. All values and
+        error signals are kept, as copies, for as long as the table is.
+
+        Args:
+            x, y: as of a call.
+            check: compare the gradients with autograd and with central differences. Default: False.
+
+        Raises:
+            UnknownBackwardError, TypeError, ValueError: as of a call.
+        """
+        return record(self._passes, self._modules, _inputs(x, y), check)
 
     def reset(self) -> None:
         """Forget what was captured; the next step is captured anew."""
