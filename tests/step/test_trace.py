@@ -8,8 +8,8 @@ import torch
 from tests.step.test_train_step import MODELS, Convolution, Deciding, batches, tied
 from torch_bp import nn, optim
 from torch_bp.step import TrainStep
+from torch_bp.step.explicit import UnknownBackwardError
 from torch_bp.step.figure import columns
-from torch_bp.step.trace import UnknownBackwardError
 
 DEEP = {
     "eight": lambda: nn.Sequential(*(m for _ in range(7) for m in (nn.Linear(12, 12), nn.Tanh())), nn.Linear(12, 5)),

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from torch_bp.autograd.tape import Entry, Tape
-from torch_bp.step.capture import Place, Program, Recorder
+from torch_bp.step.capture import NotCapturableError, Place, Program, Recorder
+from torch_bp.step.explicit import Explicit, Paths
 from torch_bp.step.plan import Plan
-from torch_bp.step.trace import Explicit, Paths
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
 
@@ -106,6 +106,8 @@ class Line:
         inputs, batch = _apart(inputs, modules)
         with Recorder(batch) as recorder:
             loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path))
+        if not self.unchanged.holds():
+            raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
         made = [gradient for gradient in found if gradient is not None]
         places = [recorder.place(gradient) for gradient in made]

@@ -180,6 +180,8 @@ def _gradients(entry: Entry, parameters: Mapping[int, str]) -> tuple[list[str], 
     """Return for each argument the symbol of the gradient there, and its equation, "" where none is written."""
     backward = getattr(entry.function, "equations", ("", ""))[1]
     parts = list(backward) if isinstance(backward, tuple) else [backward]
+    if first := getattr(entry.function, "needed_first", ""):
+        parts[0] = f"{parts[0]}, {first}"
     others = [k for k, n in enumerate(entry.sources) if n is not None and k not in parameters]
     names: list[str] = []
     texts: list[str] = []

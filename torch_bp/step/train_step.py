@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -16,8 +17,9 @@ from torch_bp.step.line import Line, Passes
 from torch_bp.step.origin import origin
 from torch_bp.step.plan import Plan
 from torch_bp.step.record import record
+from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.table import Trace
-from torch_bp.step.unchanged import hooked
+from torch_bp.step.unchanged import hooked, refuse_backward_hooks
 from torch_bp.step.update import Norm, Update
 
 _autocasting = torch._C._is_any_autocast_enabled
@@ -277,14 +279,13 @@ class TrainStep:
     def _first(self, inputs: _Inputs, kind: Any, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
         """Run a pass of a kind that was not captured, and capture it if that can be done."""
         leaves = self._parameters()
-        self._restore = _snapshot(self._modules)
+        before = Snapshot(self._modules)
+        self._restore = functools.partial(before.restore, random=False)
         if self.capture and kind not in self._never and not hooked(self._modules):
-            random = torch.get_rng_state()
             try:
                 line = Line(self._passes, self._modules, inputs, leaves, scale, add)
             except NotCapturableError:
-                self._restore()
-                torch.set_rng_state(random)
+                before.restore()
                 if self.capture is True:
                     raise
                 self._never.add(kind)
@@ -294,11 +295,14 @@ class TrainStep:
                 del kept[:-_LINES]
                 self._plan, self._gradients = line.plan, line.gradients
                 return line.loss, line.norm
+        refuse_backward_hooks(self._modules)
         plan = Plan()
         loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path))
         for p, gradient in zip(leaves, gradients):
             if gradient is not None:
-                p.grad = p.grad + gradient if add and p.grad is not None else gradient
+                _accumulate(p, gradient, add)
+        names = {id(p): name for module in self._modules for name, p in module.named_parameters()}
+        plan.parameters = [names[id(p)] for p, gradient in zip(leaves, gradients) if gradient is not None]
         self._plan = plan
         self._gradients = [p.grad for p in leaves if p.grad is not None]
         return loss, Norm(self._gradients)
@@ -308,24 +312,22 @@ def _inputs(x: Any, y: Any) -> _Inputs:
     return x if isinstance(x, tuple) else (x,), y if isinstance(y, tuple) else (y,)
 
 
-def _snapshot(modules: Sequence[torch.nn.Module]) -> Callable[[], None]:
-    """Return a function that brings the modules' buffers back to what they are now."""
-    before = [(b, b.clone()) for module in modules for b in module.buffers()]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
-
-    return restore
-
-
 def _batch(inputs: _Inputs) -> list[Tensor]:
     """Return the tensors among the arguments of model and loss."""
     flat = [*inputs[0], *inputs[1]]
     if not all(isinstance(value, Tensor) for value in flat):
         flat = [value for value in tree_leaves(inputs) if isinstance(value, Tensor)]
     return flat
+
+
+def _accumulate(p: Tensor, gradient: Tensor, add: bool) -> None:
+    """Do what autograd does with the gradient of a leaf: its hooks, `p.grad`, and the hooks after that."""
+    for hook in (p._backward_hooks or {}).values():
+        replaced = hook(gradient)
+        gradient = gradient if replaced is None else replaced
+    p.grad = p.grad + gradient if add and p.grad is not None else gradient
+    for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values():
+        hook(p)
 
 
 def _at(values: Any, number: int) -> Any:
