@@ -6,7 +6,7 @@ in (`torch_bp.kernels.native`), and what comes out says whether the kernel has r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -44,6 +44,21 @@ def entry({arguments}):
 """
 
 
+# The same for a record (`torch_bp.kernels.sequence`), which has handles first and then scalars.
+_PACKED = """
+
+from numba import cfunc
+
+doubles = pointer_to(types.float64)
+
+
+@cfunc("int64(int64)", cache=ON_DISK)
+def packed(place):
+    words, numbers = integers(place), doubles(place)
+    return entry({arguments}) == {unfit}
+"""
+
+
 def entry(expression: Expression, targets: Sequence[str], dtype: torch.dtype, by_rows: bool) -> cpu.Kernel | None:
     """Return the way into a kernel over one tensor, or over the rows of matrices; None where there can be none.
 
@@ -53,6 +68,24 @@ def entry(expression: Expression, targets: Sequence[str], dtype: torch.dtype, by
     if native.entries() is None:  # compiled code cannot look at tensors
         return None
     return cpu.Kernel(_text_rows if by_rows else _text_single, expression, targets, dtype, function="entry")
+
+
+def packed(
+    expression: Expression, targets: Sequence[str], dtype: torch.dtype, by_rows: bool
+) -> Callable[[], int] | None:
+    """Return a function that gives the address of what runs a record, on one thread; None as of `entry`."""
+    if native.entries() is None:
+        return None
+    make = _text_rows if by_rows else _text_single
+
+    def text(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
+        handles = [f"words[{k}]" for k in range(len(expression.operands(targets)))]
+        scalars = [f"real(numbers[{len(handles) + k}])" for k in range(len(expression.scalars))]
+        body = make(expression, targets, dtype, parallel)
+        return body + _PACKED.format(arguments=", ".join([*handles, *scalars]), unfit=native.UNFIT)
+
+    kernel = cpu.Kernel(text, expression, targets, dtype, function="packed")
+    return lambda: kernel.serial.address  # type: ignore[attr-defined]
 
 
 def _text_single(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
