@@ -20,7 +20,7 @@ from torch_bp.kernels import capture, cpu, engine, native, plain
 from torch_bp.kernels.expression import trace
 from torch_bp.kernels.plain import PLAIN_TYPES, grad_enabled, unwatched
 from torch_bp.kernels.program import PLAIN_NUMBERS, Program, alone, as_torch
-from torch_bp.kernels.sequence import Record, bits
+from torch_bp.kernels.sequence import Record
 from torch_bp.kernels.table import Table
 
 _MISSING: Any = object()
@@ -243,12 +243,13 @@ class Formula:
         if program is None or program.entry is None:
             return functools.partial(self._into, tensors, targets, keywords)
         run, elements = program.entry.run, present[0].numel()
+        if program.packed is not None and elements < cpu.PARALLEL_FROM:
+            record = program.packed.record([*present, *targets], keywords)
+            if record is not None:
+                return record
         handles = [*map(native.handle_of, present), *map(native.handle_of, targets)]
         if PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
-            values = program.expression.host(**keywords)
-            if program.packed is not None and elements < cpu.PARALLEL_FROM:
-                return Record(program.packed(), [*handles, *map(bits, values)], [present, targets])
-            return functools.partial(run, elements, *handles, *values)
+            return functools.partial(run, elements, *handles, *program.expression.host(**keywords))
         expression = program.expression
 
         def call() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text
-from torch_bp.kernels.entry import entry, packed
+from torch_bp.kernels.entry import Packed, entry
 from torch_bp.kernels.expression import Expression
 from torch_bp.kernels.native import UNFIT, handle_of
 from torch_bp.kernels.table import LENT, Table
@@ -157,7 +157,7 @@ class Program:
         self.entry = self.packed = None
         if self.numba and self.created:
             self.entry = entry(expression, targets, dtype, by_rows=False)
-            self.packed = packed(expression, targets, dtype, by_rows=False)
+            self.packed = Packed(expression, targets, dtype, by_rows=False)
 
     def at_once(self, first: torch.Tensor, handles: list[int], keywords: Mapping[str, Any]) -> Any:
         """Run over tensors that are looked at on the way; NotImplemented, and nothing done, if they are not for it."""
