@@ -9,7 +9,7 @@ does not know is refused by name, or with `fallback="autograd"` taken onto the t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,18 @@ class Paths:
             if isinstance(root, torch.nn.Module)
             for name, module in root.named_modules()
         }
+
+        self.owners = {
+            id(p): self.names[id(module)]
+            for root in roots.values()
+            if isinstance(root, torch.nn.Module)
+            for module in root.modules()
+            for p in module.parameters(recurse=False)
+        }
+
+    def of(self, tensors: Sequence[Any]) -> str:
+        """Return the name of the module that is running, or, where a container runs its parts, that has the tensors."""
+        return self() or next((self.owners[id(t)] for t in tensors if id(t) in self.owners), "")
 
     def __call__(self) -> str:
         frame: Any = sys._getframe(1)

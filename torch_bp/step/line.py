@@ -105,7 +105,7 @@ class Line:
         self.plan = Plan()
         inputs, batch = _apart(inputs, modules)
         with Recorder(batch) as recorder:
-            loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path))
+            loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of))
         if not self.unchanged.holds():
             raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -49,15 +50,15 @@ class Plan:
     bytes: int | None = None
     apart: int | None = None
 
-    def noting(self, path: Callable[[], str]) -> Callable[[Entry], None]:
-        """Return a function that takes down each entry of a tape as it runs."""
+    def noting(self, path: Callable[[Sequence[Any]], str]) -> Callable[[Entry], None]:
+        """Return a function that takes down each entry of a tape as it runs; `path` names the module, by its inputs."""
 
         def note(entry: Entry) -> None:
             outputs = [t for t in entry.outputs if isinstance(t, Tensor)]
             forward, backward = equations(entry)
             self.lines.append(
                 PlanLine(
-                    path(),
+                    path(entry.inputs),
                     entry.name,
                     forward,
                     backward,

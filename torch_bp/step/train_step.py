@@ -302,7 +302,7 @@ class TrainStep:
                 return line.loss, line.norm
         refuse_backward_hooks(self._modules)
         plan = Plan()
-        loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path))
+        loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path.of))
         for p, gradient in zip(leaves, gradients):
             if gradient is not None:
                 _accumulate(p, gradient, add)
