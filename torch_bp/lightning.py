@@ -293,11 +293,12 @@ class BackpropModule(LightningModule):
         return loss
 
     def _log(self, loss: Tensor, output: Any, x: Any, y: Any, stage: str, metrics: MetricCollection) -> None:
-        bar = stage == "val"
-        self.log(f"loss/{stage}", loss, on_step=False, on_epoch=True, prog_bar=bar, batch_size=len(x[0]))
+        # Of all processes: on what is logged schedules step and fits stop, which each of them must do alike.
+        how: Any = {"on_step": False, "on_epoch": True, "prog_bar": stage == "val", "sync_dist": True}
+        self.log(f"loss/{stage}", loss, batch_size=len(x[0]), **how)
         if metrics:
             metrics.update(self.prediction(output.detach()), *y)
-            self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=bar)
+            self.log_dict(metrics, **how)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Columns of a table: target and prediction, which is the likeliest class if there are several."""
