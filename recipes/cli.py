@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.callbacks import Checkpoint, Norms
+from torch_bp.lightning import LRFinder
 
 
 class SaveConfig(SaveConfigCallback):
@@ -37,7 +38,7 @@ class RecipeCLI(LightningCLI):
     - `--ckpt_path best` and `last` mean the latest run of the recipe, in a new process too. `validate`,
       `test` and `predict` take `last` unless told otherwise, never untrained weights.
     - `fit` ends with a test of the last weights: a 1cycle schedule is made to end at its best, and which
-      epoch is best on a small validation part is largely luck.
+      epoch is best on a small validation part is largely luck. One with an `LRFinder` has trained nothing to test.
     - Metrics also go to `metrics.csv`, predictions to `predictions.csv`. Every command ends with a table.
     """
 
@@ -109,6 +110,9 @@ class RecipeCLI(LightningCLI):
         started = time.perf_counter()
         self.trainer.fit(**kwargs)
         seconds = time.perf_counter() - started
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, LRFinder) for callback in callbacks):
+            return  # it has said what it found, and nothing has been trained
 
         weights = self.last.best_model_path if self.last else None
         [metrics] = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=weights or None, verbose=False)

@@ -191,6 +191,24 @@ def test_engines_agree(options):
     assert len(by_step.module.model.calls) < len(by_autograd.module.model.calls)
 
 
+class Hooked(BackpropModule):
+    """Doubles a gradient, counts others, and watches a layer."""
+
+    def on_fit_start(self):
+        self.seen = []
+        self.model[0].weight.register_hook(lambda gradient: 2 * gradient)
+        self.model[4].weight.register_post_accumulate_grad_hook(lambda p: self.seen.append(p.grad.sum().item()))
+        self.model[2].register_forward_hook(lambda layer, args, output: self.seen.append(output.sum().item()))
+
+
+def test_hooks_are_called():
+    runs = [fit(engine, of={"kind": Hooked, "optimizer": SGD}, accumulate_grad_batches=3) for engine in ENGINES]
+    assert_same(*runs)
+    assert runs[0].module.seen == runs[1].module.seen
+    plain = fit("step", of={"optimizer": SGD}, accumulate_grad_batches=3)
+    assert runs[0].seen["norm"] != pytest.approx(plain.seen["norm"], rel=1e-2)
+
+
 def test_fits_are_what_they_are_called():
     """The cases above reach what they are for."""
     found = fit("step", **FITS["accumulated"])

@@ -138,5 +138,13 @@ def as_by_autograd(together, rank):
     assert kind is not Unused or all(p.grad is None for p in module.model.nobody.parameters())
 
 
+@cases()
+def hooks_are_refused(rank):
+    module = make("step")
+    module.model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    with pytest.raises(RuntimeError, match="parameters must have no hooks for engine='step' in several processes"):
+        fit(module, rank, {})
+
+
 def test_two_processes(tmp_path):
     processes.run(__name__, tmp_path)

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("lightning")
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_bp import nn, optim
@@ -50,9 +51,9 @@ class Least(LightningModule):
 
 
 def trainer(*callbacks, **options):
-    options = {"max_epochs": -1, "max_steps": 300} | options
+    options = {"max_epochs": -1, "max_steps": 300, "enable_checkpointing": False} | options
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return Trainer(callbacks=list(callbacks), logger=False, enable_checkpointing=False, **quiet, **options)
+    return Trainer(callbacks=list(callbacks), logger=False, **quiet, **options)
 
 
 def test_finds_a_rate_and_leaves_the_model():
@@ -84,6 +85,45 @@ def test_accumulated_batches_count_as_one():
 Least.forward_of = staticmethod(lambda model, x: model.network.train()(x).detach())
 
 
+def checkpoints(folder):
+    """Every way in which Lightning saves: steps, epochs, the last, the best, exceptions."""
+    by_step = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1, save_last=True)
+    return [by_step, ModelCheckpoint(folder, "best", monitor="loss", save_on_exception=True)]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("failing", [False, True])
+def test_checkpoints_rest_and_those_of_a_training_stay(failing, tmp_path, caplog):
+    saving = checkpoints(tmp_path)
+    (tmp_path / "last.ckpt").write_text("of a training")
+    finder = LRFinder(steps=300, max_lr=1e4)
+    fit = trainer(finder, *saving, enable_checkpointing=True)
+    before = list(fit.callbacks)
+    if failing:
+        with pytest.raises(RuntimeError, match="finite at the first step"):
+            fit.fit(Least(factor=math.nan))
+    else:
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            fit.fit(Least())
+        assert finder.test.diverged
+        assert "ModelCheckpoint, ModelCheckpoint: nothing is written in this fit" in caplog.text
+        assert "smoothed loss over the learning rate" in caplog.text
+        assert "Begin with lr = " in caplog.text
+        assert "This fit has trained nothing: the model is as it was." in caplog.text
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"last.ckpt": "of a training"}
+    assert fit.callbacks == before
+    assert not saving[1].best_model_path
+
+
+def test_a_fit_that_is_too_short_says_so(caplog):
+    finder = LRFinder(steps=100)
+    with pytest.warns(
+        UserWarning, match=r"ended after 16 of 100 rates, .* max_steps=100 with max_epochs=-1, or a larger"
+    ):
+        trainer(finder, max_epochs=2, max_steps=-1).fit(Least())
+    assert finder.test.cut_short
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -110,3 +150,37 @@ def test_total_steps():
         total_steps(trainer(), "epoch")
     with pytest.raises(ValueError, match="got inf: the fit is open-ended"):
         trainer(max_epochs=-1, max_steps=-1).fit(Least())
+
+
+class Longer(Least):
+    """A schedule of the length of the fit, which follows the fit where that is resumed with another."""
+
+    def __init__(self, rescales):
+        super().__init__()
+        self.rescales = rescales
+
+    def configure_optimizers(self):
+        optimizer = optim.SGD(self.parameters(), lr=0.1)
+        schedule = lr_scheduler.CosineAnnealingLR(optimizer, total_steps(self.trainer))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_train_start(self):
+        if self.rescales:
+            self.lr_schedulers().rescale(total_steps(self.trainer))
+
+
+@pytest.mark.parametrize("rescales", [False, True])
+def test_a_fit_resumed_with_more_epochs(rescales, tmp_path):
+    first = trainer(max_epochs=1, max_steps=-1)
+    first.fit(Longer(rescales))
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    again = Longer(rescales)
+    message = r"run of 8 steps \(T_max\), the schedule was constructed for 24\..*call rescale\(total_steps=24\)"
+    with pytest.warns(UserWarning, match=message):
+        trainer(max_epochs=3, max_steps=-1).fit(again, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    seen = [rate for [rate] in again.rates]
+    assert len(seen) == 16
+    if rescales:
+        assert seen == pytest.approx([0.05 * (1 + math.cos(math.pi * t / 24)) for t in range(8, 24)])
+    else:
+        assert seen[0] < 1e-6 < 0.09 < max(seen)  # as in torch

@@ -106,6 +106,23 @@ def test_json_files_and_a_metric_that_stands_still(folder, capsys):
     assert previewed(capsys, *arguments)["ReduceLROnPlateau"][3] == 0.025
 
 
+@pytest.mark.parametrize(("name", "length"), [("OneCycleLR", "total_steps"), ("CosineAnnealingLR", "T_max")])
+def test_a_length_that_is_left_out_is_that_of_the_preview(name, length, capsys):
+    more = ["max_lr=0.1"] if name == "OneCycleLR" else ["eta_min=0"]
+    command = ["--lr_scheduler", PATH + name, "--steps", "8", "--init_args", *more]
+    assert previewed(capsys, *command) == previewed(capsys, *command, f"{length}=8")
+    assert main(["lr-preview", *command]) == 0
+    assert capsys.readouterr().out.startswith(f"{name}, lr in 8 steps, {length}=8\n")
+    assert main(["lr-preview", *command, f"{length}=8"]) == 0
+    assert capsys.readouterr().out.startswith(f"{name}, lr in 8 steps\n")
+
+
+def test_labels_below_a_narrow_chart(capsys):
+    for steps, labels in (("1", ["0"]), ("2", ["0", "1"]), ("12", ["0", "11"])):
+        assert main(["lr-preview", *STEP, "--steps", steps]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].split() == labels
+
+
 def test_chart_and_picture(folder, capsys):
     pytest.importorskip("matplotlib")
     assert main(["lr-preview", *STEP, "gamma=0.9", "--png", "a.png"]) == 0
@@ -136,8 +153,34 @@ def test_the_sheet_of_the_recipes_has_every_schedule(capsys):
         (["several.yaml", "--init_args", "a=1"], "`schedules` has several"),
         (["keys.yaml"], "only class_path and init_args may stand beside it, got ['gamma']"),
         (["--lr_scheduler", "StepLR"], "'StepLR' must be a full path"),
-        (["--lr_scheduler", PATH + "Nothing"], "Nothing cannot be imported: AttributeError"),
-        (["--lr_scheduler", PATH + "StepLR"], "StepLR: TypeError: .*missing"),
+        (["--lr_scheduler", PATH + "Nothing"], "must have the name Nothing, got none."),
+        (["--lr_scheduler", PATH + "CosineLR"], "name CosineLR, got none; the nearest are .*CosineAnnealingLR"),
+        (["--lr_scheduler", "no.where.StepLR"], "no.where.StepLR cannot be imported: ModuleNotFoundError"),
+        (["--lr_scheduler", PATH + "StepLR"], "StepLR: init_args must have step_size, got none."),
+        (["key.yaml"], "lr_schedular: there is no such key. Write lr_scheduler instead."),
+        (["empty.yaml"], "a schedule must be named, got none in empty.yaml, which has seed, lr. Give"),
+        (
+            ["--lr_scheduler", PATH + "StepLR", "--init_args", "stepsize=3"],
+            "StepLR: there is no argument stepsize; the nearest are step_size; accepted are step_size, gamma, last_",
+        ),
+        (
+            ["--lr_scheduler", PATH + "StepLR", "--init-args", "step_size=thirty"],
+            "StepLR: step_size must be a number, got 'thirty'.",
+        ),
+        (
+            ["--lr-scheduler", PATH + "LambdaLR", "--init_args", "lr_lambda=lambda t: 0.5**t"],
+            "lr_lambda must be a function, which a file cannot hold, got .*Give the class_path",
+        ),
+        (["--lr_scheduler", PATH + "CosineAnnealingLR", "--init_args", "T_max=0"], "T_max must not be 0, got 0."),
+        (["nested.yaml"], "CosineAnnealingLR: init_args must have T_max, got none."),
+        (
+            ["--lr_scheduler", PATH + "ExponentialLR", "--init_args", "gamma=[1]"],
+            "ExponentialLR: .*TypeError.*init_args: gamma=\\[1\\]",
+        ),
+        (
+            ["--lr_scheduler", PATH + "MultiStepLR", "--init_args", "milestones=3"],
+            "not iterable; init_args: milestones=3",
+        ),
         (["--lr_scheduler", PATH + "StepLR", "--init_args", "step_size"], "'step_size' must be NAME=VALUE"),
         (["--lr_scheduler", PATH + "LinearLR", "--init_args", "start_factor=0"], "Starting multiplicative factor"),
         (
@@ -145,6 +188,30 @@ def test_the_sheet_of_the_recipes_has_every_schedule(capsys):
             "OneCycleLR: Tried to step 10 times. The specified number of total steps is 9. Take fewer --steps.",
         ),
         ([*STEP, "--png", "no/where.png"], "No such file"),
+        (
+            ["--lr_scheduler", PATH + "ExponentialLR", "--init_args", "gamma=1e200"],
+            "ExponentialLR: the rate must be finite, got inf at step 2",
+        ),
+        (
+            ["--lr_scheduler", PATH + "ExponentialLR", "--init_args", "gamma=1e200", "--json"],
+            "ExponentialLR: the rate must be finite, got inf at step 2",
+        ),
+        (
+            [
+                "--lr_scheduler",
+                PATH + "CyclicLR",
+                "--init_args",
+                "base_lr=1",
+                "max_lr=2",
+                "mode=exp_range",
+                "gamma=1e9",
+            ],
+            "CyclicLR: .*Take fewer --steps",
+        ),
+        ([*STEP, "--lr=nan"], "StepLR: the rate must be finite, got nan at step 0"),
+        ([*STEP, "--lr=inf"], "StepLR: the rate must be finite, got inf at step 0"),
+        ([*STEP, "--png", "no/where.png"], "--png: no/where.png must lie in a folder, got none; No such file"),
+        ([*STEP, "--png", "."], "preview: .*: Is a directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -153,6 +220,11 @@ def test_preview_refuses_with_exit_code_2(arguments, message, folder, capsys):
     (folder / "broken.yaml").write_text("a: [1")
     (folder / "several.yaml").write_text(f"schedules: {{a: {PATH}StepLR}}")
     (folder / "keys.yaml").write_text(f"lr_scheduler: {{class_path: {PATH}ExponentialLR, gamma: 0.9}}")
+    (folder / "key.yaml").write_text(f"lr_schedular: {PATH}ExponentialLR")
+    (folder / "empty.yaml").write_text("seed: 1\nlr: 2")
+    inner = {"class_path": PATH + "CosineAnnealingLR"}
+    nested = {"class_path": PATH + "warmup", "init_args": {"steps": 3, "schedule": inner}}
+    (folder / "nested.yaml").write_text(json.dumps({"lr_scheduler": nested}))
     assert main(["lr-preview", *arguments]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("torch-bp lr-preview: ")
@@ -206,6 +278,7 @@ def test_find(folder, capsys):
     assert main(["lr-find", "a.yaml", "--steps", "60"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("smoothed loss over the learning rate")
+    assert out.splitlines()[-4].startswith("Begin with lr = 0.")
     assert [line.split()[0] for line in out.splitlines()[-3:]] == ["steepest", "minimum", "valley"]
     assert out.isascii()
 
@@ -224,16 +297,30 @@ def test_find_in_a_recipe(folder, capsys):
 def test_a_loss_that_only_rises_is_exit_code_1(folder, capsys):
     (folder / "a.yaml").write_text(FIND_CONFIG.replace("torch_bp.nn.MSELoss", "their_parts.Rising"))
     assert main(["lr-find", "a.yaml"]) == 1
-    assert "the loss must fall somewhere" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the loss must fall somewhere" in out
+    assert "number 1. Take a smaller min_lr." in out
+    assert main(["lr-find", "a.yaml", "--steps", "3"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("Take more steps: the rates are apart by a factor of 1e+04.")
+    assert lines[-3].split() == ["1e-07", "10"]  # as far apart as they need
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("their_parts.batches", "their_parts.nothing", "batches must hold at least one batch"),
-        ("their_parts.model", "their_parts.none", "their_parts.none cannot be imported"),
-        ("loss:", "losses:", "got no loss"),
+        ("their_parts.model", "their_parts.none", "their_parts must have the name none"),
+        ("loss:", "los:", "got no loss; it has model, los, optimizer, batches. For loss the nearest is los"),
+        ("torch_bp.optim.SGD", "torch_bp.optim.SDG", "SDG, got none; the nearest are SGD"),
+        ("{lr: 0.1}", "{l: 0.1}", "SGD: there is no argument l; the nearest are lr; accepted are lr, momentum"),
+        ("their_parts.batches", "their_parts.Rising", "lr-find: TypeError: lr_find: batches must be"),
         ("loss:", "data:\nloss:", "TypeError"),
+        (
+            "model:",
+            "data:\nmodle:",
+            "got no model; it has data, modle, loss, optimizer, batches. For model the nearest is",
+        ),
     ],
 )
 def test_find_refuses_with_exit_code_2(old, new, message, folder, capsys):
@@ -282,7 +369,7 @@ def test_find_without_batches_or_losses_is_exit_code_2(size, loss, folder, capsy
     out, err = capsys.readouterr()
     assert bool(out) == bool(size and loss)
     if not out:
-        message = "torch-bp lr-find: ValueError: lr-find: data must give at least one batch with a loss, got none"
+        message = "torch-bp lr-find: data: it must give at least one batch with a loss, got none"
         assert message in err
 
 

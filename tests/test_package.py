@@ -23,7 +23,7 @@ ROOMS = {
     "optim": {"kernels"},
     "step": {"nn", "ops", "autograd", "kernels", "optim"},
     "diagnostics": {"autograd", "ops", "kernels"},
-    "lightning": {"optim", "config", "step"},
+    "lightning": {"optim", "config", "chart", "step"},
     "lr_commands": {"cli", "chart", "config", "optim", "lightning"},
     "chart": set(),
     "config": set(),
@@ -34,7 +34,7 @@ ONLY_IN = {
     "triton": "kernels/",
     "lightning": "lightning.py",
     "jsonargparse": "lightning.py",
-    "matplotlib": ("chart.py", "optim/range_test.py"),
+    "matplotlib": ("chart.py", "optim/range_test.py", "step/figure.py"),
     "yaml": "config.py",
     "tensorboard": "diagnostics/writers.py",
 }

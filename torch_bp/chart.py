@@ -27,8 +27,17 @@ def text(values: Sequence[float], width: int = 64, height: int = 10, ends: tuple
             rows[height - 1 - level][column] = "*"
     labels = [f"{high:.4g}", *[""] * (height - 2), f"{low:.4g}"]
     lines = [f"{label:>10} |{''.join(row)}".rstrip() for label, row in zip(labels, rows)]
-    below = ends[0] + ends[1].rjust(width - len(ends[0]))
+    apart = max(width - len(ends[0]), len(ends[1]) + 2)
+    below = ends[0] + (ends[1].rjust(apart) if width > 1 else "")
     return "\n".join([*lines, f"{'':>10} +{'-' * width}", f"{'':>10}  {below}".rstrip()])
+
+
+def range_test(test: Any) -> str:
+    """A chart of what a `torch_bp.optim.RangeTest` has found, and what it suggests."""
+    if not test.lr:
+        return str(test)
+    drawn = text(test.smoothed, width=100, ends=(f"{test.lr[0]:.2g}", f"{test.lr[-1]:.2g}"))
+    return f"smoothed loss over the learning rate, in equal ratios\n{drawn}\n{test}"
 
 
 def png(curves: Mapping[str, Sequence[float]], path: str, xlabel: str = "step", ylabel: str = "learning rate") -> None:

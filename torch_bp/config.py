@@ -1,10 +1,11 @@
 """Objects from a YAML or JSON file in LightningCLI's form: `class_path` and `init_args`, with full class paths."""
 
+import difflib
 import importlib
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,31 @@ def resolve(path: str) -> Any:
     if not module:
         raise ConfigError(f"class_path: {path!r} must be a full path, such as torch_bp.optim.lr_scheduler.StepLR.")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
+        if not hasattr(found, name):
+            raise ConfigError(f"class_path: {module} must have the name {name}, got none{nearest(name, dir(found))}.")
+        return getattr(found, name)
+    except ConfigError:
+        raise
     except Exception as error:  # importing runs the user's code
         raise ConfigError(f"class_path: {path} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "; the nearest are ") -> str:
+    """What to add to a message about a name that is not known; nothing if no name is near.
+
+    >>> nearest("stepsize", ["step_size", "gamma"])
+    '; the nearest are step_size'
+    """
+    public = [each for each in known if not each.startswith("_")]
+    near = difflib.get_close_matches(name, public, n=3)
+    near += sorted(each for each in public if {*_parts(name)} <= {*_parts(each)} and each not in near)
+    return prefix + ", ".join(near[:3]) if near else ""
+
+
+def _parts(name: str) -> list[str]:
+    """The words of a name: CosineAnnealingLR has three."""
+    return re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
 
 
 def node(value: Any) -> tuple[Any, dict[str, Any]]:
@@ -99,13 +122,41 @@ def build(value: Any, **given: Any) -> Any:
     """
     cls, arguments = node(value)
     arguments = {name: _argument(argument, given) for name, argument in arguments.items()}
+    title = getattr(cls, "__name__", str(cls))
     try:
         names = inspect.signature(cls).parameters
-        return cls(**{name: item for name, item in given.items() if name in names} | arguments)
+        arguments = {name: item for name, item in given.items() if name in names} | arguments
+        _check_arguments(title, names, arguments, given)
+        return cls(**arguments)
     except ConfigError:
         raise
     except Exception as error:  # the class may raise anything
-        raise ConfigError(f"{getattr(cls, '__name__', cls)}: {type(error).__name__}: {error}") from error
+        had = ", ".join(f"{name}={item!r}" for name, item in arguments.items() if name not in given)
+        raise ConfigError(f"{title}: {type(error).__name__}: {error}{had and f'; init_args: {had}'}") from error
+
+
+def _check_arguments(
+    title: str, parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+    """Refuse arguments that a class does not take, does not get, or that a file gives in words for what is none."""
+    known = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    named = [p.name for p in known if p.name not in given]
+    if all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
+        for name in arguments.keys() - parameters.keys():
+            accepted = f"; accepted are {', '.join(named)}" if named else "; it takes none"
+            raise ConfigError(f"{title}: there is no argument {name}{nearest(name, named)}{accepted}.")
+    if missing := [p.name for p in known if p.default is p.empty and p.name not in arguments]:
+        raise ConfigError(f"{title}: init_args must have {', '.join(missing)}, got none.")
+    for p in known:
+        kind, value = str(getattr(p.annotation, "__name__", p.annotation)), arguments.get(p.name)
+        if isinstance(value, str) and kind in ("int", "float"):
+            raise ConfigError(f"{title}: {p.name} must be a number, got {value!r}.")
+        words = isinstance(value, str | Mapping)  # a lambda is a mapping in YAML
+        if words and "Callable" in str(p.annotation) and "str" not in str(p.annotation):
+            raise ConfigError(
+                f"{title}: {p.name} must be a function, which a file cannot hold, got {value!r}. Give the class_path "
+                "of a class whose objects can be called, or of a function that returns one."
+            )
 
 
 def _argument(value: Any, given: dict[str, Any]) -> Any:

@@ -21,19 +21,29 @@ from tests.benchmarks import (
     operations,
     optimizers,
     start,
+    train_step,
 )
 from tests.benchmarks.protocol import Result, machine, size
+
+
+def both(group: str, pairs: int) -> Iterator[Result]:
+    """Through autograd, and without."""
+    yield from honesty.measure(group, pairs)
+    yield from train_step.bare(group, pairs)
+
 
 BENCHMARKS: dict[str, dict[str, Callable[[str, int], Iterator[Result]]]] = {
     "cpu": {
         "C1": optimizers.measure,
         "C2": optimizers.measure,
+        "C3": train_step.measure,
         "C4": loops.measure,
         "C5": operations.measure,
         "C6": fusion.measure,
         "C7": cross_entropy.measure,
         "C8": normalised.measure,
-        "C9": honesty.measure,
+        "C9": both,
+        "C12": train_step.growth,
         "R5": exactness.measure,
         "start": start.measure,
     },

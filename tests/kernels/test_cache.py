@@ -51,6 +51,34 @@ def test_the_second_process_compiles_nothing_and_a_changed_rule_meets_no_stale_k
     assert "hits 0 misses 2" in run(tmp_path, factor=2)
 
 
+def test_the_log_says_what_is_compiled_and_where_it_is_kept(tmp_path):
+    program = "import logging\nlogging.basicConfig(level=logging.INFO)\n" + textwrap.dedent(PROGRAM)
+    said = run(tmp_path, program=program)
+    line = "INFO:torch_bp.kernels.cpu:compiling the kernel product_serial_entry, a second or so; it is kept in "
+    assert said.count(line + str(tmp_path)) == 1
+    assert "compiling the kernel native_entries" in said
+    assert "compiling" not in run(tmp_path, program=program)
+    occupied = tmp_path / "file"
+    occupied.touch()
+    assert "it is not kept, as the cache folder cannot be used" in run(occupied, program=program)
+    assert "compiling" not in run(occupied)  # nothing unasked
+
+
+def test_an_optimizers_first_step_compiles_what_it_needs_alone(tmp_path):
+    run(
+        tmp_path,
+        program="""
+        import torch, torch_bp.optim
+        weight = torch.nn.Parameter(torch.ones(3))
+        weight.grad = torch.ones(3)
+        torch_bp.optim.SGD([weight], lr=0.1).step()
+    """,
+    )
+    names = sorted(path.name.rsplit("_", 1)[0] for path in tmp_path.glob("*.py"))
+    assert names == ["native", "sgd_serial_run"]
+    assert not [path for path in tmp_path.rglob("*.nbi") if "alike" in path.name]
+
+
 def test_torn_files_are_replaced(tmp_path):
     run(tmp_path)
     for path in [*tmp_path.glob("*.py"), *tmp_path.rglob("*.nb?")]:

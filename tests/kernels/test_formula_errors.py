@@ -1,6 +1,9 @@
 """A formula that no kernel can compute says which construct is to blame."""
 
 import math
+import math as m
+import re
+from math import exp as math_exp
 
 import numpy as np
 import pytest
@@ -16,7 +19,14 @@ CONSTRUCTS = {
     "iteration": lambda x: sum(x),
     "indexing": lambda x: x[0],
     r"len\(\)": lambda x: x * len(x),
-    r"float\(\)": lambda x: math.sin(x),
+    r"math.sin\(\) has no kernel; allowed are operators and sqrt": lambda x: math.sin(x),
+    r"math.sqrt\(\) has no kernel; torch_bp.kernels.sqrt is meant": lambda x: 2 * math.sqrt(x),
+    r"math.fabs\(\) has no kernel; torch_bp.kernels.abs is meant": lambda x: m.fabs(x),
+    r"math.exp\(\) has no kernel; torch_bp.kernels.exp is meant": lambda x: math_exp(x + 1),
+    r" float\(\) has no kernel": lambda x: float(x),
+    r" int\(\) has no kernel": lambda x: int(x),
+    r"torch.sqrt has no kernel; torch_bp.kernels.sqrt is meant": lambda x: torch.sqrt(x),
+    r"attribute .tanh has no kernel; torch_bp.kernels.tanh is meant": lambda x: x.tanh(),
     "a Tensor cannot be part|torch.mul": lambda x: x * X,
     "a str cannot be part": lambda x: where(x > 0, x, "a"),
     "ufunc": lambda x: np.sin(x),
@@ -31,8 +41,33 @@ CONSTRUCTS = {
 def test_construct_is_named(construct):
     body = CONSTRUCTS[construct]
     broken = formula(lambda x: body(x))
-    with pytest.raises(FormulaError, match=construct):
+    with pytest.raises(FormulaError, match=construct) as refused:
         broken(X)
+    whole = broken.formula.function if "result 0" in construct else body  # a result has no line of its own
+    assert str(refused.value).startswith(f"{__file__}:{whole.__code__.co_firstlineno}: ")
+
+
+def test_the_place_of_an_error():
+    """The innermost line of the formula's own file, and where the formula begins if a result is to blame."""
+
+    def helper(x):
+        return x.sum()
+
+    def several(x):
+        y = x + 1
+        return helper(y)
+
+    def nothing(x):
+        return None
+
+    for function in (several, nothing):
+        first = helper.__code__.co_firstlineno + 1 if function is several else nothing.__code__.co_firstlineno
+        with pytest.raises(FormulaError, match=re.escape(f"{__file__}:{first}: formula {function.__name__}: ")):
+            formula(function)(X)
+    namespace = {"math": math}
+    exec("def made(x):\n    y = x * 2\n    return math.sqrt(y)", namespace)
+    with pytest.raises(FormulaError, match=r"^<string>:3: formula made: float\(\) has no kernel"):  # no source to read
+        formula(namespace["made"])(X)
 
 
 def test_signature():
@@ -66,6 +101,37 @@ def test_calls():
         formula(lambda a: a * 2).foreach_([X])
     with pytest.raises(TypeError, match="one result for each of updates"):
         formula(updates=("a", "b"))(lambda a, b: a + b)(torch.ones(3), torch.ones(3))
+
+
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        ("0.1", "got the string '0.1'; write it without quotes"),
+        ("fast", r"got 'fast', of type str; name it in @formula\(static=...\)"),
+        ((0.1, 0.2), r"got \(0.1, 0.2\), of type tuple; give each of its numbers a keyword of its own"),
+        (None, "got None, of type NoneType"),
+    ],
+)
+def test_scalars_that_are_no_numbers(rate, message, engine):
+    @formula
+    def scaled(x, *, rate):
+        return x * rate
+
+    @formula(updates=("x",))
+    def shrunk(x, *, rate):
+        return x - rate * x
+
+    for function in (scaled, shrunk, lambda x, **keywords: shrunk.foreach_([x], **keywords)):
+        with use(engine), pytest.raises(TypeError, match=f"rate must be a number or a one-element tensor, {message}"):
+            function(torch.ones(3), rate=rate)
+
+
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+def test_a_result_for_each_update(engine):
+    few = formula(updates=("a", "b"))(lambda a, b: a + b)
+    with use(engine), pytest.raises(TypeError, match=r"must return one result for each of updates=.*, got 1"):
+        few(torch.ones(3), torch.ones(3))
 
 
 def test_formulas_need_no_source():

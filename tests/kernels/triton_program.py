@@ -83,7 +83,18 @@ def optimizers():
                 trained.append((params, grads, done.total_norm, done.grad_norms, done.weight_norms, done.update_norms))
             assert optimizer._plan.shares[0].buckets, "no list kernel served"
             torch.testing.assert_close(*trained, **TOLERANCE[dtype])
-    return 2 * len(PAIRS)
+        for dtype in (torch.float16, torch.bfloat16):
+            params = parameters(dtype, shapes=[(40, 50), (5,)])
+            optimizer = kind(params, lr=1e-3)
+            train(optimizer, params, 2)
+            before = [p.detach().double() for p in params]
+            for p in params:
+                p.grad.fill_(1.0)
+            with use("triton"):
+                done = fused_step(optimizer, norms=True)
+            changes = torch.stack([(p.detach().double() - b).norm() for p, b in zip(params, before)])
+            torch.testing.assert_close(done.update_norms, changes, rtol=1e-5, atol=0)
+    return 4 * len(PAIRS)
 
 
 def kernels():

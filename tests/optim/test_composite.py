@@ -142,6 +142,9 @@ def test_warmup_refuses():
     for steps in (-1, 2.5):
         with pytest.raises(ValueError, match=f"steps must be an integer >= 0, got {steps}"):
             ours.warmup(schedule, steps)
+    for other in (optimizer, 3):
+        with pytest.raises(TypeError, match=f"schedule must be a .* schedule, got {type(other).__name__}"):
+            ours.warmup(other, 3)
     with pytest.raises(ValueError, match="Starting multiplicative factor expected"):
         ours.warmup(schedule, 3, 0.0)
     with pytest.raises(ValueError, match="does not support `ReduceLROnPlateau`"):
@@ -178,7 +181,12 @@ def test_rescale_goes_on_as_planned_for_the_new_length(make, lengths):
             schedule.step()
             planned.step()
         schedule.rescale(new)
-        resumed.load_state_dict(copy.deepcopy(schedule.state_dict()))  # which carries the new length
+        with pytest.warns(
+            UserWarning, match=rf"run of {new} steps.* constructed for {old}\..*total_steps={old}\)"
+        ) as seen:
+            resumed.load_state_dict(copy.deepcopy(schedule.state_dict()))  # which carries the new length
+        assert len(seen) == 1
+        assert seen[0].filename == __file__
         for t in range(taken, new):
             got, expected, again = ((o.param_groups[0]["lr"], o.param_groups[0]["momentum"]) for o in optimizers)
             assert got == pytest.approx(expected, rel=1e-12, abs=1e-16), (taken, t)
@@ -234,4 +242,54 @@ def test_rescale_refuses():
     parts = ours.ChainedScheduler([WAYS["leaf"](optimizer), WAYS["leaf"](optimizer)])
     with pytest.raises(ValueError, match=r"a part must have a length.*got ExponentialLR, ExponentialLR"):
         parts.rescale(9)
-    assert not hasattr(WAYS["leaf"](optimizer), "rescale")
+    with pytest.raises(ValueError, match=r"the last part must have a length.*got LinearLR, ExponentialLR"):
+        ours.warmup(WAYS["leaf"](optimizer), 3).rescale(9)
+
+
+def test_a_constant_of_no_length_has_no_end_as_a_part_too():
+    def sequence(module, o):
+        return module.SequentialLR(o, [module.ConstantLR(o, 1.0), module.ConstantLR(o, 0.3, total_iters=0)], [2])
+
+    for module in (ours, theirs):
+        assert rates(lambda o, module=module: module.ConstantLR(o, 0.3, total_iters=0), 3) == pytest.approx([0.03] * 4)
+    assert rates(lambda o: sequence(ours, o), 4) == pytest.approx([0.1, 0.1, 0.03, 0.03, 0.03])
+    assert rates(lambda o: sequence(theirs, o), 4) == pytest.approx([0.1] * 5)
+
+
+ENDLESS = {
+    "StepLR": (lambda o: ours.StepLR(o, 3), "`step_size`"),
+    "MultiStepLR": (lambda o: ours.MultiStepLR(o, [3]), "`milestones`"),
+    "ExponentialLR": (lambda o: ours.ExponentialLR(o, 0.9), "`gamma`"),
+    "MultiplicativeLR": (lambda o: ours.MultiplicativeLR(o, lambda t: 0.9), "new length"),
+    "LambdaLR": (lambda o: ours.LambdaLR(o, lambda t: 0.9), "new length"),
+    "CyclicLR": (lambda o: ours.CyclicLR(o, 0.1, 0.2), "`total_size`"),
+    "CosineAnnealingWarmRestarts": (lambda o: ours.CosineAnnealingWarmRestarts(o, 4), "`T_i`"),
+    "ReduceLROnPlateau": (ours.ReduceLROnPlateau, "`patience`"),
+}
+
+
+def test_every_schedule_rescales_or_says_why_not():
+    known = {v for v in vars(ours).values() if isinstance(v, type) and issubclass(v, theirs.LRScheduler)}
+    known = {kind.__name__ for kind in known if kind.__module__.startswith("torch_bp")}
+    assert known == {name.split()[0] for name in LENGTHS if name != "nested"} | ENDLESS.keys()
+    for name, (make, remedy) in ENDLESS.items():
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
+        schedule = make(optimizer)
+        before = schedule.state_dict()
+        with pytest.raises(
+            ValueError, match=f"^{name}: there is no length for rescale to change: .*{remedy}.* instead"
+        ):
+            schedule.rescale(9)
+        assert schedule.state_dict() == before
+
+
+@pytest.mark.parametrize("make", LENGTHS.values(), ids=LENGTHS)
+def test_to_the_same_length_nothing_changes(make):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
+    schedule = make(optimizer, 30)
+    optimizer.step()
+    for _ in range(7):
+        schedule.step()
+    before = copy.deepcopy((schedule.state_dict(), optimizer.state_dict()))
+    schedule.rescale(30)
+    assert (schedule.state_dict(), optimizer.state_dict()) == before

@@ -1,6 +1,7 @@
 """A step that clips, clears and measures is torch's clip_grad_norm_, step and zero_grad, one after the other."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -114,6 +115,71 @@ def test_the_list_kernel_does_it_all(name):
             version = table.version
     assert optimizer._plan.shares[0].buckets[0].table is table
     assert table.version == version
+
+
+@ENGINES
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_in_half_precision_are_measured_as_rounded(name, dtype, engine):
+    """At this rate most of them are less than half of the last place, and change nothing."""
+    params = parameters(dtype)
+    optimizer = PAIRS[name][0](params, lr=1e-3)
+    for seed in range(3):
+        gradients(params, seed)
+        before = [p.detach().double() for p in params]
+        with use(engine):
+            done = optim.fused_step(optimizer, max_norm=1.0, norms=True)
+        changes = [p.detach().double() - b for p, b in zip(params, before)]
+        torch.testing.assert_close(done.update_norms, torch.stack([c.norm() for c in changes]), rtol=1e-6, atol=0)
+
+
+@ENGINES
+@EACH
+def test_gradients_are_not_kept_alive(name, engine):
+    params = parameters(torch.float32)
+    optimizer = PAIRS[name][0](params)
+    for seed in range(3):
+        gradients(params, seed)
+        with use(engine):
+            optim.fused_step(optimizer, max_norm=1.0, zero_grad=True, norms=True)
+        memory = [weakref.ref(p.grad.untyped_storage()) for p in params]
+        optimizer.zero_grad()
+        assert [m() for m in memory] == [None] * len(params)
+
+
+def negate(p):
+    p.grad.data = torch._neg_view(p.grad)
+
+
+def derive(p):
+    p.grad.__class__ = Own
+
+
+@pytest.mark.parametrize("change", [negate, derive])
+def test_gradients_in_the_place_of_others(change):
+    """Of the same form, at the same address, as after a gradient is freed: the table knows them from those it saw."""
+    results = []
+    for fused in (True, False):
+        params = parameters(torch.float32)
+        optimizer = optim.SGD(params, lr=0.1)
+        for seed in range(4):
+            gradients(params, seed)
+            if seed == 2:
+                for p in params:
+                    change(p)
+            if not fused:
+                optimizer.step()
+                continue
+            versions = [p.grad._version for p in params]
+            optim.fused_step(optimizer, zero_grad=True)
+            assert all(p.grad.eq(0).all() for p in params)
+            assert all(p.grad._version > version for p, version in zip(params, versions))
+        results.append(params)
+    torch.testing.assert_close(*results, **BITWISE)
+
+
+class Own(torch.Tensor):
+    """A tensor of a user's own class."""
 
 
 def sparse(p):
@@ -315,3 +381,17 @@ def test_a_hook_that_clears_gradients():
     done = optim.fused_step(optimizer, norms=True)
     assert done.params[0] is weight
     assert done.update_norms.item() == pytest.approx(2**0.5)
+
+
+def test_gradients_with_a_pending_conjugation():
+    weights = [torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j])) for _ in range(2)]
+    for w in weights:
+        (w.conj() * torch.tensor([0.5 - 1j, 2j])).real.sum().backward()
+    assert weights[0].grad.is_conj()
+    weights[1].grad = weights[1].grad.resolve_conj()  # torch cannot clip the other
+    mine, theirs = optim.SGD(weights[:1], lr=0.1), torch.optim.SGD(weights[1:], lr=0.1)
+    done = optim.fused_step(mine, max_norm=1.0)
+    norm = torch.nn.utils.clip_grad_norm_(weights[1:], 1.0)
+    theirs.step()
+    torch.testing.assert_close(done.total_norm.float(), norm)
+    torch.testing.assert_close(weights[0], weights[1])

@@ -285,13 +285,21 @@ def test_a_second_backward_is_refused():
     torch.testing.assert_close(model.state_dict(), before, **SAME)
 
 
+class OwnScaler(torch.amp.GradScaler):
+    """As the one for sharded models, it scales by itself."""
+
+    def scale(self, outputs):
+        self._lazy_init_scale_growth_tracker(outputs.device)
+        return outputs * self._scale
+
+
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("fused", [None, True])
-def test_a_scaler_is_refused(unscale, fused):
+def test_a_scaler_that_is_not_seen_is_refused_in_its_step(unscale, fused):
     model = Tied()
     optimizer = optim.Adam(model.parameters(), fused=fused)
     handle = apply_in_backward(model, optimizer)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = OwnScaler("cpu")
     scaler.scale(loss_of(model, 0)).backward()
     if unscale:
         scaler.unscale_(optimizer)
@@ -300,6 +308,57 @@ def test_a_scaler_is_refused(unscale, fused):
     handle.remove()
     assert getattr(optimizer, "_step_supports_amp_scaling", None) is fused
     assert not hasattr(optimizer, "grad_scale")
+
+
+@pytest.mark.parametrize("several", [lambda loss: loss, lambda loss: [loss.detach(), (loss,)]], ids=["one", "several"])
+def test_a_scaled_loss_is_refused_before_its_backward(several):
+    model = Tied()
+    before = copy.deepcopy(model.state_dict())
+    scaler, plain = torch.amp.GradScaler("cpu"), torch.amp.GradScaler.scale
+    handles = [apply_in_backward(m, optim.Adam(m.parameters())) for m in (model, Tied())]
+    with pytest.raises(RuntimeError, match=r"got a GradScaler, .* and a loss of \w+\.\w+; nothing was updated"):
+        scaler.scale(several(loss_of(model, 0))).backward()
+    torch.testing.assert_close(model.state_dict(), before, **SAME)
+    handles[0].remove()
+    with pytest.raises(RuntimeError, match="got a GradScaler"):
+        scaler.scale(sum(p.sum() for p in handles[1].names))
+    scaler.scale(loss_of(model, 0)).backward()
+    assert model.last.weight.grad is not None
+    handles[1].remove()
+    assert torch.amp.GradScaler.scale is plain
+
+
+def test_a_scaler_of_other_parameters_or_that_is_off_is_let_be():
+    model, other = Tied(), Tied()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizers = [optim.Adam(m.parameters()) for m in (model, other)]
+    with apply_in_backward(model, optimizers[0]):
+        scaler.scale(loss_of(other, 0)).backward()
+        scaler.step(optimizers[1])
+        before = copy.deepcopy(model.state_dict())
+        off = torch.amp.GradScaler("cpu", enabled=False)
+        off.scale(loss_of(model, 0)).backward()
+        off.step(optimizers[0])
+        assert not torch.equal(model.last.weight, before["last.weight"])
+
+
+def test_a_scaler_that_another_has_wrapped_since():
+    model = Tied()
+    scaler, scale = torch.amp.GradScaler("cpu"), torch.amp.GradScaler.scale
+    handle = apply_in_backward(model, optim.Adam(model.parameters()))
+    ours = torch.amp.GradScaler.scale
+    torch.amp.GradScaler.scale = wrapper = lambda self, outputs: ours(self, outputs)
+    try:
+        handle.remove()
+        assert torch.amp.GradScaler.scale is wrapper
+        scaler.scale(loss_of(model, 0))
+        with apply_in_backward(model, handle._optimizer), pytest.raises(RuntimeError, match="got a GradScaler"):
+            scaler.scale(loss_of(model, 0))
+        torch.amp.GradScaler.scale = ours
+        apply_in_backward(model, handle._optimizer).remove()
+        assert torch.amp.GradScaler.scale is scale
+    finally:
+        torch.amp.GradScaler.scale = scale
 
 
 def test_removed():
@@ -366,3 +425,104 @@ def test_frozen_after_it_was_applied():
         handle.backward(model(torch.ones(1, 2)).sum(), max_norm=1.0)
         optimizer.step()
         assert not torch.equal(model[1].weight, before)
+
+
+class BrokenError(RuntimeError):
+    """As when memory runs out in the middle of a backward."""
+
+
+def fail(_):
+    raise BrokenError
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_reset_after_a_backward_that_failed(clipped):
+    model = Tied()
+    optimizer = optim.SGD(model.parameters(), lr=0.01)
+    handle = apply_in_backward(model, optimizer)
+    go = (lambda loss: handle.backward(loss, 1e3)) if clipped else torch.Tensor.backward
+    hook = model.middle.weight.register_hook(fail)
+    with pytest.raises(BrokenError):
+        go(loss_of(model, 0))
+    hook.remove()
+    if not clipped:  # whose first pass updates nothing
+        with pytest.raises(RuntimeError, match=r"After a backward that failed, call reset\(\) of the handle"):
+            go(loss_of(model, 1))
+    handle.reset()
+    twin = copy.deepcopy(model)
+    go(loss_of(model, 2))
+    optimizer.step()
+    loss_of(twin, 2).backward()
+    optim.SGD(twin.parameters(), lr=0.01).step()
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), **SAME)
+
+
+def test_reset_drops_gradients_that_were_not_taken():
+    """A hook of the user's may fail before the optimizer's is called."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    other = torch.nn.Parameter(torch.ones(1))
+    hook = model.weight.register_post_accumulate_grad_hook(fail)
+    optimizer = optim.SGD([*model.parameters(), other], lr=1.0)
+    handle = apply_in_backward(model, optimizer)
+    other.grad = torch.ones(1)
+    with pytest.raises(BrokenError):
+        model(torch.ones(1, 2)).sum().backward()
+    assert model.weight.grad is not None
+    with pytest.raises(ValueError, match=r"after a backward that failed reset\(\)"):
+        handle.backward(model(torch.ones(1, 2)).sum(), 1.0)
+    handle.reset()
+    hook.remove()
+    assert model.weight.grad is None
+    assert other.grad is None
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1e3])
+def test_clipping_trains_what_was_frozen_or_is_no_part_of_the_model(max_norm):
+    models, others = [Tied(), Tied()], [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    late = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizers = [optim.Adam([other, *m.parameters()]) for m, other in zip(models, others)]
+    handle = apply_in_backward(models[1], optimizers[1])
+    for step in range(4):
+        norms = []
+        for model, optimizer, other, added in zip(models, optimizers, others, late):
+            optimizer.zero_grad()
+            loss = loss_of(model, step) + other.square().sum() + added.square().sum()
+            if model is models[1]:
+                norms.append(handle.backward(loss, max_norm))
+            else:
+                loss.backward()
+                params = [p for group in optimizer.param_groups for p in group["params"]]
+                norms.append(torch.nn.utils.clip_grad_norm_(params, max_norm))
+            optimizer.step()
+            if step == 1:
+                optimizer.add_param_group({"params": [added]})
+                model.first.bias.requires_grad_(True)
+        torch.testing.assert_close(*norms, **SAME)
+    assert_same(models, optimizers)
+    torch.testing.assert_close(*others, **SAME)
+    torch.testing.assert_close(*late, **SAME)
+    assert late[0][0] != 1
+    assert models[1].first.bias.grad.norm() <= max_norm
+    with pytest.raises(ValueError, match=r"got one of parameter 0 of group 0, first.bias, parameter 0 of group 1"):
+        handle.backward(loss_of(models[1], 0), max_norm)
+
+
+def test_a_removed_handle_does_not_clip():
+    """Its two passes would leave twice the gradients."""
+    model = Tied()
+    handle = apply_in_backward(model, optim.Adam(model.parameters()))
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"must be in force, got backward\(\) after remove\(\)"):
+        handle.backward(loss_of(model, 0), 1.0)
+    assert model.last.weight.grad is None
+
+
+def test_a_step_that_would_clip_finds_no_gradients_and_says_so():
+    model = torch.nn.Linear(4, 4)
+    optimizer = optim.SGD(model.parameters(), lr=1.0)
+    with optim.apply_in_backward(model, optimizer):
+        model(torch.ones(1, 4)).sum().backward()
+        for options in ({"max_norm": 1.0}, {"scale": 0.5}, {"norms": True}):
+            with pytest.raises(RuntimeError, match=r"clip by the handle's backward"):
+                optim.fused_step(optimizer, **options)
+        optim.fused_step(optimizer, zero_grad=True)

@@ -11,6 +11,7 @@ import torch_bp.optim
 from tests.optim.table import PAIRS, parameters, train
 from torch_bp.optim import load_state_dict_by_name, param_groups
 from torch_bp.optim.loading import load_state_dict
+from torch_bp.optim.state_names import names_of_state
 
 EACH = pytest.mark.parametrize("name", PAIRS)
 FUSED = pytest.mark.parametrize(
@@ -348,3 +349,183 @@ def test_states_of_the_old_shape_of_a_parameter_are_refused_for_any_optimizer():
     fresh = Own(torch.nn.Linear(4, 7).named_parameters())
     with pytest.raises(RuntimeError, match=r"exp_avg of shape \(3, 4\) in the state, \(7, 4\) in the optimizer"):
         load_state_dict_by_name(fresh, optimizer.state_dict())
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_sparse_buffer_of_torchs_goes_on_dense(nesterov, by_name):
+    results = []
+    for kind in PAIRS["SGD"]:
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(6, 3, sparse=True)
+        before, after = (
+            k(table.named_parameters(), lr=0.1, momentum=0.9, nesterov=nesterov) for k in (torch.optim.SGD, kind)
+        )
+        for number in range(5):
+            table.zero_grad()
+            table(torch.tensor([1, 1, number])).pow(2).sum().backward()
+            (before if number < 2 else after).step()
+            if number == 1:
+                saved = copy.deepcopy(before.state_dict())
+                load_state_dict_by_name(after, saved) if by_name else after.load_state_dict(saved)
+                assert saved["state"][0]["momentum_buffer"].is_sparse, "what is loaded stays as it is"
+        assert after.state[table.weight]["momentum_buffer"].is_sparse == (kind is torch.optim.SGD)
+        results.append(table.weight.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_state_that_is_no_parameters_is_loaded_as_it_is():
+    saved = trained(torch_bp.optim.Adam).state_dict()
+    saved["state"]["other"] = 3
+    ours = torch_bp.optim.Adam(parameters())
+    ours.load_state_dict(saved)
+    assert ours.state["other"] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [n for n in PAIRS if n != "Lion"])
+def test_state_that_is_loaded_without_a_copy_is_shared(name, dtype):
+    """All of it; torch converts NAdam's product where the parameter is not of single precision."""
+    shared = []
+    for kind in PAIRS[name]:
+        params = parameters(dtype)
+        first, second = kind(params), kind(params)
+        train(first, params, 2)
+        second.load_state_dict(first.state_dict())
+        a, b = first.state[params[0]], second.state[params[0]]
+        shared.append({key for key in a if a[key] is b[key]})
+        everything = {*a}
+    assert shared[0] == everything
+    assert shared[1] >= everything - {"mu_product"}
+
+
+def torchs():
+    """Every optimizer of torch and of ours that steps on dense gradients by itself, and options that add a state."""
+    options = {
+        "SGD": [{}, {"momentum": 0.9}],
+        "RMSprop": [{}, {"momentum": 0.9}, {"centered": True}],
+        "Adam": [{}, {"amsgrad": True}],
+        "AdamW": [{}, {"amsgrad": True}],
+    }
+    for name in [*torch.optim.__all__, "Lion"]:
+        if name not in ("Optimizer", "LBFGS", "SparseAdam"):
+            for kind in dict.fromkeys(getattr(m, name) for m in (torch_bp.optim, torch.optim) if hasattr(m, name)):
+                yield from ((kind, each) for each in options.get(name, [{}]) if isinstance(kind, type))
+
+
+def single(kind, steps=1, **options):
+    """An optimizer of one matrix."""
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = kind([("p", p)], **options)
+    for _ in range(steps):
+        p.grad = torch.ones(3, 3)
+        optimizer.step()
+    return p, optimizer
+
+
+@pytest.mark.parametrize(("kind", "options"), [*torchs()], ids=lambda v: getattr(v, "__module__", "") + str(v))
+def test_names_of_states_are_those_that_the_optimizer_makes(kind, options):
+    p, optimizer = single(kind, **options)
+    needed, known = names_of_state(optimizer, optimizer.param_groups[0])
+    assert needed <= optimizer.state[p].keys() <= known
+    _, fresh = single(kind, 0)
+    assert not load_state_dict_by_name(fresh, optimizer.state_dict())  # with the options of the state
+    _, begun = single(kind)
+    assert not load_state_dict_by_name(begun, optimizer.state_dict())
+
+
+@pytest.mark.parametrize("begun", [0, 1])
+@pytest.mark.parametrize("library", [torch.optim, torch_bp.optim])
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        (
+            ("SGD", {"momentum": 0.9}),
+            "Adam",
+            "State of another optimizer for p: momentum_buffer in the state, where the ",
+        ),
+        (("SGD", {}), "Adam", "Options of another optimizer for group 0: betas, eps lacking in the state"),
+        (("Adam", {}), "SGD", "for p: exp_avg, exp_avg_sq, step in the state, where the optimizer has momentum_buffer"),
+        (("Adam", {}), "NAdam", "has exp_avg, exp_avg_sq, mu_product, step"),
+        (("NAdam", {}), "Adam", "for p: exp_avg, exp_avg_sq, mu_product, step in the state"),
+        (("RMSprop", {}), "Adagrad", "for p: square_avg, step in the state, where the optimizer has step, sum"),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused(source, target, message, library, begun):
+    state = single(getattr(library, source[0]), **source[1])[1].state_dict()
+    p, optimizer = single(getattr(library, target), begun, lr=0.25)
+    before = pickle.dumps(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=message):
+        load_state_dict_by_name(optimizer, state)
+    assert pickle.dumps(optimizer.state_dict()) == before
+    report = load_state_dict_by_name(optimizer, state, strict=False)
+    assert report.other_states or report.other_options
+    p.grad = torch.ones(3, 3)
+    optimizer.step()  # what does not match has stayed
+
+
+def test_a_state_without_a_needed_one_is_refused():
+    state = single(torch_bp.optim.Adam)[1].state_dict()
+    state["param_groups"][0]["amsgrad"] = True
+    _, optimizer = single(torch_bp.optim.Adam, 0)
+    with pytest.raises(RuntimeError, match="where the optimizer has exp_avg, exp_avg_sq, max_exp_avg_sq, step"):
+        load_state_dict_by_name(optimizer, state)
+
+
+def test_an_unknown_optimizer_that_has_begun_refuses_other_names():
+    _, begun = stepped(Factored)
+    state = stepped(torch.optim.SGD, momentum=0.9)[1].state_dict()
+    with pytest.raises(RuntimeError, match="State of another optimizer for weight: momentum_buffer"):
+        load_state_dict_by_name(begun, state)
+
+
+def prefixed(state, prefix):
+    state = copy.deepcopy(state)
+    for group in state["param_groups"]:
+        group["param_names"] = [prefix + name for name in group["param_names"]]
+    return state
+
+
+@pytest.mark.parametrize("prefix", ["module.", "net.model."])
+def test_names_that_differ_by_a_prefix(prefix):
+    model = network()
+    optimizer = torch_bp.optim.Adam(model.named_parameters())
+    step(model, optimizer, 0)
+    state = optimizer.state_dict()
+    wrapped = torch_bp.optim.Adam([(prefix + name, p) for name, p in model.named_parameters()])
+    for target, source in ((wrapped, state), (torch_bp.optim.Adam(model.named_parameters()), prefixed(state, prefix))):
+        with pytest.raises(RuntimeError, match=f"Names differ by the prefix '{prefix}': give strip_prefix='{prefix}'"):
+            load_state_dict_by_name(target, source)
+        names = target.param_groups[0]["param_names"]
+        assert not load_state_dict_by_name(target, source, strip_prefix=prefix)
+        assert target.param_groups[0]["param_names"] == names
+        torch.testing.assert_close(dict(target.state), dict(optimizer.state), **SAME)
+    with pytest.raises(RuntimeError) as caught:
+        load_state_dict_by_name(wrapped, prefixed(state, "x"))
+    assert "prefix" not in str(caught.value)
+
+
+def test_compiled_models_have_the_same_names():
+    model = network()
+    optimizer = torch_bp.optim.Adam(model.named_parameters())
+    step(model, optimizer, 0)
+    compiled = torch.compile(model, backend="eager")
+    other = torch_bp.optim.Adam(compiled.named_parameters())
+    assert not load_state_dict_by_name(other, optimizer.state_dict())
+    assert other.param_groups[0]["param_names"][0] == "_orig_mod.0.weight"
+    back = torch_bp.optim.Adam(model.named_parameters())
+    assert not load_state_dict_by_name(back, other.state_dict())
+    torch.testing.assert_close(dict(back.state), dict(optimizer.state), **SAME)
+
+
+def test_arguments_of_another_kind():
+    model = network()
+    optimizer = torch_bp.optim.Adam(model.named_parameters())
+    with pytest.raises(
+        ValueError, match=r"the keys 'state' and 'param_groups', got '0.weight', .*a model's, or a whole"
+    ):
+        load_state_dict_by_name(optimizer, model.state_dict())
+    with pytest.raises(TypeError, match=r"optimizer must be an optimizer, got dict\. The order is"):
+        load_state_dict_by_name(optimizer.state_dict(), optimizer)
+    with pytest.raises(TypeError, match="state_dict must be a dict, got Adam"):
+        load_state_dict_by_name(optimizer, optimizer)

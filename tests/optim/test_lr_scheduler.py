@@ -1,6 +1,7 @@
 """The schedules against torch's: one row per configuration, and properties that hold for every row."""
 
 import copy
+import inspect
 import io
 import itertools
 import math
@@ -218,10 +219,13 @@ def test_torch_resumes_with_a_wrong_rate_where_we_load(name):
 
 def test_a_state_overrules_the_constructor_and_may_have_more_groups():
     schedule = advance(build(ours, optimizer(), *FIRST["OneCycleLR"]), 5)
-    again = resumed(lambda opt: ours.OneCycleLR(opt, 0.1, total_steps=7), saved(schedule), "cs")
+    other = pytest.warns(UserWarning, match=r"run of 20 steps \(total_steps\), the schedule was constructed for 7")
+    with other:
+        again = resumed(lambda opt: ours.OneCycleLR(opt, 0.1, total_steps=7), saved(schedule), "cs")
     assert_twins(again, schedule, 10)
     alone = ours.OneCycleLR(optimizer(lrs=(0.1,)), 0.1, total_steps=7)
-    alone.load_state_dict(schedule.state_dict())
+    with other:
+        alone.load_state_dict(schedule.state_dict())
     assert advance(alone).get_last_lr() == advance(schedule).get_last_lr()[:1]
 
 
@@ -425,3 +429,25 @@ def test_functions_of_groups_that_differ_are_appended_before_loading(name):
     again.lr_lambdas.append(Halving())
     again.load_state_dict(state)
     assert again.lr_lambdas[2].power == 3
+
+
+def test_plateau_takes_last_epoch_as_every_other_schedule_does():
+    """Libraries hand it to all but torch's class, which they know by identity."""
+    options = {"patience": 0, "factor": 0.5}
+    fresh = ours.ReduceLROnPlateau(optimizer(), **options)
+    given = ours.ReduceLROnPlateau(optimizer(), **options, last_epoch=-1)
+    assert fresh.state_dict() == given.state_dict()
+    assert fresh.last_epoch == theirs.ReduceLROnPlateau(optimizer(), **options).last_epoch
+    resumed = ours.ReduceLROnPlateau(optimizer(), **options, last_epoch=4)
+    assert resumed.last_epoch == 4
+    resumed.step(1.0), resumed.step(1.0)
+    assert resumed.last_epoch == 6
+    assert resumed.get_last_lr() == pytest.approx([0.05, 0.015])
+    with pytest.raises(TypeError):
+        ours.ReduceLROnPlateau(optimizer(), "min", 0.1, 10, 1e-4, "rel", 0, 0, 1e-8, -1)
+    parameters = dict(inspect.signature(ours.ReduceLROnPlateau).parameters)
+    parameters.pop("last_epoch")
+    expected = inspect.signature(theirs.ReduceLROnPlateau).parameters
+    assert [(p.name, p.default, p.kind) for p in parameters.values()] == [
+        (p.name, p.default, p.kind) for p in expected.values()
+    ]

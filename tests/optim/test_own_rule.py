@@ -1,5 +1,7 @@
 """A rule that is not shipped: sign momentum, as README has it, by every engine, with a kill and a resume."""
 
+import functools
+import math
 import os
 import subprocess
 import sys
@@ -98,9 +100,9 @@ def test_a_rule_is_checked_when_its_class_is_made():
     def writes_gradient(param, grad, *, lr):
         return param - lr * grad
 
-    @formula(updates=("param",))
+    @formula(updates=("param", "average"))
     def rule(param, grad, average, *, lr):
-        return param - lr * grad
+        return param - lr * grad, average + grad
 
     for body in (
         {"rule": pure},
@@ -115,11 +117,6 @@ def test_a_rule_is_checked_when_its_class_is_made():
     type("Good", (optim.RuleOptimizer,), {"rule": rule, "state_names": ("average",)})
     with pytest.raises(TypeError, match="updates"):
         pure.foreach_([torch.ones(3)], [torch.ones(3)], lr=1.0)
-
-
-if __name__ == "__main__":  # in a process of its own, where Triton interprets
-    for dtype in (torch.float64, torch.float32):
-        torch.testing.assert_close(check_resume("triton", sys.argv[1], dtype)[1], by_hand(dtype))
 
 
 def test_state_in_another_order_than_the_rules():
@@ -140,3 +137,220 @@ def test_state_in_another_order_than_the_rules():
 def test_a_class_without_a_rule_makes_no_optimizer():
     with pytest.raises(TypeError, match="the class must have a rule, got none"):
         type("Empty", (optim.RuleOptimizer,), {})([torch.zeros(1)], {"lr": 0.1})
+
+
+@formula(updates=("param", "average"))
+def debiased(param, grad, average, *, lr, beta, step):
+    average = beta * average + (1 - beta) * grad
+    return param - lr / (1 - beta**step) * average, average
+
+
+def debiased_class(**body):
+    """A class of this rule, whose constructor takes everything by name."""
+
+    def build(self, params, **options):
+        super(made, self).__init__(params, {"lr": 0.1, "beta": 0.5} | options)
+
+    whole = {"rule": debiased, "state_names": ("average",), "__init__": build} | body
+    made = type("Mine", (optim.RuleOptimizer,), whole)
+    return made
+
+
+def one_step(kind, engine, **options):
+    params = parameters(torch.float64)
+    with use(engine):
+        optimizer = kind(params, **options)
+        train(optimizer, params, 1)
+    return params
+
+
+def test_state_that_the_rule_does_not_return():
+    @formula(updates=("param",))
+    def forgetful(param, grad, average, *, lr):
+        average = average + grad
+        return param - lr * average
+
+    message = (
+        r"^Mine: updates of the rule must name all its state \(average\), got updates=\('param',\) without 'average'; "
+        r"write @formula\(updates=\('param', 'average'\)\) over forgetful"
+    )
+    with pytest.raises(TypeError, match=message):
+        debiased_class(rule=forgetful)
+
+
+@pytest.mark.parametrize("engine", ["torch", "numba"])
+def test_a_keyword_called_step_is_the_number_of_the_update(engine):
+    params, by_torch = parameters(torch.float64), parameters(torch.float64)
+    averages = [torch.zeros_like(p) for p in by_torch]
+    with use(engine):
+        optimizer = debiased_class(counts_steps=True)(params)
+        for step in (1, 2, 3):
+            train(optimizer, params, 1, seed=step)
+            for p, mine, average in zip(by_torch, params, averages):
+                average.mul_(0.5).add_(mine.grad, alpha=0.5)
+                p.data -= 0.1 / (1 - 0.5**step) * average
+    torch.testing.assert_close(params, by_torch)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            {"scalars": lambda self, group, step: {}},
+            r"scalars must take \(self, group, step, fresh\), got \(self, group, step\); write `def scalars\(self, gr",
+        ),
+        ({"numbers": ("mu",), "counts_steps": True}, r"scalars must take \(self, group, step, fresh, mu\)"),
+        ({"numbers": ("mu",)}, r"numbers are kept beside the step count, .* set counts_steps = True"),
+        ({"numbers": "mu"}, "numbers must be a tuple of names, got 'mu'"),
+    ],
+)
+def test_a_class_that_a_step_could_not_use(body, message):
+    with pytest.raises(TypeError, match=f"^Mine: {message}"):
+        debiased_class(**body)
+
+
+def test_scalars_that_a_step_can_call():
+    debiased_class(scalars=staticmethod(lambda group, step, fresh: {}))
+    debiased_class(scalars=functools.partialmethod(lambda self, other, group, step, fresh: {}, 1))
+    debiased_class(scalars=lambda self, *arguments, **numbers: {}, numbers=("mu",), counts_steps=True)
+
+
+def returning(result):
+    return {"scalars": lambda self, group, step, fresh: result}
+
+
+AT_A_STEP = {
+    "no count": ({}, {}, ValueError, "got no 'step'; set counts_steps = True in the class"),
+    "no keyword": (
+        {"counts_steps": True, "rule": formula(updates=("p", "m"))(lambda p, g, m, *, eps: (p - eps * g, m))},
+        {},
+        ValueError,
+        "got no 'eps'; add them to `defaults` or override `scalars`",
+    ),
+    "nothing": (
+        returning(None),
+        {},
+        TypeError,
+        r"must return a dict of the rule's keywords \(lr, beta, step\), got None",
+    ),
+    "other keys": (
+        returning({"lr": 0.1, "step": 1, "betas": 0.5}),
+        {},
+        TypeError,
+        "got no 'beta' and 'betas', which it does not take",
+    ),
+    "a string": (
+        returning({"lr": "0.1", "step": 1, "beta": 0.5}),
+        {},
+        TypeError,
+        "lr must be a number, got the string '0.1'; write it without quotes",
+    ),
+    "a dict": (
+        returning({"lr": {}, "step": 1, "beta": 0.5}),
+        {},
+        TypeError,
+        r"lr must be a number, got \{\}, of type dict",
+    ),
+    "division": (
+        {"scalars": lambda self, group, step, fresh: {"lr": group["lr"] / (1 - 0.5**step)}},
+        {},
+        ValueError,
+        r"scalars has failed \(ZeroDivisionError: .*, and `step` is 0 in it, .* set counts_steps = True",
+    ),
+    "logarithm": (
+        {"scalars": lambda self, group, step, fresh: {"lr": math.log(step)}},
+        {},
+        ValueError,
+        r"scalars has failed \(ValueError: .* set counts_steps = True",
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ["torch", "numba"])
+@pytest.mark.parametrize("case", AT_A_STEP)
+def test_numbers_that_a_step_cannot_use(case, engine):
+    body, options, error, message = AT_A_STEP[case]
+    with pytest.raises(error, match=f"^Mine: .*{message}"):
+        one_step(debiased_class(**body), engine, **options)
+
+
+def test_other_errors_of_scalars_are_left_as_they_are():
+    def scalars(self, group, step, fresh):
+        raise ValueError("lr is too large")
+
+    with pytest.raises(ValueError, match=r"^lr is too large$"):
+        one_step(debiased_class(scalars=scalars), "numba")
+    with pytest.raises(ZeroDivisionError):
+        one_step(debiased_class(scalars=lambda self, group, step, fresh: {"lr": 1 / 0}, counts_steps=True), "numba")
+
+
+@formula(updates=("param",))
+def pair(param, grad, *, lr, betas):
+    first, second = betas
+    return param - lr * first * second * grad
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "message"),
+    [
+        ({}, {"lr": "0.1"}, "lr must be a number, got the string '0.1'; write it without quotes"),
+        ({}, {"lr": "fast"}, "lr must be a number, got 'fast', of type str"),
+        (
+            {"scalars": lambda self, group, step, fresh: {}},
+            {"lr": "1e-3"},
+            "lr must be a number, got the string '1e-3'",
+        ),
+        (returning({}), {"betas": ("0.9", 0.99)}, r"betas must be a number, got \('0.9', 0.99\)"),
+        (
+            {"rule": pair, "state_names": ()},
+            {"betas": (0.9, 0.99)},
+            r"betas must be a number, got the tuple \(0.9, 0.99\); unpack it in a `scalars` of the class's own, "
+            r"`beta1, beta2 = group\['betas'\]`",
+        ),
+    ],
+)
+def test_hyperparameters_that_are_no_numbers(body, options, message):
+    kind = debiased_class(counts_steps=True, **body)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match=f"^Mine: {message}"):
+        kind([parameter], **options)
+    with pytest.raises(TypeError, match=f"^Mine: {message}"):
+        kind([{"params": [parameter], **options}])
+
+
+def test_hyperparameters_that_are_strings_on_purpose():
+    kind = debiased_class(**returning({"lr": 0.1, "beta": 0.5, "step": 1}))
+    one_step(kind, "numba", direction="down")
+    kind([("0", torch.nn.Parameter(torch.ones(2)))])  # a name of a parameter that reads as a number
+    with pytest.raises(ValueError, match="`step` is the number of the update, got a hyperparameter of this name"):
+        debiased_class(counts_steps=True)([torch.nn.Parameter(torch.ones(2))], step=1)
+
+
+def test_a_number_that_becomes_a_string_later_is_named_and_changes_nothing():
+    params = parameters()
+    optimizer = debiased_class(counts_steps=True)(params)
+    train(optimizer, params, 1)
+    before = [p.clone() for p in params]
+    optimizer.param_groups[0]["lr"] = "0.1"
+    with pytest.raises(TypeError, match=r"^Mine: lr must be a number"):
+        train(optimizer, params, 1)
+    assert all(map(torch.equal, before, params))
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+def test_a_constructor_that_forgets_its_super():
+    class Forgetful(SignMomentum):
+        def __init__(self, params):
+            self.params = params
+
+    message = r"^Forgetful: __init__ must call super\(\).__init__\(params, defaults\), got an optimizer without"
+    optimizer = Forgetful([torch.ones(1)])
+    for use_it in (optimizer.step, optimizer.zero_grad, lambda: optimizer.param_groups, lambda: optimizer.state):
+        with pytest.raises(AttributeError, match=message):
+            use_it()
+    assert not hasattr(SignMomentum, "param_groups")
+
+
+if __name__ == "__main__":  # in a process of its own, where Triton interprets
+    for dtype in (torch.float64, torch.float32):
+        torch.testing.assert_close(check_resume("triton", sys.argv[1], dtype)[1], by_hand(dtype))

@@ -167,7 +167,10 @@ def test_the_table():
     [
         ({"lr": {"haed": 1.0}}, "lr must have patterns that match a parameter, got 'haed'; the nearest names are head"),
         ({"lr": {re.compile("^x$"): 1.0}}, r"got '\^x\$'; names are like position, embedding.weight"),
-        ({"no_decay": "biases"}, "no_decay must have patterns that match a parameter, got 'biases'"),
+        (
+            {"no_decay": "bias,norms"},
+            "no_decay must have .*, got 'norms'; the nearest names are norm.*; the words are bias, norm, embed",
+        ),
         ({"lr": {"*": 1.0, "head": 2.0}}, "got 'head' after patterns that match all it does; put it before them"),
         ({"lr": {"head": -1.0}}, "lr of 'head' must be at least 0 and finite, got -1.0"),
         ({"weight_decay": float("nan")}, "weight_decay must be at least 0 and finite, got nan"),
@@ -180,6 +183,53 @@ def test_the_table():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=f"^param_groups: .*{message}"):
         param_groups(Network(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"weight_decay": {"head": 0.1}},
+            "weight_decay must be a number, got {'head': 0.1}; rates by pattern are for lr",
+        ),
+        ({"lr": "0.1"}, r"lr of '\*' must be a number, got '0.1'"),
+        ({"lr": {"head": None}}, "lr of 'head' must be a number, got None"),
+        ({"lr": True}, r"lr of '\*' must be a number, got True"),
+    ],
+)
+def test_what_is_no_number(options, message):
+    with pytest.raises(TypeError, match=f"^param_groups: {message}"):
+        param_groups(Network(), **options)
+
+
+def test_numbers_are_near_to_nothing():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    for pattern in ("11", "l1"):
+        with pytest.raises(ValueError, match=f"got '{pattern}'; names are like 0.weight, 0.bias, 1.weight"):
+            param_groups(model, lr={pattern: 1.0})
+
+
+def test_compiled_models():
+    """Whole or in part: patterns see the names of before, groups have those of `named_parameters`."""
+    model = Network()
+    expected = param_groups(model, lr={"blocks.1": 0.2, "*": 0.3}, no_decay=["head", re.compile("^norm")])
+    model.blocks[1].compile()  # in place, which changes no name
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    compiled = torch.compile(model, backend="eager")
+    groups = param_groups(compiled, lr={"blocks.1": 0.2, "*": 0.3}, no_decay=["head", re.compile("^norm")])
+    names = {name for name, _ in compiled.named_parameters()}
+    assert {name for group in groups for name, _ in group["params"]} == names
+    assert any("_orig_mod.blocks.1._orig_mod" in name for name in names)
+    assert [[p for _, p in group.pop("params")] for group in groups] == [[p for _, p in g["params"]] for g in expected]
+    linears = [torch.nn.Linear(2, 2) for _ in range(3)]
+    stack = torch.compile(torch.nn.Sequential(*linears[:2]), backend="eager")
+    seen = []
+    groups = param_groups(torch.nn.Sequential(stack, linears[2]), lr=1.0, layer_decay=0.5, no_decay="")
+    assert [group["lr"] for group in groups] == [0.25, 0.5, 1]
+    param_groups(stack, lr=1.0, layer_decay=0.5, depth=lambda name: seen.append(name) or 0)
+    assert seen == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    with pytest.raises(ValueError, match="the nearest names are head"):
+        param_groups(compiled, lr={"haed": 1.0})
 
 
 def test_what_is_no_model():

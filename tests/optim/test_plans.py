@@ -98,7 +98,21 @@ def other_order(params, optimizer):
     optimizer.param_groups[0]["params"].reverse()
 
 
+def no_momentum(params, optimizer):
+    """Another layout of state."""
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = 0.0
+
+
+def replace_parameter(params, optimizer):
+    """In the very list that the group holds."""
+    params[1] = optimizer.param_groups[0]["params"][1] = torch.nn.Parameter(params[1].detach().clone() * 2)
+
+
 CHANGES = [
+    no_momentum,
+    replace_parameter,
     swap_data,
     transpose_data,
     transpose_in_place,
@@ -132,6 +146,20 @@ def test_a_change_in_mid_training(name, change):
         results.append((params, optimizer))
     reloaded = name == "NAdam" and change is reload_state  # torch goes on in float64 with a product of float32
     torch.testing.assert_close(results[0][0], results[1][0], **({"rtol": 1e-10, "atol": 1e-11} if reloaded else EXACT))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_every_step_counts_as_a_write_and_asks_for_the_engine(name):
+    params = parameters()
+    optimizer = PAIRS[name][0](params, **OPTIONS[name])
+    train(optimizer, params, 5)
+    assert optimizer._plan.again
+    before = [p._version for p in params]
+    train(optimizer, params, 1)
+    assert [p._version for p in params] == [version + 1 for version in before]
+    with use("torch"):
+        train(optimizer, params, 1)
+    assert not optimizer._plan.again
 
 
 GRADIENTS = {

@@ -315,6 +315,44 @@ def test_a_generator_ends_the_test_early():
     test = lr_find(model, nn.MSELoss(), optimizer, (batches[0] for _ in range(4)))
     assert len(test.lr) == 4
     assert not test.diverged
+    assert test.cut_short
+    lines = str(test).splitlines()
+    assert lines[0] == "4 of 100 rates tried, 1e-07 to 1.75e-07: the batches ended before max_lr, 10."
+    assert lines[-1].endswith("Give more batches or epochs, or take fewer steps.")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("model optimizer loss batches", TypeError, r"loss_fn must be a function of \(output, target\), got SGD"),
+        ("model loss batches optimizer", TypeError, "optimizer must be an optimizer, got list"),
+        ("optimizer loss model batches", TypeError, r"model must be a torch.nn.Module, got SGD\. The order is lr_find"),
+        ("model class optimizer batches", TypeError, "loss_fn must be a function of .* got type"),
+        ("model loss optimizer number", TypeError, "batches must be batches to go through, got int"),
+        (
+            "model many optimizer batches",
+            ValueError,
+            r"loss_fn must give a tensor of one number, got shape \(256, 1\)\. Take the mean",
+        ),
+        ("model float optimizer batches", ValueError, "loss_fn must give a tensor of one number, got float"),
+    ],
+)
+def test_refuses_arguments_of_another_kind(given, error, message):
+    model, optimizer, batches = problem()
+    before = snapshot(model, optimizer)
+    values = {
+        "model": model,
+        "optimizer": optimizer,
+        "loss": nn.MSELoss(),
+        "batches": batches,
+        "class": nn.MSELoss,
+        "number": 3,
+        "many": nn.MSELoss(reduction="none"),
+        "float": lambda output, target: 1.0,
+    }
+    with pytest.raises(error, match=f"^lr_find: {message}"):
+        lr_find(*(values[name] for name in given.split()))
+    assert_same(snapshot(model, optimizer), before)
 
 
 def recorded(losses, **options):
@@ -337,14 +375,41 @@ def test_rules_on_a_curve_drawn_by_hand():
     assert test.suggestion("steepest") == test.suggestion() == pytest.approx(1e-2)  # from 5.0 to 4.5 to 2.0
     assert test.suggestion("minimum") == pytest.approx(test.lr[5] / 10)
     assert test.suggestion("valley") == pytest.approx(test.lr[4])
+    assert str(test).splitlines() == [
+        "8 of 8 rates tried, 0.0001 to 1e+03; the loss did not diverge.",
+        "Take more steps: the rates are apart by a factor of 10.",
+        'Begin with lr = 0.01, "steepest"; the rules in turn:',
+        "  steepest  0.01      where the loss falls fastest",
+        "   minimum  1         a tenth of the rate of the lowest loss",
+        "    valley  1         two thirds along the longest fall of the loss",
+    ]
+    assert (
+        repr(test)
+        == "RangeTest(min_lr=0.0001, max_lr=1000.0, steps=8, smoothing=0.0, diverge=1000000000.0, diverged=False)"
+    )
     with pytest.raises(ValueError, match="rule must be one of steepest, minimum, valley, got 'best'"):
         test.suggestion("best")
 
 
-@pytest.mark.parametrize("losses", [[1.0, 2.0, 3.0, 4.0], [2.0, 1.0]])
-def test_no_suggestion_without_a_fall(losses):
-    with pytest.raises(RuntimeError, match="the loss must fall somewhere to suggest a rate"):
-        recorded(losses).suggestion()
+@pytest.mark.parametrize(
+    ("losses", "steps", "remedy"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], 4, "Take more steps: the rates are apart by a factor of 215."),
+        ([2.0, 1.0], 2, "Take more steps: the rates are apart by a factor of 1e+07."),
+        ([1.0, 2.0, 3.0], 30, "as the batches ended after 3 of 30 rates. Give more batches or epochs"),
+        ([1.0, 2.0, math.inf], 30, "Take a smaller min_lr"),
+        ([1.0] * 30, 30, "Take a larger max_lr"),
+        ([], 30, "got no losses, as the batches ended"),
+    ],
+)
+def test_no_suggestion_without_a_fall(losses, steps, remedy):
+    test = RangeTest(1e-4, 1e3, steps, smoothing=0.0, diverge=1e9)
+    for loss in losses:
+        test.record(loss)
+    with pytest.raises(RuntimeError, match="the loss must fall somewhere to suggest a rate") as caught:
+        test.suggestion()
+    assert remedy in str(caught.value)
+    assert str(test).splitlines()[1:] == [str(caught.value)]
 
 
 def test_diverges_with_negative_losses_too():

@@ -175,6 +175,42 @@ def test_a_compiled_step_is_compiled_once(name, schedule):
     torch.testing.assert_close(weight, twin[0], rtol=1e-6 if rounded else 1e-12, atol=1e-15)
 
 
+@pytest.fixture
+def in_double():
+    """Step counts, too, and what follows from them, which a compiled step keeps in tensors."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", [*sorted({*OPTIMIZERS} - WITHOUT_MOMENTUM), "Lion"])
+@pytest.mark.parametrize("schedule", ["OneCycleLR", "CyclicLR"])
+@pytest.mark.parametrize("rate", [float, torch.tensor], ids=["number", "tensor"])
+def test_a_compiled_step_whose_momentum_changes(name, schedule, rate, in_double):
+    """As in eager, and with no graph of its own for each momentum."""
+    results = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        counters.clear()
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 5))
+        optimizer = getattr(optim, name)([weight], **OPTIMIZERS.get(name, {}) | {"lr": rate(0.01)})
+        options = {"OneCycleLR": {"max_lr": 0.05, "total_steps": 13}, "CyclicLR": {"base_lr": 0.01, "max_lr": 0.05}}
+        cycle = getattr(our_schedules, schedule)(optimizer, **options[schedule])
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        graphs, momenta = [], []
+        for t in range(12):
+            group = optimizer.param_groups[0]
+            momenta.append(group["betas"][0] if "betas" in group else group["momentum"])
+            weight.grad = NOISE[t] + 0.1 * weight.detach()
+            step()
+            cycle.step()
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert len({*momenta}) > 6
+        assert graphs[-1] == graphs[2] == (2 if compiled else 0)  # one with the first momentum, one with any
+        results.append((weight, optimizer.state[weight]))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-15)
+
+
 def test_states_hold_copies():
     _, _, schedule = build("SGD", "SequentialLR", lr=torch.tensor(0.01, dtype=torch.float64))
     state = copy.deepcopy(schedule.state_dict())

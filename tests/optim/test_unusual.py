@@ -1,5 +1,6 @@
 """Everything that is not a list of plain dense parameters: sparse, mixed, scaled, compiled, differentiated."""
 
+import re
 import warnings
 
 import pytest
@@ -168,6 +169,27 @@ def test_compiled_step(name):
     torch.testing.assert_close(*results, **CLOSE)
 
 
+@EACH
+def test_compiled_step_of_single_numbers_in_double(name):
+    """Which torch.compile takes for Python numbers, and loses what is written to them as to other tensors."""
+    results = []
+    torch.set_default_dtype(torch.float64)  # that of the step counts
+    try:
+        for compiled in (True, False):
+            torch._dynamo.reset()
+            params = parameters(shapes=[(), (3,)])
+            optimizer = PAIRS[name][0](params)
+            step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+            for seed in range(4):
+                for p, grad in zip(params, parameters(shapes=[(), (3,)], seed=seed + 1)):
+                    p.grad = grad.detach()
+                step()
+            results.append((params, [optimizer.state[p] for p in params if p in optimizer.state]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(*results, **EXACT)
+
+
 @pytest.mark.parametrize("name", [n for n in TORCHS if "capturable" in PAIRS[n][1]([torch.ones(1)]).defaults])
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
 def test_capturable(name, lr):
@@ -281,3 +303,162 @@ def test_several_threads_step_one_optimizer():
         thread.join()
     assert not failures
     assert all(p.isfinite().all() for p in params)
+
+
+@EACH
+@pytest.mark.parametrize("momentum", [0.9, 0.0], ids=["momentum", "none"])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_listed_twice_is_updated_twice(name, momentum):
+    if momentum and name not in ("SGD", "RMSprop"):
+        pytest.skip("has no momentum of this name")
+    options = {"momentum": momentum, "weight_decay": 0.1} if momentum else {}
+    if momentum and name == "SGD":
+        options["dampening"] = 0.5
+    results = []
+    for kind in PAIRS[name]:
+        w, other = parameters(shapes=[(3,), (4,)])
+        optimizer = kind([w, other, w], lr=0.1, **options)
+        for seed in range(4):
+            train(optimizer, [w, other], 1, seed=seed)
+        results.append([w, other, optimizer.state[w]])
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_plan_is_kept_beside_a_parameter_that_is_listed_twice():
+    w, other = parameters(shapes=[(3,), (4,)])
+    optimizer = optim.Adam([w, other, w])
+    train(optimizer, [w, other], 3)
+    kept = optimizer._plan.shares[0]
+    assert [bucket.positions for bucket in kept.buckets] == [[1]]
+    train(optimizer, [w, other], 3)
+    assert optimizer._plan.shares[0] is kept
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["one tensor", "views of one"])
+@pytest.mark.parametrize("name", [n for n in TORCHS if n != "SGD"])
+def test_parameters_that_share_a_step_count(name, views):
+    """Each of them counts, as in torch."""
+    results = []
+    for kind in PAIRS[name]:
+        params = parameters(shapes=[(3,), (4,), (5,)])
+        optimizer = kind(params, **({} if name == "NAdam" else {"foreach": False}))
+        train(optimizer, params, 2)
+        for key in optimizer.state[params[0]].keys() & {"step", "mu_product"}:
+            shared = optimizer.state[params[0]][key]
+            for p in params[:2]:
+                optimizer.state[p][key] = shared.view(()) if views else shared
+        train(optimizer, params, 4, seed=2)
+        results.append([params, [optimizer.state[p]["step"] for p in params]])
+    assert [step.item() for step in results[0][1]] == [10, 10, 6]
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
+
+
+@EACH
+def test_a_gradient_whose_conjugation_is_pending(name):
+    results = []
+    for pending in (True, False):
+        w = torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex128))
+        optimizer = PAIRS[name][0]([w], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (w.conj() * torch.tensor([2 + 1j, -1j], dtype=torch.complex128)).real.sum().backward()
+            assert w.grad.is_conj()
+            w.grad = w.grad if pending else w.grad.resolve_conj()
+            optimizer.step()
+        results.append(w.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert results[0].ne(torch.tensor([1 + 2j, 3 - 1j])).all()
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+def test_integer_parameters_are_refused_where_numbers_would_be_cut(name, dtype):
+    for kind in PAIRS[name][: 1 if name == "Lion" else 2]:
+        p = torch.nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
+        optimizer = kind([p], lr=0.5)
+        p.grad = torch.ones(3, dtype=dtype)
+        with pytest.raises(RuntimeError):  # NotImplementedError is one
+            optimizer.step()
+        assert p.eq(1).all()
+
+
+def test_integer_parameters_take_integer_steps():
+    for kind in PAIRS["SGD"]:
+        p = torch.nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+        p.grad = torch.ones(3, dtype=torch.int64)
+        kind([p], lr=2).step()
+        assert p.tolist() == [-2, -2, -2]
+
+
+@pytest.mark.parametrize("value", ["0.1", None, [0.1]], ids=repr)
+@pytest.mark.parametrize("way", ["list", "one by one"])
+@pytest.mark.parametrize(
+    ("name", "key"), [("SGD", "lr"), ("SGD", "momentum"), ("Adam", "lr"), ("Adam", "eps"), ("Lion", "weight_decay")]
+)
+def test_a_number_that_is_none_is_named(name, key, way, value):
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = PAIRS[name][0]([p], **({"momentum": 0.9} if name == "SGD" else {}))
+    p.grad = torch.ones(2, 3) if way == "list" else torch.ones(3, 2).t()
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(TypeError, match=rf"^{name}: {key} must be a number, got .*{re.escape(str(value))}"):
+        optimizer.step()
+    assert p.eq(1).all()
+    assert not optimizer.state[p]
+
+
+def test_other_errors_of_a_rule_are_its_own():
+    class Broken(optim.SGD):
+        @staticmethod
+        def rule(*tensors, **scalars):
+            raise TypeError("something else")
+
+        rule.__func__.formula = optim.SGD.rule.formula
+
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.ones(3, 2).t()
+    with pytest.raises(TypeError, match=r"^something else$"):
+        Broken([p], lr=0.1).step()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_first_step_with_momentum_is_differentiated(nesterov):
+    """Where torch detaches the buffer, and with it all or part of the gradient."""
+    found = []
+    for library in (optim, torch.optim):
+        gradient = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        p = torch.zeros(2, dtype=torch.float64)
+        optimizer = library.SGD([p], lr=0.1, momentum=0.9, nesterov=nesterov, differentiable=True)
+        q = torch.zeros(2, dtype=torch.float64, requires_grad=True).clone()
+        optimizer.param_groups[0]["params"][0] = q
+        q.grad = gradient.clone()
+        optimizer.step()
+        found.append(torch.autograd.grad(q.sum(), gradient, allow_unused=True)[0])
+    torch.testing.assert_close(found[0], torch.full((2,), -0.19 if nesterov else -0.1, dtype=torch.float64))
+    if nesterov:
+        torch.testing.assert_close(found[1], torch.full((2,), -0.1, dtype=torch.float64))
+    else:
+        assert found[1] is None
+
+
+def test_what_torch_refuses_runs():
+    """Documented in `torch_bp.optim`."""
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    table = torch.nn.Embedding(6, 3, sparse=True)
+    for library in (optim, torch.optim):
+        p.grad = torch.ones_like(p)
+        table.zero_grad()
+        table(torch.tensor([1])).sum().backward()
+        for params in ([p], table.parameters()):
+            optimizer = library.SGD(params, lr=0.1, fused=True)
+            if library is optim:
+                optimizer.step()
+            else:
+                with pytest.raises(RuntimeError):
+                    optimizer.step()
+    q = torch.nn.Parameter(torch.ones(2))
+    q.grad = torch.ones(2)
+    optim.Adam([q], capturable=True).step()
+    assert q.lt(1).all()
+    with pytest.raises(AssertionError):
+        torch.optim.Adam([q], capturable=True).step()

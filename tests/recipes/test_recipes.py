@@ -132,8 +132,16 @@ def test_resume(cli: Cli, tmp_path: Path) -> None:
 
 def test_resume_past_the_end_of_the_schedule(cli: Cli) -> None:
     cli("fit", "digits", "--trainer.max_epochs", "1", "--model.hidden", "[8]")
-    with pytest.raises(ValueError, match=r"OneCycleLR: total_steps must be at least 80, .*, got 40\. Shorten"):
+    refused = pytest.raises(ValueError, match=r"OneCycleLR: total_steps must be at least 80, .*, got 40\. Shorten")
+    with refused, pytest.warns(UserWarning, match=r"run of 40 steps \(total_steps\), .* constructed for 80"):
         cli("fit", "digits", "--trainer.max_epochs", "2", "--ckpt_path", "last")
+
+
+def test_a_range_test_keeps_and_reports_nothing(cli: Cli, capsys: Capture) -> None:
+    flags = ("--trainer.max_epochs=-1", "--trainer.max_steps=30", "--trainer.callbacks.steps=30")
+    cli("fit", "digits", "--trainer.callbacks=torch_bp.lightning.LRFinder", *flags)
+    assert not list(Path("logs").rglob("*.ckpt"))
+    assert "accuracy" not in capsys.readouterr().out
 
 
 def test_evaluation(cli: Cli, capsys: Capture) -> None:

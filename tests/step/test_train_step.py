@@ -10,7 +10,7 @@ from torch_bp import nn, optim
 from torch_bp.nn import functional as F
 from torch_bp.step import TrainStep
 from torch_bp.step.capture import NotCapturableError
-from torch_bp.step.trace import UnknownBackwardError
+from torch_bp.step.explicit import UnknownBackwardError
 
 
 class Own(torch.nn.Module):
@@ -470,3 +470,67 @@ def test_plan_and_memory():
     assert step.plan.parameters == [name for name, _ in model.named_parameters()]
     assert 0 < step.plan.bytes < step.plan.apart
     assert step.memory()["gradients"] == sum(4 * p.numel() for p in model.parameters())
+
+
+class Widening(torch.nn.Module):
+    """Goes to another precision and back, by methods whose names are those of Python's own conversions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h) + self.last(h.double().float())
+
+
+class Counting(torch.nn.Module):
+    """Has a buffer and a counter that every call replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.calls = nn.Linear(12, 5), 0
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x):
+        self.calls += 1
+        h = self.first(x)
+        self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        return h - self.mean
+
+
+@pytest.mark.parametrize("kind", [Widening, Counting])
+def test_models_with_ways_of_their_own(kind):
+    torch.manual_seed(1)
+    mine = kind()
+    theirs = copy.deepcopy(mine)
+    loss_fn = nn.CrossEntropyLoss()
+    step = TrainStep(mine, loss_fn, optim.SGD(mine.parameters(), lr=0.1))
+    got = torch.stack([step(x, y) for x, y in batches("cross-entropy")])
+    expected = by_autograd(theirs, loss_fn, optim.SGD(theirs.parameters(), lr=0.1), batches("cross-entropy"))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+    assert_same_state(mine, theirs, 1e-6)
+    if kind is Counting:
+        assert mine.calls == theirs.calls == 6
+        before = mine.mean.clone()
+        with pytest.raises(FloatingPointError):
+            step(torch.full((16, 12), torch.inf), torch.zeros(16, dtype=torch.int64))
+        assert torch.equal(mine.mean, before)
+
+
+def test_hooks_on_parameters_are_called_and_those_on_backwards_refused():
+    mine, theirs = pair("linear")
+    seen = []
+    for model in (mine, theirs):
+        model.weight.register_hook(lambda g: g * 3)
+        model.bias.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    step = TrainStep(mine, nn.CrossEntropyLoss(), optim.SGD(mine.parameters(), lr=0.1))
+    data = list(batches("cross-entropy", 3))
+    for x, y in data:
+        step(x, y)
+    by_autograd(theirs, nn.CrossEntropyLoss(), optim.SGD(theirs.parameters(), lr=0.1), data)
+    assert_same_state(mine, theirs)
+    assert len(seen) == 6
+    mine.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="no backward hooks, got one on the model"):
+        step(*data[0])

@@ -115,9 +115,36 @@ def _threads() -> int:
     return min(threads, _state["threads"])
 
 
+@contextlib.contextmanager
+def _announced(name: str) -> Iterator[None]:
+    """Say in the log that a kernel is being compiled, before the wait, where it was not found on disk.
+
+    A line of the level INFO, and nothing on stderr: the wait is a second or two, once on a machine, and what a library
+    says there unasked tears progress bars and comes once from every rank.
+    """
+    event: Any = importlib.import_module("numba.core.event")
+    thread, told = threading.get_ident(), [False]
+
+    def tell(compilation: Any) -> None:
+        if not told[0] and threading.get_ident() == thread:
+            told[0] = True
+            kept = cache.folder()
+            _log.info(
+                "compiling the kernel %s, a second or so; %s",
+                name,
+                f"it is kept in {kept}"
+                if kept
+                else "it is not kept, as the cache folder cannot be used: set TORCH_BP_CACHE to one that can",
+            )
+
+    listener = type("Listener", (event.Listener,), {"on_start": lambda _, e: tell(e), "on_end": lambda _, e: None})
+    with event.install_listener("numba:compile", listener()):
+        yield
+
+
 def compiled(name: str, text: str) -> ModuleType:
     """Return the module of this text, its functions compiled or taken from disk."""
-    with _lock:
+    with _lock, _announced(name):
         try:
             return cache.load(name, text)
         except Exception as error:

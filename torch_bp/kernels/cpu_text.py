@@ -57,7 +57,9 @@ SPELLING = {
     "not": "not {0}",
     "one_hot": "(real(1) if i == {0} else real(0))",
     "zeros_like": "real(0)",
+    "as_stored": "{0}",
 }
+_HALF_SPELLING = {**SPELLING, "as_stored": "widened(rounded({0}))"}
 START = {"row_sum": "types.float64(0)", "row_max": "real(-math.inf)", "total": "types.float64(0)"}
 _GATHER = {"row_sum": "add({0}, {1})", "row_max": "larger({0}, {1})", "total": "add({0}, {1})"}
 
@@ -121,7 +123,7 @@ set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.int
 
 def _loop(expression: Expression, targets: Sequence[str], dtype: torch.dtype, count: str, indent: str) -> str:
     """The loop over one stretch of memory: load what is read, compute, store to `targets`."""
-    spell = Speller(expression, SPELLING)
+    spell = Speller(expression, _HALF_SPELLING if half.is_half(dtype) else SPELLING)
     computed = [n for n in expression.order if n.kind != "total"]
     body = [load(n, dtype) if n.operation == "input" else spell.line(n) for n in computed]
     body += stores(spell, zip(targets, expression.outputs), "i", dtype)

@@ -56,6 +56,7 @@ _SPELLING = {
     "not": "({0} == 0)",
     "one_hot": "tl.where(place == {0}, 1.0, 0.0).to(REAL)",
     "zeros_like": "tl.zeros((BLOCK,), REAL)",
+    "as_stored": "{0}.to(STORED).to(REAL)",
 }
 _REDUCE = {
     "row_sum": ("0.0", "{0} + {1}", "tl.sum({0}, 0)"),

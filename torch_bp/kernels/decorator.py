@@ -49,8 +49,15 @@ def formula(
     """Make a function of plain arithmetic run as torch operations, as a Numba kernel and as a Triton kernel.
 
     Positional arguments are tensors of one shape (or None, if the function can do without). Keyword-only arguments are
-    numbers, or one-element tensors. The body may use `+ - * / **`, comparisons, `& | ~`, and `sqrt exp log tanh erf
-    sigmoid where maximum minimum abs sign` from `torch_bp.kernels`, which follow torch in NaN and Inf.
+    numbers, or one-element tensors. The body may use, on tensors and on numbers:
+
+    - `+ - * / **`, comparisons, and `& | ~` between comparisons;
+    - from `torch_bp.kernels`, with torch's rules for NaN and Inf: `sqrt exp log tanh erf sigmoid abs sign`, of one
+      value; `maximum minimum`, of two; `where(condition, a, b)`; `zeros_like(x)`, a result that is 0 everywhere;
+    - in a formula over lists, `total(x)`: a result that is one number per tensor, the sum of its elements;
+    - in a formula over rows, `row_sum row_max column_sum one_hot`.
+
+    Functions of `math` take Python numbers alone, and those of `torch` and NumPy have no kernel.
 
     Args:
         updates: names of positional arguments that the results, in this order, are written to in place. Default: the
@@ -66,7 +73,7 @@ def formula(
 
     Raises:
         TypeError: the signature has `*args` or `**kwargs`, or `updates` or `static` name no argument. When a kernel
-            is first needed, `FormulaError` names the construct that a kernel cannot compute.
+            is first needed, `FormulaError` names the construct that a kernel cannot compute, with file and line.
 
     Example:
         >>> import torch

@@ -50,7 +50,7 @@ def entry(expression: Expression, targets: Sequence[str], dtype: torch.dtype, by
     Its `run(elements, handle..., scalar...)` takes handles of the inputs and of the results, and returns UNFIT if the
     tensors are not for the kernel; then nothing was done.
     """
-    if native.functions() is None:  # compiled code cannot look at tensors
+    if native.entries() is None:  # compiled code cannot look at tensors
         return None
     return cpu.Kernel(_text_rows if by_rows else _text_single, expression, targets, dtype, function="entry")
 

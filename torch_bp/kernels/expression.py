@@ -12,12 +12,14 @@ Python numbers in `tensor * number`.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch_bp.kernels.functions import FUNCTIONS
+from torch_bp.kernels.place import place
 from torch_bp.kernels.symbol import RETURNED, FormulaError, Symbol, Trace
 
 
@@ -143,29 +145,33 @@ def trace(
     absent = set(absent)
     arguments = [None if n in absent else record.input(n, kind) for n, kind in tensors.items()]
     keywords = {n: record.input(n, "scalar") for n in scalars}
+    code = inspect.unwrap(function).__code__  # type: ignore[attr-defined]
     try:
         result = function(*arguments, **keywords, **static)
-    except FormulaError:
+    except FormulaError as error:
+        error.args = (f"{place(error.__traceback__, code)}: {error}",)
         raise
     except Exception as error:
         raise FormulaError(
-            f"formula {name}: {type(error).__name__} while it was called with symbols: {error}. A formula is plain "
-            f"arithmetic with operators and {', '.join(FUNCTIONS)}."
+            f"{place(error.__traceback__, code)}: formula {name}: {type(error).__name__} while it was called with "
+            f"symbols: {error}. A formula is plain arithmetic with operators and {', '.join(FUNCTIONS)} of "
+            "torch_bp.kernels."
         ) from error
+    formula = f"{place(None, code)}: formula {name}"
     results = result if isinstance(result, tuple) else (result,)
     outputs = tuple(r for r in results if r is not None)
     if not outputs:
-        raise FormulaError(f"formula {name}: it must return a value per element, got None.")
+        raise FormulaError(f"{formula}: it must return a value per element, got None.")
     for position, output in enumerate(outputs):
         if not isinstance(output, Symbol) or output.kind not in ("tensor", "row", *RETURNED.values()):
             raise FormulaError(
-                f"formula {name}: result {position} must be a value per element, got "
+                f"{formula}: result {position} must be a value per element, got "
                 f"{output.kind if isinstance(output, Symbol) else type(output).__name__}; "
                 "it has to depend on a positional argument."
             )
     kinds = ["total" if output.kind == "total" else "" for output in outputs]
     if kinds != sorted(kinds):
-        raise FormulaError(f"formula {name}: totals must be the last of the results.")
+        raise FormulaError(f"{formula}: totals must be the last of the results.")
     used = _scalars_of(outputs)
     present = {n: kind for n, kind in tensors.items() if n not in absent}
     given = tuple(r is not None for r in results)

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from torch_bp.kernels.formula import Formula
-from torch_bp.kernels.functions import total, zeros_like
+from torch_bp.kernels.functions import as_stored, total, zeros_like
 
 SCALE = "_scale"
 
@@ -19,7 +19,8 @@ def extended(rule: Formula, *, scaled: bool, cleared: bool, measured: bool) -> F
         scaled: the gradient is multiplied by the keyword `_scale` as it is read.
         cleared: the gradient is set to zero, in memory.
         measured: the last results are three totals, the sums of squares of the gradient as it is in memory, of the
-            parameter before the update, and of the update.
+            parameter before the update, and of what the update changes in memory; in half precision that is so in a
+            kernel alone, as torch operations do not see what becomes of a result.
     """
     made: dict[Any, Formula] = rule.__dict__.setdefault("_extended", {})
     key = scaled, cleared, measured
@@ -40,7 +41,7 @@ def _extend(rule: Formula, scaled: bool, cleared: bool, measured: bool) -> Formu
         if cleared:
             updated = (*updated, zeros_like(grad))
         if measured:
-            change = updated[position] - param
+            change = as_stored(updated[position]) - param
             totals = (*totals, total(grad * grad), total(param * param), total(change * change))
         return (*updated, *totals)
 
@@ -48,6 +49,8 @@ def _extend(rule: Formula, scaled: bool, cleared: bool, measured: bool) -> Formu
     parameters += [inspect.Parameter(SCALE, inspect.Parameter.KEYWORD_ONLY)] * scaled
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__name__ = function.__qualname__ = rule.name
+    function.__wrapped__ = rule.function  # type: ignore[attr-defined]  # whose lines errors name
     result = Formula(function, (*rule.updates, grad_name) if cleared else rule.updates, rule.static)
-    result._outer = rule._outer  # the numbers that a trace would freeze are the rule's
+    result.lent = (grad_name,) if cleared else ()  # users free gradients when they like
+    result.outer = rule.outer  # the numbers that a trace would freeze are the rule's
     return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -45,6 +46,26 @@ def numbers(values: Collection[Any]) -> bool:
     except RuntimeError:  # inside `is_grads_batched` a tensor has no address to ask for
         return False
     return True
+
+
+def is_number(value: Any) -> bool:
+    """True if this may be a scalar of a formula: a number, or what holds one."""
+    return isinstance(value, int | float | complex) or hasattr(value, "item")
+
+
+def in_quotes(value: Any) -> bool:
+    """True if this is a number written as a string."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def why_no_number(value: Any) -> str:
+    """Say what a value is that should be a number, and what to do."""
+    if in_quotes(value):
+        return f"the string {value!r}; write it without quotes (in YAML, 1.0e-3: PyYAML reads 1e-3 as a string)"
+    return f"{value!r}, of type {type(value).__name__}"
 
 
 def _cell_text(cell: Any) -> str:
@@ -92,7 +113,12 @@ class Formula:
         scalars: names of the keyword-only arguments that are numbers or one-element tensors.
         static: names of the keyword-only arguments that are fixed while tracing.
         updates: names of the tensors that the results are written to; empty if the results are new tensors.
+        lent: those of `updates` that a kept table must not keep alive. None, unless set before the first call.
+        outer: readers of the numbers in its closure and module that a kernel has as they are.
+        defaults: values of the keyword-only arguments that a call may leave out.
     """
+
+    lent: tuple[str, ...] = ()
 
     def __init__(self, function: Callable[..., Any], updates: Sequence[str] = (), static: Iterable[str] = ()) -> None:
         functools.update_wrapper(self, function)
@@ -109,10 +135,10 @@ class Formula:
         self.static = tuple(static)
         self.scalars = tuple(p.name for p in keywords if p.name not in self.static)
         self.updates = tuple(updates)
-        self._defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+        self.defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
         self._programs: dict[Any, Program | None] = {}
-        self._outer = _outer_numbers(function)
-        self._by_tensors = not (self.static or self._outer or self.updates)  # they alone choose the kernel
+        self.outer = _outer_numbers(function)
+        self._by_tensors = not (self.static or self.outer or self.updates)  # they alone choose the kernel
         self.check_names("updates", self.updates, self.tensors)
         self.check_names("static", self.static, [p.name for p in keywords])
         if not self.tensors:
@@ -134,15 +160,28 @@ class Formula:
         """Compute the formula on tensors; return its results, or write them where `updates` says and return None."""
         if len(tensors) < len(self.tensors):
             tensors = self.padded(tensors)
-        result = self.by_kernel(tensors, keywords)
-        if result is NotImplemented:
-            if capture.recorder is not None and capture.recorder.here():
+        try:
+            result = self.by_kernel(tensors, keywords)
+            if result is NotImplemented and capture.recorder is not None and capture.recorder.here():
                 result = capture.recorder.formula(self, tensors, keywords)
-                if result is not NotImplemented:
-                    return result
-            self._check(tensors)
-            return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
-        return result
+            if result is NotImplemented:
+                self._check(tensors)
+                return as_torch(self.function, self.updates, self.tensors, tensors, keywords)
+            return result
+        except (TypeError, ValueError) as error:
+            self._explain(keywords, error)
+            raise
+
+    def _explain(self, keywords: Mapping[str, Any], error: Exception) -> None:
+        """Raise what is wrong with keywords that are no numbers, once a call has failed."""
+        for name in self.scalars:
+            value = keywords.get(name, 0)
+            if not is_number(value):
+                several = "give each of its numbers a keyword of its own, or " * isinstance(value, tuple | list)
+                raise TypeError(
+                    f"formula {self.name}: {name} must be a number or a one-element tensor, got "
+                    f"{why_no_number(value)}; {several}name it in @formula(static=...) if it is a choice."
+                ) from error
 
     def _check(self, tensors: Sequence[Any]) -> None:
         """Refuse shapes that torch would take for others; a kernel has looked at its own."""
@@ -264,8 +303,8 @@ class Formula:
             # 1, 1.0 and True are one key of a dictionary, and so are 0.0 and -0.0
             kinds = [*map(type, static)]
             key = (*key, *kinds, *(map(repr, static) if float in kinds else static))
-        if self._outer:
-            key = (*key, *(number() for number in self._outer))
+        if self.outer:
+            key = (*key, *(number() for number in self.outer))
         try:
             return self._programs[key]
         except KeyError:
@@ -287,20 +326,20 @@ class Formula:
     ) -> Program:
         """Make the kernels of one engine."""
         static = self.static_values(keywords)
-        defaults = {n: v for n, v in self._defaults.items() if n in self.scalars}
+        defaults = {n: v for n, v in self.defaults.items() if n in self.scalars}
         expression = trace(
             self.function, self.name, dict.fromkeys(self.tensors, "tensor"), absent, self.scalars, static, defaults
         )
-        return Program(expression, self.tensors, self.updates, serving, dtype)
+        return Program(expression, self.tensors, self.updates, serving, dtype, self.lent)
 
     def static_values(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values of the static keywords of a call."""
         return {n: keywords[n] if n in keywords else self._default(n) for n in self.static}
 
     def _default(self, name: str) -> Any:
-        if name not in self._defaults:
+        if name not in self.defaults:
             raise TypeError(f"{self.name}() missing required keyword-only argument: {name!r}")
-        return self._defaults[name]
+        return self.defaults[name]
 
     def foreach_(self, *lists: Sequence[torch.Tensor] | None, table: Table | None = None, **keywords: Any) -> Any:
         """Run a formula that updates, or that gives totals, over lists: one kernel launch where a kernel may serve.
@@ -326,7 +365,11 @@ class Formula:
                 f"{', '.join(f'{n}: {len(row)}' for n, row in zip(self.tensors, lists) if row is not None)}."
             )
         if not _is_compiling() and present[0]:
-            totals = self.launch(lists, table or Table(lasting=False), keywords)
+            try:
+                totals = self.launch(lists, table or Table(lasting=False), keywords)
+            except (TypeError, ValueError) as error:
+                self._explain(keywords, error)
+                raise
             if totals is not None:
                 return alone(totals)
         each = []
@@ -365,4 +408,5 @@ class Formula:
             self._refuse_results()
         if not table.refresh(present, program.writes, program.chunk):
             return None
-        return program.foreach(table, first.device, keywords)
+        table.program = program
+        return program.foreach(present, table, keywords)

@@ -110,6 +110,9 @@ row_max = _of_rows("row_max", lambda x: _values(x).amax(-1, keepdim=True), "The 
 column_sum = _of_rows("column_sum", lambda x: _values(x).sum(-2), "The sum of each column of (R, C): (C), a result.")
 one_hot = _of_rows("one_hot", _one_hot, "1 in the column that `label` (R, 1) names, else 0: like the second argument.")
 
+as_stored = _dispatch("as_stored", lambda x: x, lambda a: a)
+as_stored.__doc__ = "In a kernel, what memory will hold of a value, rounded to the dtype of the tensors."
+
 total = _dispatch("total", lambda x: x.sum(dtype=torch.float64), _no_row)
 total.__doc__ = "The sum of all elements of a tensor, in float64: a result of its own, in a formula over lists."
 

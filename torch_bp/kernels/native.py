@@ -27,7 +27,7 @@ KINDS = ("tensor", "row", "column", "label")  # of arguments of a formula over r
 handle_of = torch.Tensor._cdata.__get__  # type: ignore[attr-defined]
 _log = logging.getLogger(__name__)
 
-_TEXT = '''"""Made by torch_bp: what torch says of many tensors."""
+_COMMON = '''"""Made by torch_bp: what torch says of many tensors."""
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
@@ -42,6 +42,22 @@ TENSOR, ROW, COLUMN, LABEL = range(4)
 {pointer}
 integers, singles, doubles = map(pointer_to, (types.int64, types.float32, types.float64))
 
+
+@njit
+def is_dense(sizes, strides, dimensions, elements):
+    """True if the elements fill one stretch of memory, each in a place of its own."""
+    expected = 1
+    while expected < elements:
+        before = expected
+        for d in range(dimensions - 1, -1, -1):
+            if sizes[d] != 1 and strides[d] == expected:
+                expected *= sizes[d]
+        if expected == before:
+            return False
+    return True
+'''
+
+_TABLES = '''
 
 @njit
 def is_of_kind(handle, kinds, answer):
@@ -77,20 +93,6 @@ def elements_of_form(handle, forms, at, answer):
     return elements
 
 
-@njit
-def is_dense(sizes, strides, dimensions, elements):
-    """True if the elements fill one stretch of memory, each in a place of its own."""
-    expected = 1
-    while expected < elements:
-        before = expected
-        for d in range(dimensions - 1, -1, -1):
-            if sizes[d] != 1 and strides[d] == expected:
-                expected *= sizes[d]
-        if expected == before:
-            return False
-    return True
-
-
 @njit("int64(int64[:, ::1], int64[::1], int64[::1], int64[::1], int64[:, ::1], int64[::1])", cache=ON_DISK)
 def describe(handles, kinds, forms, sizes, addresses, answer):
     """Write what `check` compares later of tensors that are alike; the room that `forms` needs, or UNFIT.
@@ -104,7 +106,8 @@ def describe(handles, kinds, forms, sizes, addresses, answer):
         return UNFIT
     if get_device_type(first, place + 16) or get_device_index(first, place + 24):
         return UNFIT
-    kinds[:4] = answer[:4]
+    for k in range(4):  # assigning a slice makes Numba compile its text of an error for three seconds
+        kinds[k] = answer[k]
     needed = 0
     for column in range(handles.shape[1]):
         answer[0] = 0
@@ -201,7 +204,9 @@ def write(addresses, value, double):
             doubles(address)[0] = value
         else:
             singles(address)[0] = value
+'''
 
+_ENTRIES = '''
 
 @njit
 def is_plain(handle, at, dtype):
@@ -292,15 +297,30 @@ def fitting(place, count, kinds):
 
 @functools.cache
 def functions() -> ModuleType | None:
-    """Return the compiled functions, or None where they cannot be had; kernels may call `alike` and `fitting` then."""
+    """Return the compiled functions that look at tables of tensors, or None where they cannot be had."""
+    return _compiled("native", _TABLES)
+
+
+@functools.cache
+def entries() -> ModuleType | None:
+    """As `functions`, those that kernels call in their entries, `alike` and `fitting`, which the kernels then may do.
+
+    Apart, as either takes a second to compile and an optimizer's first step needs the others alone.
+    """
+    module = _compiled("native_entries", _ENTRIES)
+    if module is not None:
+        library.make_known({f"torch_bp_{f.__name__}": f.address for f in (module.alike, module.fitting)})
+    return module
+
+
+def _compiled(name: str, text: str) -> ModuleType | None:
     if not cpu.usable():
         return None
     try:
         library.export(f"aoti_torch_get_{a}" for a in _ANSWERS)
         declared = [f'get_{a} = types.ExternalFunction("aoti_torch_get_{a}", ask)' for a in _ANSWERS]
-        module = cpu.compiled("native", _TEXT.format(functions="\n".join(declared), pointer=cpu_text.POINTER))
-        library.make_known({f"torch_bp_{f.__name__}": f.address for f in (module.alike, module.fitting)})
-        return module
+        common = _COMMON.format(functions="\n".join(declared), pointer=cpu_text.POINTER)
+        return cpu.compiled(name, common + text)
     except Exception as error:
         _log.info("tensors are checked one by one (%s: %s)", type(error).__name__, error)
         return None

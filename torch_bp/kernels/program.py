@@ -13,9 +13,10 @@ from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text
 from torch_bp.kernels.entry import entry
 from torch_bp.kernels.expression import Expression
 from torch_bp.kernels.native import UNFIT, handle_of
-from torch_bp.kernels.table import Table
+from torch_bp.kernels.table import LENT, Table
 
 _address_of = torch.Tensor.data_ptr
+_is_compiling = torch.compiler.is_dynamo_compiling
 HALF = {torch.float16, torch.bfloat16}
 PLAIN_NUMBERS = frozenset({float, int, bool, str, type(None)})
 
@@ -29,7 +30,8 @@ def as_torch(
 ) -> Any:
     """Run a formula's function on tensors as it is, and write the results where `updates` says.
 
-    Half precision is computed in float32 and rounded once, as torch's own kernels do.
+    Half precision is computed in float32 and rounded once, as torch's own kernels do. What would lose its fraction is
+    not written: torch's in-place operations refuse it as well.
     """
     for tensor in tensors:
         if not (tensor is None or isinstance(tensor, torch.Tensor)):
@@ -56,14 +58,30 @@ def as_torch(
         results = tuple(rounded) if several else rounded[0]
     if not updates:
         return results
+    if len(_tuple(results)) < len(updates):
+        raise TypeError(
+            f"formula {function.__name__}: it must return one result for each of updates={tuple(updates)}, None for "
+            f"one that is None, got {len(_tuple(results))}."
+        )
     by_name = dict(zip(names, given))
     targets = [by_name[name] for name in updates]
     writes = [(t, r) for t, r in zip(targets, _tuple(results)) if r is not None and r is not t]
     # A result that is itself a target (the previous value, kept) would be overwritten before it is read.
     writes = [(t, r.clone() if any(r is other for other in targets) else r) for t, r in writes]
     for target, result in writes:
-        target.copy_(result)
+        if not (target.is_floating_point() or torch.can_cast(result.dtype, target.dtype)):
+            raise RuntimeError(f"result type {result.dtype} can't be cast to the desired output type {target.dtype}")
+    for target, result in writes:
+        write(target, result)
     return alone(_tuple(results)[len(updates) :])
+
+
+def write(target: torch.Tensor, result: torch.Tensor) -> None:
+    """Write a result to its place."""
+    if _is_compiling() and target.dtype is torch.float64 and not target.dim():
+        torch._foreach_copy_([target], [result])  # torch.compile loses what `copy_` writes to such a tensor on the CPU
+    else:
+        target.copy_(result)
 
 
 def _tuple(results: Any) -> tuple[Any, ...]:
@@ -99,10 +117,17 @@ class Program:
         updates: those of them that it writes to.
         engine: "numba" or "triton".
         dtype: of all tensors.
+        lent: those of `updates` that a table must not keep alive. Default: none.
     """
 
     def __init__(
-        self, expression: Expression, names: Sequence[str], updates: Sequence[str], engine: str, dtype: torch.dtype
+        self,
+        expression: Expression,
+        names: Sequence[str],
+        updates: Sequence[str],
+        engine: str,
+        dtype: torch.dtype,
+        lent: Sequence[str] = (),
     ) -> None:
         self.expression = expression
         self.updates = bool(updates)
@@ -124,7 +149,7 @@ class Program:
         if not self.totals:  # which are had from lists alone
             self.single = module.Kernel(text.text_single, expression, targets, dtype)
         self.list = module.Kernel(text.text_list, expression, targets, dtype)
-        self.writes = [n in targets for n in expression.inputs]
+        self.writes = [LENT if n in lent else int(n in targets) for n in expression.inputs]
         self.written = [i for i, write in enumerate(self.writes) if write]
         self.scalars = bool(expression.scalars)
         self.created = 0 if self.updates else len(targets)
@@ -161,10 +186,16 @@ class Program:
             return None
         return as_returned(results, self.expression)
 
-    def foreach(self, table: Table, device: torch.device, keywords: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-        """Run over the lists of tensors that a table holds; return the totals, one value per tensor each."""
+    def foreach(
+        self, lists: Sequence[Sequence[torch.Tensor]], table: Table, keywords: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, ...]:
+        """Run over lists of tensors, which a table has looked at; return the totals, one value per tensor each."""
+        device = lists[0][0].device
         values = host_values(self.expression, keywords, self.numba)
         torch._C._increment_version(table.written)  # first: the tensors were just looked at
+        for row, write in zip(lists, self.writes):
+            if write == LENT:
+                torch._C._increment_version(row)
         if not table.elements:
             return tuple(torch.zeros(self.totals, table.counts.size, dtype=torch.float64, device=device))
         if not self.numba:

@@ -154,7 +154,7 @@ class RowFormula(Formula):
 
     def _program(self, serving: str, dtype: torch.dtype, absent: tuple[str, ...], keywords: Mapping[str, Any]) -> Any:
         static = self.static_values(keywords)
-        defaults = {n: v for n, v in self._defaults.items() if n in self.scalars}
+        defaults = {n: v for n, v in self.defaults.items() if n in self.scalars}
         expression = trace(self.function, self.name, self.kinds, absent, self.scalars, static, defaults)
         if expression.totals:
             raise FormulaError(f"formula {self.name}: a total has no kernel in a formula over rows; use row_sum.")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NoReturn
 
 import torch
+
+from torch_bp.kernels.place import converter
 
 FUNCTION_NAMES = (
     "sqrt",
@@ -30,6 +33,13 @@ WHERE_OF_NUMBERS = (
     "where: one of the two values must be a tensor, got two numbers, which have no dtype; "
     "write where(condition, number * x, other * x) or where(condition, x, 0)."
 )
+
+
+def _instead(name: str) -> str:
+    """Say what to write for a function of this name."""
+    if name in FUNCTION_NAMES:
+        return f"torch_bp.kernels.{name} is meant"
+    return f"allowed are operators and {', '.join(FUNCTION_NAMES)} of torch_bp.kernels"
 
 
 class FormulaError(TypeError):
@@ -71,20 +81,27 @@ class Symbol:
         self._refuse("indexing", "a formula sees one element at a time")
 
     def __float__(self) -> NoReturn:
-        self._refuse("float()", "use the functions of torch_bp.kernels")
+        called = converter(sys._getframe(1))
+        self._refuse(f"{called}()", _instead(called.removeprefix("math.").replace("fabs", "abs")))
 
-    __int__ = __index__ = __complex__ = __float__
+    def __int__(self) -> NoReturn:
+        self._refuse("int()", _instead("int"))
+
+    def __complex__(self) -> NoReturn:
+        self._refuse("complex()", _instead("complex"))
+
+    __index__ = __int__
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # protocols that Python or numpy probe for
             raise AttributeError(name)
-        self._refuse(f"the method or attribute .{name}", f"allowed are operators and {', '.join(FUNCTION_NAMES)}")
+        self._refuse(f"the method or attribute .{name}", _instead(name))
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         symbol = next(a for a in args if isinstance(a, Symbol))
         name = getattr(function, "__name__", str(function))
-        symbol._refuse(f"torch.{name}", f"allowed are operators and {', '.join(FUNCTION_NAMES)}")
+        symbol._refuse(f"torch.{name}", _instead(name))
 
     def __add__(self, other: Any) -> Symbol:
         return self.trace.operate("add", self, other)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,11 @@ import torch
 from torch_bp.kernels import native, plain
 
 _Tensor = torch.Tensor
+LENT = 2  # among the rows that are written: its tensors are the caller's, to be freed when the call is over
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What a table saw when it was built, which the next call's tensors are compared with."""
 
     handles: np.ndarray
@@ -30,7 +32,7 @@ class _Seen:
     references: list[weakref.ref[torch.Tensor]]  # make `swap_tensors` refuse
 
 
-def _disjoint(addresses: np.ndarray, sizes: np.ndarray, writes: Sequence[bool]) -> bool:
+def _disjoint(addresses: np.ndarray, sizes: np.ndarray, writes: Sequence[int]) -> bool:
     """True if no stretch of memory that is written overlaps another one, but for itself in the same column."""
     if not any(writes):
         return True
@@ -64,7 +66,7 @@ class Table:
     `refresh` is called before each use. Tensors that are written are expected to be the same ones as last time, at the
     same addresses; those that are only read (gradients, new at each step) may be others, of the same dtype, shapes and
     strides, and are not kept alive. One compiled look at all of them tells; after any other change, and where no
-    compiled code can be had, the table is built anew.
+    compiled code can be had, the table is built anew. A written row may be LENT: it is not kept alive either.
 
     A row that is the same *tuple* as last time holds the same tensors, which saves asking each for its handle. Against
     `torch.utils.swap_tensors`, the one way to change what is behind a tensor, they have weak references, which make
@@ -82,19 +84,20 @@ class Table:
         self.dtype = torch.float32
         self.written: list[torch.Tensor] = []
         self.version = 0  # grows whenever an address changes: a device copy of the table knows when it is stale
-        self._writes: Sequence[bool] = ()
+        self._writes: Sequence[int] = ()
         self._chunk = 0
-        self._inference = False
-        self._seen: _Seen | None = None
-        self._answer = np.zeros(8, np.int64)
+        self.inference = False
+        self.seen: Seen | None = None
+        self.program: Any = None  # that has run over it last
+        self.answer = np.zeros(8, np.int64)
         self._copied: tuple[int, torch.device] | None = None
 
-    def refresh(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[bool], chunk: int) -> bool:
+    def refresh(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[int], chunk: int) -> bool:
         """Bring the table up to date; False if these tensors are not for a kernel.
 
         Args:
             lists: the tensors of each row.
-            writes: which rows the kernel writes to.
+            writes: which rows the kernel writes to; LENT for one that it writes to and must not keep.
             chunk: how many elements a thread takes at a time.
         """
         if writes == self._writes and chunk == self._chunk and self._same(lists):
@@ -107,24 +110,25 @@ class Table:
 
     def _same(self, lists: Sequence[Sequence[torch.Tensor]]) -> bool:
         """True if nothing but the addresses of lists that are only read has changed; those are updated."""
-        compiled, seen = native.functions(), self._seen
+        compiled, seen = native.functions(), self.seen
         rows, columns = self.addresses.shape
         if compiled is None or seen is None or len(lists) != rows:
             return False
-        if self._inference and not torch.is_inference_mode_enabled():
+        if self.inference and not torch.is_inference_mode_enabled():
             return False
         handles = seen.handles.copy()
         try:
             for number, (row, held) in enumerate(zip(lists, seen.held)):
                 if row is held:
                     continue
-                if len(row) != columns or not self._seen_whole(row, seen.single if self._writes[number] else None):
+                kept = self._writes[number] == 1
+                if len(row) != columns or not self._seen_whole(row, seen.single if kept else None):
                     return False
                 handles[number] = native.handles(row, columns)
         except TypeError:  # not a tensor
             return False
         verdict = compiled.check(
-            handles, seen.handles, seen.kept, seen.kinds, seen.forms, seen.written, self.addresses, self._answer
+            handles, seen.handles, seen.kept, seen.kinds, seen.forms, seen.written, self.addresses, self.answer
         )
         self.version += verdict == native.MOVED
         return verdict != native.CHANGED
@@ -133,9 +137,9 @@ class Table:
     def _seen_whole(row: Sequence[torch.Tensor], single: Sequence[int] | None) -> bool:
         """True if `check`, which sees no more than memory, sees all there is to these tensors.
 
-        It does not see a pending sign. That a written tensor got one, at the same address and strides, is ruled out but
-        for single elements (their columns are given for a row that is written): `x.conj().imag` is every other number
-        of x.
+        It does not see a pending sign. That a tensor got one which was kept, at the same address and strides, is ruled
+        out but for single elements (their columns are given for a row that is kept): `x.conj().imag` is every other
+        number of x.
         """
         if single is not None:
             return not any(row[k].is_neg() for k in single)
@@ -147,7 +151,7 @@ class Table:
         stretches = np.stack([starts.ravel(), (starts + self._sizes * self.dtype.itemsize).ravel()])
         stretches = stretches[:, stretches[1] > stretches[0]]
         held = [row if isinstance(row, tuple) else None for row in lists]
-        self._seen = _Seen(
+        self.seen = Seen(
             handles,
             kept=np.array([*self._writes, self.dtype.itemsize], np.int64),
             kinds=self._kinds,
@@ -158,13 +162,13 @@ class Table:
             references=[weakref.ref(t) for row in held if row is not None for t in row],
         )
 
-    def _build(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[bool], chunk: int) -> bool:
+    def _build(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[int], chunk: int) -> bool:
         count, everything = len(lists[0]), list(chain.from_iterable(lists))
         if not everything or any(len(row) != count for row in lists):
             return False
         if not plain.PLAIN_TYPES.issuperset(map(type, everything)) or any(map(_Tensor.is_neg, everything)):
             return False
-        self._seen, compiled, handles = None, native.functions(), None
+        self.seen, compiled, handles = None, native.functions(), None
         if compiled is None:
             described = self._described_by_torch(lists)
         else:
@@ -175,9 +179,9 @@ class Table:
         self.dtype = everything[0].dtype
         if not _disjoint(self.addresses, self._sizes * self.dtype.itemsize, writes):
             return False
-        self.written = [t for row, w in zip(lists, writes) if w for t in row]
-        self._inference = any(map(_Tensor.is_inference, self.written))
-        if self._inference and not torch.is_inference_mode_enabled():
+        self.written = [t for row, w in zip(lists, writes) if w == 1 for t in row]
+        self.inference = any(t.is_inference() for row, w in zip(lists, writes) if w for t in row)
+        if self.inference and not torch.is_inference_mode_enabled():
             return False  # torch refuses this, in its own words
         self.version += 1
         self.elements = int(self._sizes.sum())
@@ -191,10 +195,10 @@ class Table:
         """Ask all tensors where they are and of what form; False if they are not alike."""
         addresses, sizes = np.empty_like(handles), np.empty(handles.shape[1], np.int64)
         kinds, forms = np.zeros(4, np.int64), np.empty(5 * handles.shape[1], np.int64)
-        needed = compiled.describe(handles, kinds, forms, sizes, addresses, self._answer)
+        needed = compiled.describe(handles, kinds, forms, sizes, addresses, self.answer)
         if needed > len(forms):  # more than two dimensions
             forms = np.empty(needed, np.int64)
-            needed = compiled.describe(handles, kinds, forms, sizes, addresses, self._answer)
+            needed = compiled.describe(handles, kinds, forms, sizes, addresses, self.answer)
         self._kinds, self._forms, self._sizes, self.addresses = kinds, forms, sizes, addresses
         return needed != native.UNFIT and kinds[0] == 0  # strided
 

@@ -31,8 +31,14 @@ class BatchNormActivation(Function):
     """z, or a without V, from x, and the statistics of x; `spec` is what the activation is made of."""
 
     equations = (
-        "y = w x^ + b, a = s(y), z = a V^T + c",
-        "dV = dz^T a, dc = sum of dz, dy = s'(y) (dz V), from there batch norm's",
+        "z = s(y) V^T + c, or s(y), y = w x^ + b",
+        (
+            "dx = w r (d - x^ dw / n), d = dy - db / n, dy = s'(y) (dz V)",
+            "dw = sum of d x^",
+            "db = sum of dy",
+            "dV = dz^T a",
+            "dc = sum of dz",
+        ),
     )
 
     @staticmethod

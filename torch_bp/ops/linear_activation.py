@@ -64,8 +64,9 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
     class LinearActivation(Function):
         equations = (
             f"y = {name}(a W^T + b), eq. 1 and 2",
-            ("da = dz W", "dW = dz^T a", f"db = sum of dz, dz = {name}'(z) dy"),
+            ("da = dz W", "dW = dz^T a", "db = sum of dz"),
         )
+        needed_first = f"dz = {name}'(z) dy"
 
         @staticmethod
         def forward(a: torch.Tensor, weight: torch.Tensor, bias: _Optional, *values: float) -> Any:

@@ -2,6 +2,9 @@
 
 Loaded on first use only: a second `Optimizer` subclass named `SGD` in the process makes
 `LightningCLI --optimizer SGD` ambiguous for everyone.
+
+What torch refuses at the first step, and these take: `capturable=True` on the CPU, where nothing can be captured, and
+`fused=True` with complex parameters or sparse gradients (where the optimizer takes sparse ones at all).
 """
 
 import torch.optim

@@ -14,7 +14,7 @@ import torch
 from torch_bp.kernels import formula, maximum, sqrt
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
-from torch_bp.optim.step import step
+from torch_bp.optim.step import power, step
 
 
 @formula(
@@ -83,8 +83,8 @@ class Adam(torch.optim.Adam):
             "beta1": beta1,
             "beta2": beta2,
             "eps": group["eps"],
-            "bias_correction1": 1 - beta1**step,
-            "bias_correction2": 1 - beta2**step,
+            "bias_correction1": 1 - power(beta1, step),
+            "bias_correction2": 1 - power(beta2, step),
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
             "decay": bool(group["weight_decay"] != 0),

@@ -14,7 +14,7 @@ import torch
 from torch_bp.kernels import formula, maximum
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
-from torch_bp.optim.step import step
+from torch_bp.optim.step import power, step
 
 
 @formula(updates=("param", "exp_avg", "exp_inf"), static=("maximize", "decay"))
@@ -54,7 +54,7 @@ class Adamax(torch.optim.Adamax):
         return {name: group[name] for name in ("lr", "eps", "weight_decay", "maximize")} | {
             "beta1": beta1,
             "beta2": beta2,
-            "bias_correction": 1 - beta1**step,
+            "bias_correction": 1 - power(beta1, step),
             "decay": bool(group["weight_decay"] != 0),
         }
 

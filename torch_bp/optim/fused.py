@@ -77,7 +77,9 @@ class Extras:
         self.params.append(p)
         if before is not None:
             of_grad, of_weight, weight = before
-            self._totals.append(tuple(t.reshape(1) for t in (of_grad, of_weight, squares(p.detach() - weight))))
+            wide = torch.promote_types(p.dtype, torch.float32)  # a difference of two halves may have more digits
+            of_update = squares(p.detach().to(wide) - weight.to(wide))
+            self._totals.append(tuple(t.reshape(1) for t in (of_grad, of_weight, of_update)))
 
     def _scale_on(self, device: torch.device) -> float | Tensor:
         return self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale  # type: ignore[return-value]
@@ -101,7 +103,7 @@ def squares(x: Tensor) -> Tensor:
 
 def _values(x: Tensor) -> Tensor:
     x = x.coalesce().values() if x.layout is torch.sparse_coo else x
-    return torch.view_as_real(x) if x.is_complex() else x
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def _total_norm(gradients: Sequence[Tensor], tables: dict[Any, Table]) -> Tensor:
@@ -143,7 +145,8 @@ def fused_step(
     and the gradients in memory stay as they were, unless `zero_grad` clears them. It does not go through a
     `torch.amp.GradScaler`, whose `step` skips gradients that have overflowed: use that there. Sparse, complex and
     distributed gradients, and whatever else a list kernel may not serve, are scaled, cleared and measured by operations
-    of their own, with the same result. In half precision the update is measured before it is rounded.
+    of their own, with the same result. An update is measured as it is in memory, rounded to the parameter's dtype: in
+    half precision a small one may be nothing.
 
     Args:
         optimizer: of `torch_bp.optim`, or a `RuleOptimizer`. Its hooks run as in `step`.
@@ -159,6 +162,7 @@ def fused_step(
 
     Raises:
         TypeError: the optimizer is not one of torch_bp, or is a wrapper around one.
+        RuntimeError: the optimizer is applied in the backward.
         ValueError: `max_norm` is negative or NaN, `scale` has several elements, or both are given.
 
     Example:
@@ -173,7 +177,7 @@ def fused_step(
         >>> done.total_norm, done.update_norms
         (tensor(5., dtype=torch.float64), tensor([1.0000], dtype=torch.float64))
     """
-    _check(optimizer, max_norm, scale)
+    _check(optimizer, max_norm, scale, norms)
     total_norm = None
     with torch.no_grad():
         if max_norm is not None:
@@ -187,19 +191,22 @@ def fused_step(
     finally:
         del optimizer._extras  # type: ignore[attr-defined]
     if zero_grad:
-        for p in _with_gradient(optimizer):
-            gradient: Any = p.grad
-            if gradient.requires_grad:
-                p.grad = gradient = gradient.detach()
-            if id(p) not in extras.clean:
-                gradient.zero_()
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                gradient = p.grad
+                if gradient is None:
+                    continue
+                if gradient.requires_grad:
+                    p.grad = gradient = gradient.detach()
+                if id(p) not in extras.clean:
+                    gradient.zero_()
     done = {id(p) for p in extras.params}
     # in the order of the groups; a hook may have cleared gradients
     params = [p for group in optimizer.param_groups for p in group["params"] if id(p) in done]
     return FusedStep(params, total_norm, *(extras.norms(params) if norms else ()))
 
 
-def _check(optimizer: Any, max_norm: float | None, scale: Any) -> None:
+def _check(optimizer: Any, max_norm: float | None, scale: Any, norms: bool) -> None:
     if "param_groups" not in getattr(optimizer, "__dict__", {}):
         raise TypeError(
             f"fused_step: optimizer must be the optimizer itself, got {type(optimizer).__name__}; a wrapper has it as "
@@ -209,6 +216,11 @@ def _check(optimizer: Any, max_norm: float | None, scale: Any) -> None:
         raise TypeError(
             f"fused_step: optimizer must be one of torch_bp.optim with a rule, got {type(optimizer).__module__}."
             f"{type(optimizer).__qualname__}; with another, call clip_grad_norm_, step and zero_grad."
+        )
+    if (max_norm is not None or scale is not None or norms) and "_applied_in_backward" in vars(optimizer):
+        raise RuntimeError(
+            "fused_step: gradients must be there to be clipped, scaled or measured, got an optimizer that is applied "
+            "in the backward, which has used and freed them; clip by the handle's backward(loss, max_norm)."
         )
     if max_norm is not None and scale is not None:
         raise ValueError(

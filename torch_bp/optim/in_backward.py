@@ -5,17 +5,20 @@ all of them are alive at once, as much memory as the parameters take. Each param
 some 30 us, where an ordinary step is one call: it saves memory, and for many small parameters it costs time.
 
 What needs all gradients before the first update has no place in it. The norm of all gradients is known when the last
-one is; `clip_grad_norm_` between backward and step finds none. Clipping by that norm therefore takes two passes,
-`handle.backward(loss, max_norm)`, which are exact. To clip each parameter by itself, give it a hook before:
+one is; `clip_grad_norm_` between backward and step finds none, which torch takes for a norm of 0. Clipping by that norm
+therefore takes two passes, `handle.backward(loss, max_norm)`, which are exact. To clip each parameter by itself, give
+it a hook before:
 
     def clip(p):
         torch.nn.utils.clip_grad_norm_(p, 1.0)
     p.register_post_accumulate_grad_hook(clip)
+
+A backward that fails, in a hook or for want of memory, has updated some parameters and not others. The next one cannot
+tell that from gradients that are to be accumulated, and is refused, until `handle.reset()` or `step()` is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,49 +26,23 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from torch_bp.optim.plan import Plan
+from torch_bp.optim import loss_scale
+from torch_bp.optim.member import Member
 from torch_bp.optim.shards import is_distributed
-from torch_bp.optim.step import lists_may_serve, step, update_group
-
-
-class _Member:
-    """A parameter in its group, updated by itself through the optimizer's rule and state."""
-
-    def __init__(self, optimizer: Any, p: Tensor, name: str) -> None:
-        self.optimizer, self.p, self.name = optimizer, p, name
-        self.plan = Plan()
-        self.state: Mapping[str, Any] | None = None
-        self.number = self.position = 0
-
-    def update(self) -> None:
-        """Update from `p.grad`, as its group says now: rates change, and loading puts other dicts in its place."""
-        group = {**self._found(), "params": [self.p]}
-        if self.state is not self.optimizer.state.get(self.p):
-            self.plan.shares.clear()
-        update_group(self.optimizer, self.plan if lists_may_serve() else None, 0, group)
-        self.state = self.optimizer.state.get(self.p)
-
-    def _found(self) -> dict[str, Any]:
-        groups = self.optimizer.param_groups
-        if self.number < len(groups):
-            params = groups[self.number]["params"]
-            if self.position < len(params) and params[self.position] is self.p:
-                return groups[self.number]
-        for self.number, group in enumerate(groups):
-            for self.position, p in enumerate(group["params"]):
-                if p is self.p:
-                    return group
-        raise RuntimeError(
-            f"apply_in_backward: {self.name} must stay in the optimizer, got a gradient and no group that has "
-            "it; remove() the handle first."
-        )
+from torch_bp.optim.step import step
 
 
 class AppliedInBackward:
-    """What `apply_in_backward` returns: `remove()`, also as a context manager, and `backward` with clipping."""
+    """What `apply_in_backward` returns: `remove()`, also as a context manager, `backward` with clipping, and `reset()`.
 
-    def __init__(self, optimizer: Any, members: list[_Member], model: torch.nn.Module) -> None:
+    Attributes:
+        names: the parameters that are updated in the backward, and their names.
+    """
+
+    def __init__(self, optimizer: Any, members: list[Member], model: torch.nn.Module) -> None:
         self._optimizer, self._members = optimizer, members
+        self.names = {member.p: member.name for member in members}
+        self._of_model = {p: name for name, p in model.named_parameters()}
         self._updated: set[Tensor] = set()
         self._norms: dict[Tensor, Tensor] | None = None
         self._clip: tuple[float, Tensor] | None = None
@@ -79,8 +56,9 @@ class AppliedInBackward:
         ]
         for member in members:
             self._handles.append(member.p.register_post_accumulate_grad_hook(self._hook_of(member)))
+        loss_scale.watch(self)
 
-    def _hook_of(self, member: _Member) -> Any:
+    def _hook_of(self, member: Member) -> Any:
         def hook(p: Tensor) -> None:
             try:
                 with torch.no_grad():
@@ -90,12 +68,12 @@ class AppliedInBackward:
 
         return hook
 
-    def _take(self, p: Tensor, member: _Member) -> None:
+    def _take(self, p: Tensor, member: Member) -> None:
         if p in self._updated:
             raise RuntimeError(
                 "apply_in_backward: optimizer.step() must be called after each backward, got a second gradient for "
-                f"{member.name}; gradients that are freed cannot be accumulated: remove() the handle to do so, or make "
-                "one backward of the sum of the losses."
+                f"{member.name}. After a backward that failed, call reset() of the handle. Gradients that are freed "
+                "cannot be accumulated: remove() the handle to do so, or make one backward of the sum of the losses."
             )
         if self._norms is not None:
             self._norms[p] = get_total_norm([p.grad], self._norm_type)  # type: ignore[list-item]
@@ -109,7 +87,8 @@ class AppliedInBackward:
         """Compute gradients twice: for their total norm, and, clipped by it, for the updates.
 
         The same numbers as `loss.backward()`, `torch.nn.utils.clip_grad_norm_(parameters, max_norm)` and a step, for
-        one backward more. Only the gradients of this optimizer's parameters are computed.
+        one backward more. Only the gradients of this optimizer's parameters are computed: of all of them that require
+        gradients now. Those that are not updated in the backward are left their clipped gradients for `step()`.
 
         Args:
             loss: of one element; its graph is gone through twice, so plain parameters only, not those of `fully_shard`.
@@ -120,33 +99,72 @@ class AppliedInBackward:
             The total norm, before it is clipped.
 
         Raises:
+            RuntimeError: after `remove()`.
             ValueError: parameters that are DTensors, or that have gradients already.
         """
-        inputs: Any = [member.p for member in self._members if member.p.requires_grad]
-        left = [member.name for member in self._members if member.p.grad is not None]
+        if not self._handles:
+            raise RuntimeError(
+                "apply_in_backward: the handle must be in force, got backward() after remove(); call loss.backward(), "
+                "clip_grad_norm_ and step."
+            )
+        params = self._params()
+        inputs: Any = [p for p in params if p.requires_grad]
+        left = [name for p, name in params.items() if p.requires_grad and p.grad is not None]
         if left:
             raise ValueError(
                 "apply_in_backward: parameters must have no gradient before a backward that clips, got one of "
-                f"{', '.join(left)}; call optimizer.zero_grad() first."
+                f"{', '.join(left)}; call optimizer.zero_grad() first, and after a backward that failed reset()."
             )
         if any(map(is_distributed, inputs)):
             raise ValueError(
                 "apply_in_backward: parameters must be plain tensors for a backward that clips, got DTensors; clip "
                 "each by itself in a hook made before."
             )
-        self._norms, self._norm_type = {}, norm_type
-        try:
-            loss.backward(retain_graph=True, inputs=inputs)
-            norms = [self._norms[p] for p in inputs if p in self._norms]
-        finally:
-            self._norms = None
-        total = get_total_norm(norms, norm_type)
+        total = self._total_norm(loss, inputs, norm_type)
         self._clip = max_norm, total
         try:
             loss.backward(inputs=inputs)
         finally:
             self._clip = None
+        clip_grads_with_norm_([p for p in inputs if p not in self.names], max_norm, total)
         return total
+
+    def _total_norm(self, loss: Tensor, inputs: list[Tensor], norm_type: float) -> Tensor:
+        """Of the gradients of `inputs`, none of which is kept."""
+        norms = self._norms = {}
+        self._norm_type = norm_type
+
+        def measure(p: Tensor) -> None:
+            norms[p] = get_total_norm([p.grad], norm_type)  # type: ignore[list-item]
+            p.grad = None
+
+        hooks = [p.register_post_accumulate_grad_hook(measure) for p in inputs if p not in self.names]
+        try:
+            loss.backward(retain_graph=True, inputs=inputs)
+        finally:
+            self._norms = None
+            for hook in hooks:
+                hook.remove()
+        return get_total_norm([norms[p] for p in inputs if p in norms], norm_type)
+
+    def _params(self) -> dict[Tensor, str]:
+        """All parameters that the optimizer has now, or had when it was applied, and their names."""
+        groups = enumerate(self._optimizer.param_groups)
+        numbered = {p: f"parameter {k} of group {n}" for n, group in groups for k, p in enumerate(group["params"])}
+        return {p: self._of_model.get(p, name) for p, name in {**numbered, **self.names}.items()}
+
+    def reset(self) -> None:
+        """Drop what a backward that failed has left, so that the next one starts clean.
+
+        That is the note of what was updated, and the gradients of all parameters of the optimizer. The updates
+        themselves stay, as after a step for these parameters alone: where they must not, load the weights and the
+        optimizer's state of before. A call at any other time between a backward and the next does no harm, but for
+        gradients that `step()` was to apply.
+        """
+        self._updated.clear()
+        self._norms = self._clip = None
+        for p in self._params():
+            p.grad = None
 
     def _before_step(self, optimizer: Any, args: Any, keywords: Any) -> None:
         if hasattr(optimizer, "grad_scale"):
@@ -167,6 +185,7 @@ class AppliedInBackward:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        loss_scale.unwatch(self)
         del self._optimizer._applied_in_backward
         if self._scaling is None:
             del self._optimizer._step_supports_amp_scaling
@@ -188,22 +207,28 @@ def apply_in_backward(model: torch.nn.Module, optimizer: Any) -> AppliedInBackwa
     `state_dict` are the optimizer's as before. Parameters of the optimizer that the model does not have, or that do not
     require gradients yet, are updated by `step()` as always.
 
-    One backward for each step: gradients cannot be accumulated over several, nor scaled by a `GradScaler`, and
-    `clip_grad_norm_` finds none; the handle's `backward` clips. `fully_shard` works, `DistributedDataParallel`, which
-    averages gradients later, does not.
+    One backward for each step: gradients cannot be accumulated over several, and `clip_grad_norm_` finds none; the
+    handle's `backward` clips. After a backward that failed, the handle's `reset()` lets the next one start clean.
+    `fully_shard` works, `DistributedDataParallel`, which averages gradients later, does not.
+
+    Nor can a loss be scaled by a `GradScaler`, which divides the gradients after the backward, or skips the step: by
+    then they have been used. It is refused in `scaler.scale(loss)`, before anything is updated; a scaler that is not
+    seen there, of a class with a `scale` of its own, is refused in `scaler.step`, when the parameters have been
+    updated. bfloat16 needs no scaling.
 
     Args:
         model: whose parameters; the whole of what is trained, so that its forward can tell who has wrapped it.
         optimizer: one of `torch_bp.optim`'s, or a `RuleOptimizer`.
 
     Returns:
-        A handle, whose `remove()` restores everything. It is a context manager as well.
+        A handle: `remove()` restores everything, `backward` clips, and `reset()` drops what a backward that failed has
+        left. It is a context manager as well.
 
     Raises:
         TypeError: an optimizer without a rule, or with a `step` of its own, such as LBFGS.
         ValueError: nothing to update, `differentiable`, a model that DistributedDataParallel wraps.
         RuntimeError: a second call for the same optimizer; later, in the backward, a second gradient before `step()`,
-            and in the step, a GradScaler.
+            and a GradScaler, in its `scale`.
 
     Example:
         >>> import torch
@@ -235,7 +260,7 @@ def apply_in_backward(model: torch.nn.Module, optimizer: Any) -> AppliedInBackwa
             raise ValueError(_refusal(module))
     names = {p: name for name, p in model.named_parameters()}
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    members = [_Member(optimizer, p, names[p]) for p in params if p in names and p.requires_grad]
+    members = [Member(optimizer, p, names[p]) for p in params if p in names and p.requires_grad]
     if not members:
         raise ValueError(
             "apply_in_backward: model must have parameters of the optimizer that require gradients, got none; build "

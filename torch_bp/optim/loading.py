@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+
+from torch_bp.optim.pattern import plain
+from torch_bp.optim.state_names import check_kinds, compared, lacking_options, other_state
 
 _ENGINE = ("foreach", "fused")
 
@@ -20,6 +24,7 @@ def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
 
     The rate and all hyperparameters are the checkpoint's. `foreach` and `fused` say how an update runs, which is a
     matter of this machine: they stay as the optimizer was built, with a warning where the checkpoint has others.
+    Sparse state, as torch's SGD makes its momentum of sparse gradients, becomes dense.
 
     Args:
         state_dict: what `state_dict()` of this optimizer or of torch's of the same name returned.
@@ -30,7 +35,7 @@ def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
     differing: dict[str, tuple[Any, Any]] = {}
 
     def keep_flags(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-        return _with_flags(optimizer.param_groups, state, differing)
+        return _with_flags(optimizer.param_groups, _dense(state), differing)
 
     handle = self.register_load_state_dict_pre_hook(keep_flags)  # the last one: it sees what others have made
     try:
@@ -44,6 +49,18 @@ def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
             "build it with the checkpoint's flags to run as that did.",
             stacklevel=2,
         )
+
+
+def _dense(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without sparse tensors; what was given stays as it is."""
+    tensors = dict(state["state"])
+    for index, values in tensors.items():
+        if not isinstance(values, dict):  # not of a parameter
+            continue
+        sparse = {k: v.to_dense() for k, v in values.items() if isinstance(v, Tensor) and v.layout is torch.sparse_coo}
+        if sparse:
+            tensors[index] = {**values, **sparse}
+    return {**state, "state": tensors}
 
 
 def _with_flags(
@@ -70,6 +87,9 @@ def _with_flags(
 class LoadReport:
     """What `load_state_dict_by_name` found: names, and of `mismatched` ones what differs.
 
+    `other_states` and `other_options` are of another optimizer: of a parameter, of a group of this optimizer. `prefix`
+    says which common prefix keeps all names apart, if one does.
+
     `unchecked` states have been loaded, and do not make the report true; whether their shapes are right is not known.
     """
 
@@ -78,13 +98,19 @@ class LoadReport:
     mismatched: dict[str, str] = field(default_factory=dict)
     mixed_groups: dict[int, str] = field(default_factory=dict)
     unchecked: dict[str, str] = field(default_factory=dict)
+    other_states: dict[str, str] = field(default_factory=dict)
+    other_options: dict[int, str] = field(default_factory=dict)
+    prefix: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.mismatched or self.mixed_groups)
+        names = self.missing or self.unexpected
+        return bool(names or self.mismatched or self.mixed_groups or self.other_states or self.other_options)
 
     def __str__(self) -> str:
         """One line for each kind of what was found."""
         lines = []
+        if self.prefix:
+            lines.append(f"Names differ by the prefix {self.prefix!r}: give strip_prefix={self.prefix!r}.")
         if self.missing:
             lines.append(f"Missing in the state: {', '.join(self.missing)}.")
         if self.unexpected:
@@ -93,6 +119,13 @@ class LoadReport:
         lines += [
             f"Group {index} has parameters of several groups that differ in {keys}."
             for index, keys in self.mixed_groups.items()
+        ]
+        for what in dict.fromkeys(self.other_states.values()):
+            names = ", ".join(name for name in self.other_states if self.other_states[name] == what)
+            lines.append(f"State of another optimizer for {names}: {what}.")
+        lines += [
+            f"Options of another optimizer for group {index}: {keys} lacking in the state."
+            for index, keys in self.other_options.items()
         ]
         lines += [f"Loaded unchecked for {name}: {what}." for name, what in self.unchecked.items()]
         return "\n\t".join(lines) or "All parameters matched."
@@ -104,6 +137,7 @@ def load_state_dict_by_name(
     *,
     model: torch.nn.Module | None = None,
     strict: bool = True,
+    strip_prefix: str = "",
 ) -> LoadReport:
     """Load the state of an optimizer with each parameter's matched by its name, whatever the order and the groups.
 
@@ -114,6 +148,8 @@ def load_state_dict_by_name(
 
     Shapes are compared with those of the state in place or, where there is none yet, with those that the optimizer
     makes: for torch's and ours that is known. What others make, such as factored second moments, is loaded as it is.
+    So are the names under which states are kept: the state of another optimizer does not match, unless it has the same
+    names and hyperparameters, as Adam and AdamW do.
 
     Args:
         optimizer: whose state is loaded; any optimizer.
@@ -122,15 +158,19 @@ def load_state_dict_by_name(
             Default: None.
         strict: raise unless everything matches. Otherwise what does not match stays as it is: the state of a parameter
             that is missing or of another shape, and the hyperparameters of a group whose parameters come from groups
-            that differ. Default: True.
+            that differ or are another optimizer's. Default: True.
+        strip_prefix: taken off the names that begin with it, in the state and in the optimizer, before they are
+            compared: "module." for a model that was in `DistributedDataParallel` when it was saved, or is now. The
+            "_orig_mod." of `torch.compile` never counts. Default: "".
 
     Returns:
-        A report with `missing`, `unexpected`, `mismatched` and `mixed_groups`; it is false if all are empty. It
-        also has `unchecked`: what has been loaded with a shape that could not be compared.
+        A report with `missing`, `unexpected`, `mismatched`, `mixed_groups`, `other_states` and `other_options`; it is
+        false if all are empty. It also has `unchecked`: what has been loaded with a shape that could not be compared.
 
     Raises:
         RuntimeError: strict, and something does not match. The optimizer is as it was.
-        ValueError: names that are lacking or double.
+        ValueError: names that are lacking or double, or a state that is not an optimizer's.
+        TypeError: arguments of another kind, such as in another order.
 
     Example:
         >>> import torch
@@ -147,19 +187,26 @@ def load_state_dict_by_name(
         >>> new.param_groups[0]["lr"]
         0.5
     """
-    own = _own_names(optimizer, model)
-    saved = _saved_names(state_dict)
+    check_kinds(optimizer, state_dict)
+    full = _own_names(optimizer, model)
+    own = [[plain(name).removeprefix(strip_prefix) for name in names] for names in full]
+    _check_unique("the optimizer", [name for names in own for name in names])
+    saved = _saved_names(state_dict, strip_prefix)
     report, state = LoadReport(), {}
     report.unexpected = sorted(saved.keys() - {name for names in own for name in names})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, (name, p) in enumerate(zip((name for names in own for name in names), parameters)):
+    report.prefix = _prefix({name for names in own for name in names}, saved.keys())
+    parameters = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for index, (name, (group, p)) in enumerate(zip((name for names in own for name in names), parameters)):
         kept = optimizer.state.get(p)
         if name not in saved:
             report.missing.append(name)
         else:
             entry = state_dict["state"].get(saved[name][1], {})
-            wrong, unchecked = _compared(optimizer, p, kept or {}, entry)
-            if wrong:
+            options = group | state_dict["param_groups"][saved[name][0]]
+            wrong, unchecked = compared(optimizer, p, kept or {}, entry)
+            if other := other_state(optimizer, options, kept or {}, entry):
+                report.other_states[name] = other
+            elif wrong:
                 report.mismatched[name] = wrong
             else:
                 kept = entry
@@ -168,6 +215,8 @@ def load_state_dict_by_name(
         if kept:
             state[index] = kept
     groups = _groups(optimizer, state_dict, own, saved, report)
+    for loaded, names in zip(groups, full):
+        loaded["param_names"] = list(names)
     if strict and report:
         raise RuntimeError(
             f"Error(s) in loading state_dict for {type(optimizer).__name__}:\n\t{report}\n"
@@ -193,12 +242,24 @@ def _own_names(optimizer: Optimizer, model: torch.nn.Module | None) -> list[list
             "load_state_dict_by_name: the optimizer must know the names of its parameters, got one built without; "
             "give model=, or build it from model.named_parameters() or param_groups(model)."
         )
-    names = [list(group["param_names"]) for group in optimizer.param_groups]
-    _check_unique("the optimizer", [name for group in names for name in group])
-    return names
+    return [list(group["param_names"]) for group in optimizer.param_groups]
 
 
-def _saved_names(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, Any]]:
+def _prefix(own: set[str], saved: Set[str]) -> str:
+    """What all names of one side begin with, if they are other names only for that; else nothing."""
+    for names, others in ((saved, own), (own, saved)):
+        first, *_ = (*names, "")
+        parts = list(accumulate(first.split(".")[:-1], "{}.{}".format))
+        for prefix in (f"{part}." for part in parts if not names & others):
+            if (
+                all(name.startswith(prefix) for name in names)
+                and {name.removeprefix(prefix) for name in names} & others
+            ):
+                return prefix
+    return ""
+
+
+def _saved_names(state_dict: Mapping[str, Any], strip_prefix: str) -> dict[str, tuple[int, Any]]:
     """Of each saved name, its group and the key of its state."""
     found = []
     for number, group in enumerate(state_dict["param_groups"]):
@@ -209,7 +270,7 @@ def _saved_names(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, Any]]:
                 f"load_state_dict_by_name: state_dict must name its parameters, got group {number} without; save it "
                 "from an optimizer built from model.named_parameters(), or enter them as its 'param_names'."
             )
-        found += [(name, (number, key)) for name, key in zip(names, keys)]
+        found += [(plain(name).removeprefix(strip_prefix), (number, key)) for name, key in zip(names, keys)]
     _check_unique("state_dict", [name for name, _ in found])
     return dict(found)
 
@@ -218,40 +279,6 @@ def _check_unique(what: str, names: Sequence[str]) -> None:
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise ValueError(f"load_state_dict_by_name: names in {what} must be unique, got {', '.join(double)} again.")
-
-
-def _compared(optimizer: Optimizer, p: Tensor, own: Mapping[str, Any], loaded: Mapping[str, Any]) -> tuple[str, str]:
-    """What is wrong with the shapes of a loaded state, and which shapes nothing can be said about.
-
-    They are those of the present state, or else what the optimizer makes of the parameter's. Of an optimizer that is
-    not known, tensors that are all of one shape, with as many axes as the parameter, are taken for averages over a
-    parameter of that shape. Single numbers beside averages (`step`, NAdam's `mu_product`) have no shape to compare.
-    """
-    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor) and key != "step"}
-    shapes = {value.shape for value in tensors.values() if value.dim()} or {torch.Size()}
-    averages = _is_known(optimizer) or (len(shapes) == 1 and all(len(shape) == p.dim() for shape in shapes))
-    unchecked = []
-    for key, value in tensors.items():
-        present = own.get(key)
-        shape = present.shape if isinstance(present, Tensor) else _shape(optimizer, p, key)
-        if value.shape != shape and (value.dim() or shapes == {()} or present is not None):
-            if averages or present is not None:
-                return f"{key} of shape {tuple(value.shape)} in the state, {tuple(shape)} in the optimizer", ""
-            unchecked.append(f"{key} of shape {tuple(value.shape)}")
-    return "", ", ".join(unchecked)
-
-
-def _is_known(optimizer: Optimizer) -> bool:
-    """Whether it is torch's own, or of the kind of ours, whose rules have a number for each of the parameter's."""
-    return hasattr(optimizer, "state_layout") or type(optimizer).__module__.startswith("torch.optim")
-
-
-def _shape(optimizer: Optimizer, p: Tensor, key: str) -> torch.Size:
-    """The shape of a state of a parameter; of a matrix Adafactor has only means over its columns and its rows."""
-    if isinstance(optimizer, torch.optim.Adafactor) and p.dim() > 1:
-        *outer, rows, columns = p.shape
-        return torch.Size({"row_var": (*outer, rows, 1), "col_var": (*outer, 1, columns)}.get(key, p.shape))
-    return p.shape
 
 
 def _groups(
@@ -269,8 +296,11 @@ def _groups(
         differing = {k for o in options[:-1] for k in o.keys() | options[0].keys() if o.get(k) != options[0].get(k)}
         if differing:
             report.mixed_groups[number] = ", ".join(sorted(differing))
-        loaded = options[-1] if differing or not sources else options[0]
+        elif sources and (lacking := lacking_options(optimizer, options[0])):
+            report.other_options[number] = ", ".join(lacking)
+        kept = differing or not sources or number in report.other_options
+        loaded = options[-1] if kept else options[0]
         loaded = copy.deepcopy(loaded)  # a rate that is a tensor must not be that of several groups
-        groups.append({**loaded, "params": list(range(first, first + len(names))), "param_names": list(names)})
+        groups.append({**loaded, "params": list(range(first, first + len(names)))})
         first += len(names)
     return groups

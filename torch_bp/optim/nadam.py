@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torch_bp.kernels import formula, sqrt
 from torch_bp.optim.loading import load_state_dict
-from torch_bp.optim.step import step
+from torch_bp.optim.step import power, step
 
 
 @formula(updates=("param", "exp_avg", "exp_avg_sq"), static=("maximize", "decay", "decoupled_weight_decay"))
@@ -93,7 +93,7 @@ class NAdam(torch.optim.NAdam):
         return {name: group[name] for name in names} | {
             "beta1": beta1,
             "beta2": beta2,
-            "bias_correction2": 1 - beta2**step,
+            "bias_correction2": 1 - power(beta2, step),
             "mu": _momentum(group, step),
             "mu_next": _momentum(group, step + 1),
             "mu_product": mu_product,
@@ -108,7 +108,7 @@ class NAdam(torch.optim.NAdam):
             kept = state_dict["state"].get(number, {}).get("mu_product")
             loaded = self.state.get(p, {}).get("mu_product")
             if isinstance(kept, Tensor) and loaded is not None and kept.to(loaded) == loaded:  # a hook may have its way
-                self.state[p]["mu_product"] = kept.to(loaded.device if capturable else "cpu", copy=True)
+                self.state[p]["mu_product"] = kept.to(loaded.device if capturable else "cpu")
 
     def sparse(self, group: Mapping[str, Any]) -> str:
         raise RuntimeError("NAdam does not support sparse gradients")

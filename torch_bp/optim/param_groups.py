@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from torch_bp.optim.pattern import Pattern, check_patterns, find, matches
+from torch_bp.optim.pattern import Pattern, check_patterns, find, matches, plain
 
 _NORMS = (
     torch.nn.modules.batchnorm._NormBase,
@@ -130,6 +130,8 @@ def param_groups(
     Names are kept (`param_names` of the groups). A tied parameter is there once, under its first name, and matches if
     any of its names does. Frozen parameters are in no group; the table says which.
 
+    In the names that patterns are held against, the `_orig_mod` that `torch.compile` adds is left out.
+
     A pattern is a glob of the parameter's name or of a module above it (`"encoder"`, `"*.attention.*"`; a star stands
     for dots too), or a compiled regular expression, searched for in the name.
 
@@ -151,6 +153,7 @@ def param_groups(
             `class Block(Sequential): pass`, to be one layer; or give this function. The table shows the depths.
 
     Raises:
+        TypeError: a rate or weight decay that is no number.
         ValueError: a pattern that matches nothing, or only what earlier patterns have taken; a value out of range.
 
     Example:
@@ -181,19 +184,23 @@ def param_groups(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"param_groups: model must be a torch.nn.Module, got {type(model).__name__}.")
     entries = _entries(model)
-    names = [name for entry in entries for name in entry.names]
+    plain_names = {entry.names[0]: [plain(name) for name in entry.names] for entry in entries}
+    names = [name for of_entry in plain_names.values() for name in of_entry]
     rates: Mapping[Pattern, float] = lr if isinstance(lr, Mapping) else {} if lr is None else {"*": lr}
     _check_values(rates, weight_decay, layer_decay, depth)
     exempt = [part.strip() for part in no_decay.split(",") if part.strip()] if isinstance(no_decay, str) else no_decay
-    check_patterns("param_groups: no_decay", [p for p in exempt if p not in _WORDS], names)
-    check_patterns("param_groups: lr", list(rates), names, by_turns=[entry.names for entry in entries])
+    check_patterns(
+        "param_groups: no_decay", [p for p in exempt if p not in _WORDS], names, words=list(map(str, _WORDS))
+    )
+    check_patterns("param_groups: lr", list(rates), names, by_turns=list(plain_names.values()))
     if layer_decay is not None:
         entries = _deepened(model, entries, depth)
     deepest = max((entry.depth or 0 for entry in entries), default=0)
     gathered: dict[tuple[float | None, float | None], list[_Entry]] = {}
     for entry in entries:
         if entry.parameter.requires_grad:
-            rate = find(rates, entry.names)
+            own = plain_names[entry.names[0]]
+            rate = find(rates, own)
             if layer_decay is not None:
                 if rate is None:
                     raise ValueError(
@@ -201,7 +208,7 @@ def param_groups(
                         f"{entry.names[0]}; end the patterns with '*'."
                     )
                 rate *= layer_decay ** (deepest - (entry.depth or 0))
-            bare = any(_WORDS[p](entry) if p in _WORDS else matches(p, entry.names) for p in exempt)
+            bare = any(_WORDS[p](entry) if p in _WORDS else matches(p, own) for p in exempt)
             gathered.setdefault((rate, 0.0 if bare else weight_decay), []).append(entry)
     rows = [_row(*key, members) for key, members in gathered.items()]
     return ParamGroups(rows, [entry.names[0] for entry in entries if not entry.parameter.requires_grad])
@@ -217,6 +224,12 @@ def _check_values(
     rates: Mapping[Pattern, float], weight_decay: float | None, layer_decay: float | None, depth: Any
 ) -> None:
     for what, value in [*((f"lr of {p!r}", v) for p, v in rates.items()), ("weight_decay", weight_decay)]:
+        number = isinstance(value, float | int | torch.Tensor) and not isinstance(value, bool)
+        if not number and (value is not None or what != "weight_decay"):
+            raise TypeError(
+                f"param_groups: {what} must be a number, got {value!r}; rates by pattern are for lr, and no_decay says "
+                "which parameters do not decay."
+            )
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"param_groups: {what} must be at least 0 and finite, got {value}.")
     if layer_decay is not None and not 0 < layer_decay <= 1:
@@ -244,7 +257,7 @@ def _entries(model: torch.nn.Module) -> list[_Entry]:
 def _deepened(model: torch.nn.Module, entries: Sequence[_Entry], depth: Callable[[str], int] | None) -> list[_Entry]:
     """The entries with their depth, from the user's function or from the order of the modules."""
     layers = {} if depth else _layers(model)
-    depths = [depth(e.names[0]) if depth else layers[e.owners[0]] for e in entries]
+    depths = [depth(plain(e.names[0])) if depth else layers[e.owners[0]] for e in entries]
     for entry, value in zip(entries, depths):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"param_groups: depth must give an int of at least 0, got {value!r} for {entry.names[0]}.")
@@ -266,7 +279,8 @@ def _layers(model: torch.nn.Module) -> dict[torch.nn.Module, int]:
             return
         found.setdefault(module, last + 1)
         for child in module.children():  # a stack in a stack only goes on; a class of the user's own is a block
-            visit(child, isinstance(module, _STACKS) and type(child) not in _STACKS)
+            kind = type(getattr(child, "_orig_mod", child))  # within what `torch.compile` makes
+            visit(child, isinstance(module, _STACKS) and kind not in _STACKS)
 
     visit(model, False)
     return found

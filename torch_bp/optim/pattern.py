@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import TypeVar
 
+COMPILED = "_orig_mod."  # what `torch.compile` puts before the names of the parts of a module that it wraps
 Pattern = str | re.Pattern
 Value = TypeVar("Value")
 
@@ -16,6 +17,15 @@ Value = TypeVar("Value")
 def _paths(name: str) -> list[str]:
     """A name and those of the modules above it, the outermost first."""
     return list(accumulate(name.split("."), "{}.{}".format))
+
+
+def plain(name: str) -> str:
+    """A name as it is without `torch.compile`.
+
+    >>> plain("_orig_mod.encoder._orig_mod.weight")
+    'encoder.weight'
+    """
+    return name.replace(COMPILED, "")
 
 
 def matches(pattern: Pattern, names: Iterable[str]) -> bool:
@@ -39,7 +49,11 @@ def find(values: Mapping[Pattern, Value], names: Sequence[str]) -> Value | None:
 
 
 def check_patterns(
-    what: str, patterns: Sequence[Pattern], names: Sequence[str], by_turns: Sequence[Sequence[str]] = ()
+    what: str,
+    patterns: Sequence[Pattern],
+    names: Sequence[str],
+    by_turns: Sequence[Sequence[str]] = (),
+    words: Sequence[str] = (),
 ) -> None:
     """Refuse a pattern that means none of the names.
 
@@ -49,6 +63,7 @@ def check_patterns(
         names: of all parameters.
         by_turns: the names of each parameter, if the first pattern that matches takes it: then a pattern to which the
             earlier ones leave nothing is refused as well.
+        words: what may stand instead of a pattern, for the message.
 
     Raises:
         ValueError: such a pattern, with the nearest names.
@@ -59,9 +74,11 @@ def check_patterns(
             raise TypeError(f"{what} must have strings or compiled regular expressions, got {pattern!r}.")
         text = pattern if isinstance(pattern, str) else pattern.pattern
         if not matches(pattern, names):
-            known = dict.fromkeys(path for name in names for path in _paths(name))
-            near = difflib.get_close_matches(text, known, n=3, cutoff=0.3)
+            known = dict.fromkeys([*words, *(path for name in names for path in _paths(name))])
+            named = [path for path in known if not path.replace(".", "").isdigit()]  # a number is near to nothing
+            near = difflib.get_close_matches(text, named, n=3, cutoff=0.3)
             hint = f"the nearest names are {', '.join(near)}" if near else f"names are like {', '.join(names[:3])}"
+            hint += f"; the words are {', '.join(words)}" if words else ""
             raise ValueError(f"{what} must have patterns that match a parameter, got {text!r}; {hint}.")
         rest = [each for each in left if not matches(pattern, each)]
         if by_turns and len(rest) == len(left):

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from torch_bp.kernels import Table, engine, native, plain
 from torch_bp.optim import shards
+from torch_bp.optim.rule import UNKNOWN, explain
 
 Layout = Sequence[str | None]
 Gradients = Sequence[Tensor | None]
 _NOTHING = type(None)
 _COUNTS = (torch.float32, torch.float64)
-_FLAGS = ("capturable", "differentiable", "fused")
+FLAGS = ("capturable", "differentiable", "fused")
 
 
 def initial_state(optimizer: Any, p: Tensor, group: Mapping[str, Any], layout: Layout) -> tuple[dict, list[str]]:
@@ -49,6 +50,19 @@ def _count(value: float, p: Tensor, group: Mapping[str, Any]) -> Tensor:
     double = torch.get_default_dtype() is torch.float64 and not group.get("fused")
     dtype = torch.float64 if double else torch.float32
     return torch.full((), float(value), dtype=dtype, device=p.device if on_device else "cpu")
+
+
+def in_turn(optimizer: Any, params: Sequence[Tensor], positions: Iterable[int]) -> set[int]:
+    """Positions whose updates follow on each other: of a parameter that is listed again, of counts that are shared."""
+    found: dict[Any, list[int]] = {}
+    for i in positions:
+        found.setdefault(id(params[i]), []).append(i)
+        state = optimizer.state.get(params[i], {})
+        for count in map(state.get, counted(optimizer)):
+            if isinstance(count, Tensor):
+                place = count.data_ptr() if type(count) in plain.PLAIN_TYPES else id(count)
+                found.setdefault(("count", place), []).append(i)
+    return {i for sharing in found.values() if len(sharing) > 1 for i in sharing}
 
 
 def forget(created: Iterable[tuple[dict[str, Any], list[str]]]) -> None:
@@ -92,15 +106,30 @@ class Counter:
         self.value = value
         self._table = Table()
         self._write: Callable[..., None] | None = None  # writes the counts in memory, where `holds` has found them
+        self._double = False
 
     def holds(self, counts: tuple[Tensor, ...]) -> bool:
         """True if every one is `value` still."""
         compiled, first = native.functions(), counts[0]
         self._write = None
         if compiled and first.is_cpu and first.dtype in _COUNTS and self._table.refresh([counts], [True], 1):
-            self._write = compiled.write
-            return compiled.holds(self._table.addresses[0], self.value, first.dtype is torch.float64)
+            self._write, self._double = compiled.write, first.dtype is torch.float64
+            return compiled.holds(self._table.addresses[0], self.value, self._double)
         return all(count.item() == self.value for count in counts)
+
+    @property
+    def fast(self) -> bool:
+        """True if `unchanged` can answer."""
+        return self._write is not None and self._table.seen is not None
+
+    def unchanged(self) -> bool:
+        """As `holds`, for the tensors that it was last asked about."""
+        table, compiled = self._table, native.functions()
+        seen: Any = table.seen
+        verdict = compiled.check(  # type: ignore[union-attr]
+            seen.handles, seen.handles, seen.kept, seen.kinds, seen.forms, seen.written, table.addresses, table.answer
+        )
+        return verdict == native.SAME and compiled.holds(table.addresses[0], self.value, self._double)  # type: ignore[union-attr]
 
     def set(self, counts: tuple[Tensor, ...], value: float) -> None:
         """Make all of them `value`."""
@@ -109,7 +138,7 @@ class Counter:
             torch._foreach_zero_(counts)
             torch._foreach_add_(counts, value)
         else:
-            self._write(self._table.addresses[0], value, counts[0].dtype is torch.float64)
+            self._write(self._table.addresses[0], value, self._double)
             torch._C._increment_version(counts)
 
 
@@ -123,6 +152,7 @@ class Bucket:
         self.params: list[Tensor] = []
         self.states: list[dict[str, Any]] = []
         self.table = Table()
+        self.static: dict[str, Any] = {}  # the choices of the rule that ran last
         self.counters = {name: Counter(value) for name, value in counts.items()}
 
     def add(self, position: int, param: Tensor, state: dict[str, Any]) -> None:
@@ -150,8 +180,7 @@ class Bucket:
     def update(self, optimizer: Any, group: Mapping[str, Any], gradients: Gradients) -> bool:
         """Run the list kernel; False if it may not serve, and then nothing is changed."""
         grads = gradients if len(gradients) == len(self.positions) else [gradients[i] for i in self.positions]
-        counts = self._advanced(optimizer, group)
-        scalars = optimizer.scalars(group, counts.get("step", 0), self.fresh, **_but_step(counts))
+        counts = self.advanced(optimizer, group)
         rows = [None if name is None else self.state[name] for name in self.layout]
         lists: Sequence[Any] = (self.params, grads, *rows)
         rule, extras = optimizer.rule.formula, optimizer.__dict__.get("_extras")
@@ -160,11 +189,18 @@ class Bucket:
             if extras is not None or not all(shards.alike(p, [g]) for p, g in zip(self.params, grads)):
                 return False
             lists = [None if row is None else shards.locals_of(row) for row in lists]
-        if extras is not None:
-            rule, scalars = extras.extend(rule, scalars, self.params[0].device)
-        totals = rule.launch(lists, self.table, scalars)
+        scalars = UNKNOWN
+        try:
+            given = scalars = optimizer.scalars(group, counts.get("step", 0), self.fresh, **_but_step(counts))
+            if extras is not None:
+                rule, given = extras.extend(rule, given, self.params[0].device)
+            totals = rule.launch(lists, self.table, given)
+        except Exception as error:
+            explain(optimizer, scalars, error)
+            raise
         if totals is None:
             return False
+        self.static = {name: given.get(name) for name in rule.static}
         if self.distributed:  # each DTensor counts its versions apart from its part
             for row in (self.params, *rows):
                 torch._C._increment_version(row or ())
@@ -175,7 +211,7 @@ class Bucket:
         self.created = []
         return True
 
-    def _advanced(self, optimizer: Any, group: Mapping[str, Any]) -> dict[str, float]:
+    def advanced(self, optimizer: Any, group: Mapping[str, Any]) -> dict[str, float]:
         """What the counts are after one more update."""
         if not self.counters:
             return {}
@@ -199,11 +235,12 @@ class Share:
         self.present = [i for i, g in enumerate(gradients) if g is not None]
         self.whole = len(self.present) == len(self.params)
         self.layout = tuple(optimizer.state_layout(group))
-        self.flags = tuple(map(group.get, _FLAGS))
+        self.flags = tuple(map(group.get, FLAGS))
         for i in self.present:
             if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
                 optimizer.sparse(group)  # may refuse, before anything is changed
         listed = not on_device(group)
+        self.in_turn = in_turn(optimizer, self.params, self.present)
         self.others = [i for i in self.present if not (listed and self._eligible(optimizer, i, gradients))]
         buckets: dict[Any, Bucket] = {}
         try:
@@ -225,7 +262,7 @@ class Share:
 
     def _eligible(self, optimizer: Any, i: int, gradients: Gradients) -> bool:
         p = self.params[i]
-        return eligible(p, gradients[i], optimizer.state.get(p, {}), self.layout)
+        return i not in self.in_turn and eligible(p, gradients[i], optimizer.state.get(p, {}), self.layout)
 
     def fits(self, optimizer: Any, group: dict[str, Any], gradients: Gradients) -> bool:
         """True if this share, made at an earlier step, still tells the truth."""
@@ -237,7 +274,7 @@ class Share:
                 return False
         elif self.present != [i for i, g in enumerate(gradients) if g is not None]:
             return False
-        flags = tuple(map(group.get, _FLAGS))
+        flags = tuple(map(group.get, FLAGS))
         if tuple(optimizer.state_layout(group)) != self.layout or flags != self.flags:
             return False
         if self.others and not on_device(group) and any(self._eligible(optimizer, i, gradients) for i in self.others):
@@ -263,6 +300,7 @@ class Plan:
 
     def __init__(self) -> None:
         self.shares: dict[int, Share] = {}
+        self.again: dict[int, Any] = {}  # what repeats a step (`torch_bp.optim.again`)
         self.lock = threading.Lock()  # the tables hold one thread's gradients at a time
         self._container: Any = None
         self._states: list[dict[str, Any]] = []
@@ -275,7 +313,11 @@ class Plan:
             or len(states) != len(self._states)
             or not all(map(operator.is_, states.values(), self._states))
         ):
-            self.shares = {}
+            self.forget()
+
+    def forget(self) -> None:
+        """Look at everything anew at the next step."""
+        self.shares, self.again = {}, {}
 
     def update(self, optimizer: Any, index: int, group: dict[str, Any], gradients: Gradients) -> Gradients:
         """Update a group by list kernels; return the gradients that are still to be applied."""

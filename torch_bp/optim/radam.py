@@ -19,7 +19,7 @@ from torch_bp.kernels import formula, maximum, sqrt, where
 from torch_bp.optim.adam import Adam
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
-from torch_bp.optim.step import step
+from torch_bp.optim.step import power, step
 
 
 @formula(updates=("param", "exp_avg", "exp_avg_sq"), static=("maximize", "decay", "decoupled_weight_decay"))
@@ -80,7 +80,7 @@ class RAdam(torch.optim.RAdam):
     def scalars(self, group: Mapping[str, Any], step: Any, fresh: bool) -> dict[str, Any]:
         beta2 = group["betas"][1]
         rho_inf = 2 / (1 - beta2) - 1
-        rho = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
+        rho = rho_inf - 2 * step * power(beta2, step) / (1 - power(beta2, step))
         long, longest = maximum(rho, 5.0), maximum(rho_inf, 5.0)  # where r is not used, it is still a number
         return Adam.scalars(self, group, step, fresh) | {
             "rho": rho,

@@ -19,7 +19,12 @@ from torch_bp.optim import curves
 from torch_bp.optim.lr_scheduler.state import write_rates
 from torch_bp.optim.untouched import untouched
 
-RULES = ("steepest", "minimum", "valley")
+RULES = {  # what each picks; the first is the one to begin with
+    "steepest": "where the loss falls fastest",
+    "minimum": "a tenth of the rate of the lowest loss",
+    "valley": "two thirds along the longest fall of the loss",
+}
+_COARSE = 3.0  # rates further apart than by this factor may leap over all that are useful
 
 
 @dataclass
@@ -44,6 +49,13 @@ class RangeTest:
         [True, True, True, False]
         >>> round(test.suggestion("minimum"), 6)
         0.01
+        >>> print(test)
+        4 of 4 rates tried, 0.001 to 1; the loss diverged there.
+        Take more steps: the rates are apart by a factor of 10.
+        Begin with lr = 0.1, "steepest"; the rules in turn:
+          steepest  0.1       where the loss falls fastest
+           minimum  0.01      a tenth of the rate of the lowest loss
+            valley  0.01      two thirds along the longest fall of the loss
     """
 
     min_lr: float = 1e-7
@@ -51,9 +63,9 @@ class RangeTest:
     steps: int = 100
     smoothing: float = 0.9
     diverge: float = 4.0
-    lr: list[float] = field(default_factory=list, init=False)
-    losses: list[float] = field(default_factory=list, init=False)
-    smoothed: list[float] = field(default_factory=list, init=False)
+    lr: list[float] = field(default_factory=list, init=False, repr=False)
+    losses: list[float] = field(default_factory=list, init=False, repr=False)
+    smoothed: list[float] = field(default_factory=list, init=False, repr=False)
     diverged: bool = field(default=False, init=False)
     _average: float = field(default=0.0, init=False, repr=False)
 
@@ -97,6 +109,47 @@ class RangeTest:
         self.diverged = len(self.lr) > 1 and self.smoothed[-1] > best + (self.diverge - 1) * scale
         return not self.diverged and len(self.lr) < self.steps
 
+    @property
+    def cut_short(self) -> bool:
+        """Whether the batches have ended before the rates have, and before the loss diverged."""
+        return not self.diverged and len(self.lr) < self.steps
+
+    @property
+    def _factor(self) -> float:
+        """From one rate to the next."""
+        return (self.max_lr / self.min_lr) ** (1 / (self.steps - 1))
+
+    def __str__(self) -> str:
+        """How far the test has come, and what each rule suggests."""
+        lines = [self._extent()]
+        try:
+            suggestions = {rule: f"{self.suggestion(rule):.3g}" for rule in RULES}
+        except RuntimeError as error:
+            return "\n".join([*lines, str(error)])
+        if self.cut_short or self._factor > _COARSE:
+            lines.append(self._remedy())
+        first = next(iter(RULES))
+        lines.append(f'Begin with lr = {suggestions[first]}, "{first}"; the rules in turn:')
+        return "\n".join(lines + [f"{rule:>10}  {suggestions[rule]:<8}  {RULES[rule]}" for rule in RULES])
+
+    def _extent(self) -> str:
+        tried = f"{len(self.lr)} of {self.steps} rates tried"
+        if self.lr:
+            tried += f", {self.lr[0]:.3g} to {self.lr[-1]:.3g}"
+        if self.cut_short:
+            return f"{tried}: the batches ended before max_lr, {self.max_lr:g}."
+        return f"{tried}; the loss {'diverged there' if self.diverged else 'did not diverge'}."
+
+    def _remedy(self) -> str:
+        """What may make the loss fall, or fall further."""
+        if self.cut_short:
+            return "Give more batches or epochs, or take fewer steps."
+        if self._factor > _COARSE:
+            return f"Take more steps: the rates are apart by a factor of {self._factor:.3g}."
+        if self.diverged:
+            return "Take a smaller min_lr."
+        return "Take a larger max_lr, or check that the model learns at all."
+
     def suggestion(self, rule: str = "steepest") -> float:
         """The rate that a rule picks.
 
@@ -113,9 +166,10 @@ class RangeTest:
             raise ValueError(f"lr_find: rule must be one of {', '.join(RULES)}, got {rule!r}.")
         lowest = min(range(len(self.smoothed)), key=self.smoothed.__getitem__, default=0)
         if len(self.lr) < 3 or lowest == 0:
+            ended = f", as the batches ended after {len(self.lr)} of {self.steps} rates" if self.cut_short else ""
+            got = f"{len(self.lr)} losses, the lowest at number {lowest + 1}" if self.lr else "no losses"
             raise RuntimeError(
-                f"lr_find: the loss must fall somewhere to suggest a rate, got {len(self.lr)} losses, the lowest at "
-                f"number {lowest + 1}. Take a smaller min_lr or more batches."
+                f"lr_find: the loss must fall somewhere to suggest a rate, got {got}{ended}. {self._remedy()}"
             )
         if rule == "minimum":
             return self.lr[lowest] / 10
@@ -207,9 +261,12 @@ def lr_find(
             set are also as they were afterwards.
         min_lr, max_lr, steps, smoothing, diverge: see `RangeTest`.
 
+    Returns:
+        What has been found: `print` it for the rates that it suggests; `suggestion(rule)` gives one.
+
     Raises:
-        ValueError: an argument is outside its range, or there are no batches.
-        TypeError: a batch is not a pair.
+        ValueError: an argument is outside its range, there are no batches, or the loss is not one number.
+        TypeError: an argument is of another kind, such as in another order, or a batch is not a pair.
         RuntimeError: the first loss is not finite.
 
     Example:
@@ -224,18 +281,40 @@ def lr_find(
         0.1
     """
     test = RangeTest(min_lr, max_lr, steps, smoothing, diverge)
+    _check_kinds(model, loss_fn, optimizer, batches)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     with untouched(model, optimizer, _generators(batches)):
         model.train()
         for input, target in _endless(batches):
             write_rates(optimizer, scaled(test.next_lr, rates))
             loss = loss_fn(model(input), target)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(
+                    f"lr_find: loss_fn must give a tensor of one number, got {got}. Take the mean over the batch."
+                )
             if not test.record(loss.item()):
                 break
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     return test
+
+
+def _check_kinds(model: Any, loss_fn: Any, optimizer: Any, batches: Any) -> None:
+    """Refuse arguments of another kind, which are likely in another order."""
+    wanted = {
+        "model": (model, isinstance(model, nn.Module), "a torch.nn.Module"),
+        "loss_fn": (loss_fn, callable(loss_fn) and not isinstance(loss_fn, type), "a function of (output, target)"),
+        "optimizer": (optimizer, hasattr(optimizer, "param_groups"), "an optimizer"),
+        "batches": (batches, isinstance(batches, Iterable) or hasattr(batches, "__getitem__"), "batches to go through"),
+    }
+    for name, (value, holds, what) in wanted.items():
+        if not holds:
+            raise TypeError(
+                f"lr_find: {name} must be {what}, got {type(value).__name__}. "
+                "The order is lr_find(model, loss_fn, optimizer, batches)."
+            )
 
 
 def _generators(batches: Any) -> list[torch.Generator]:

@@ -52,7 +52,8 @@ class SGD(torch.optim.SGD):
     `p + lr * momentum * state[p]["momentum_buffer"]`.
 
     `foreach` and `fused` are accepted; the update is one kernel over all parameters with or without them. Only
-    `differentiable` and, on CUDA, `fused=True` are updated one by one.
+    `differentiable` and, on CUDA, `fused=True` are updated one by one. With `differentiable` and momentum, the first
+    step has its derivative by the gradient, which torch loses: it detaches the buffer that it makes of the gradient.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -65,6 +66,7 @@ class SGD(torch.optim.SGD):
 
     rule = staticmethod(sgd)
     counts_steps = False
+    begins_each = True  # as torch, which makes a buffer for each place of a parameter that is listed twice
 
     def state_layout(self, group: Mapping[str, Any]) -> tuple[str | None, ...]:
         return ("momentum_buffer" if group["momentum"] != 0 else None,)

@@ -4,7 +4,7 @@
   What was collected (`Plan`) is kept while it still holds, which one compiled look at all tensors tells; step counts
   are read once and then known. Of DTensors that are cut alike, the parts on this rank.
 - *One by one*, through the same formula: sparse and complex gradients, other tensor subclasses, `differentiable`,
-  `capturable`, `torch.compile`, and whatever else a kernel may not serve.
+  `capturable`, `torch.compile`, parameters that are listed twice, and whatever else a kernel may not serve.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torch_bp.kernels.plain import unwatched
+from torch_bp.kernels.program import write
+from torch_bp.optim.again import Again
 from torch_bp.optim.plan import Gradients, Plan, counted, forget, initial_state, on_device
+from torch_bp.optim.rule import UNKNOWN, explain
 
 _set_recording = torch._C._set_grad_enabled
 _profiling = torch.autograd._profiler_enabled
@@ -104,7 +107,8 @@ def _update(self: Any, scale: Tensor | None) -> None:
         if plan is not None:
             plan.look(self)
         for index, group in enumerate(self.param_groups):
-            update_group(self, plan, index, group, scale)
+            if plan is None or not repeated(self, plan, index, group):
+                update_group(self, plan, index, group, scale)
         if plan is not None:
             plan.remember(self)
     finally:
@@ -112,11 +116,25 @@ def _update(self: Any, scale: Tensor | None) -> None:
             plan.lock.release()
 
 
+def repeated(self: Any, plan: Plan, index: int, group: Any) -> bool:
+    """Update one group as in the last step, if nothing but numbers and gradients is new."""
+    again = plan.again.get(index)
+    if again is not None and "_extras" not in self.__dict__:
+        if again.step(self, group):
+            return True
+        del plan.again[index]
+    return False
+
+
 def update_group(self: Any, plan: Plan | None, index: int, group: Any, scale: Tensor | None = None) -> None:
     """Update the parameters of one group; `plan` is None where no list kernel may serve."""
     gradients: Gradients = [p.grad for p in group["params"]]
     if plan is not None:
         gradients = plan.update(self, index, group, gradients)
+        share = plan.shares.get(index)
+        again = None if share is None else Again.of(self, group, share)
+        if again is not None:
+            plan.again[index] = again
     if gradients:
         _one_by_one(self, group, gradients, scale)
 
@@ -139,8 +157,14 @@ def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: T
         if grad is not None:
             how = self.sparse(group) if grad.layout is not torch.strided else "as it is"
             work.append((p, grad, how))
+    begun: dict[Tensor, tuple[dict[str, Any], list[str]]] = {}
     for p, grad, how in work:
+        if getattr(self, "begins_each", False) and p in begun:
+            forget([begun[p]])
         state, created = initial_state(self, p, group, layout)
+        if created:
+            begun[p] = state, created
+        scalars = UNKNOWN
         try:
             counts = _advanced(self, group, state)
             numbers = {name: value for name, (value, _) in counts.items()}
@@ -152,13 +176,26 @@ def _one_by_one(self: Any, group: dict[str, Any], gradients: Gradients, scale: T
             if extras is not None:
                 grad, before = extras.prepare(p, grad)
             _apply(self.rule, p, grad, states, scalars, how)
-        except BaseException:
+        except BaseException as error:
             forget([(state, created)])
+            explain(self, scalars, error)
             raise
         for name, (_, after) in counts.items():
-            state[name].copy_(after)
+            write(state[name], after)
         if extras is not None:
             extras.finish(p, before)
+
+
+def power(base: Any, step: Any) -> Any:
+    """base^step, of a number that schedules may change.
+
+    torch.compile writes the number of `pow(number, tensor)` into the graph. It then compiles anew for each one, at most
+    eight times, and its cache of compiled graphs has been seen to give out one that was made for another number. As a
+    tensor the number is an input of the graph.
+    """
+    if isinstance(step, Tensor) and not isinstance(base, Tensor) and _is_compiling():
+        base = torch.zeros_like(step) + base
+    return base**step
 
 
 def _advanced(self: Any, group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -194,6 +231,7 @@ def _apply(
         grad = grad.to_dense()
     tensors = [p, grad, *states]
     if p.is_complex():
+        tensors[1] = grad.resolve_conj()  # of conj() in the model, which leaves it pending
         tensors = [None if t is None else torch.view_as_real(t) for t in tensors]
     scalars = {n: v.reshape(()) if isinstance(v, Tensor) else v for n, v in scalars.items()}
     rule(*tensors, **scalars)

@@ -81,7 +81,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of the pass lay in memory that a call made."""
+    """Where a tensor of the pass lay, in memory that a call made or that is of the batch."""
 
     memory: int
     dtype: torch.dtype
@@ -113,10 +113,15 @@ class Recorder(TorchDispatchMode):
         calls: in the order in which they ran.
         memories: by their number.
         written: tensors from outside that calls write to.
+
+    Args:
+        batch: tensors in memory of their own, for which others of the same form stand in when the pass runs again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: Sequence[Tensor] = ()) -> None:
         super().__init__()
+        self.batch = list(batch)
+        self.of_batch = {_number(t): k for k, t in enumerate(batch)}
         self.calls: list[Call] = []
         self.memories: dict[int, Memory] = {}
         self.written: list[Tensor] = []
@@ -135,11 +140,11 @@ class Recorder(TorchDispatchMode):
         return threading.get_ident() == self._thread
 
     def place(self, value: Any) -> Any:
-        """Return the place of a tensor in memory that was made; anything else as it is."""
+        """Return the place of a tensor in memory that was made or is of the batch; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
         memory = self.memories.get(_number(value))
-        if memory is None or not memory.made:
+        if (memory is None or not memory.made) and _number(value) not in self.of_batch:
             return value
         form = tuple(value.shape), value.stride(), int(value.storage_offset())
         return Place(_number(value), value.dtype, value.device, *form)
@@ -212,7 +217,6 @@ class Program:
 
     Args:
         recorder: has noted the pass.
-        homes: by the number of memory that a call made, the tensor whose memory takes its place.
         kept: what is read after the last call: tensors, or their places.
 
     Attributes:
@@ -221,35 +225,54 @@ class Program:
         written: tensors from outside that calls write to.
     """
 
-    def __init__(self, recorder: Recorder, homes: Mapping[int, Tensor], kept: Sequence[Any]) -> None:
+    def __init__(self, recorder: Recorder, kept: Sequence[Any]) -> None:
         memories = recorder.memories
         for place in kept:
-            if isinstance(place, Place):
+            if isinstance(place, Place) and place.memory not in recorder.of_batch:
                 memories[place.memory].last = len(recorder.calls)
-        self._homes = homes
+        self._of_batch = recorder.of_batch
+        self._starts = [t.storage_offset() for t in recorder.batch]
+        self._views: list[list[tuple[Tensor, Place]]] = [[] for _ in recorder.batch]
+        self._at: list[int] = [-1] * len(recorder.batch)
         # Kept as they were computed: what is made of nothing and never written to.
         self._constants: dict[int, Tensor] = {}
         for call in recorder.calls:
             if call.from_nothing and call.operation not in _EMPTY:
                 places = _places(call.results)
-                if not any(memories[p.memory].written or p.memory in homes for p in places):
+                if not any(memories[p.memory].written for p in places):
                     made = _tensors(tree_leaves(call.operation(*self._solid(call.args), **self._solid(call.keywords))))
                     self._constants |= {p.memory: t for p, t in zip(places, made)}
         wanted = {
             key: (memory.size, memory.first, memory.last)
             for key, memory in memories.items()
-            if memory.made and key not in self._constants and key not in homes
+            if memory.made and key not in self._constants and key not in recorder.of_batch
         }
         self.arena = Arena(wanted)
         self.written = recorder.written
         self._bound: dict[Place, Tensor] = {}
         self._kept: list[Any] = []  # kernels know only addresses
-        self.calls: list[Callable[[], Any]] = [self._bind(call) for call in recorder.calls if self._runs(call)]
+        self.calls: list[Callable[[], Any]] = []
+        runs = [call for call in recorder.calls if self._runs(call)]
+        for call in runs:  # all of the batch, before kernels look at them
+            tree_map_only(Place, self.tensor, (call.args, call.keywords, call.results))
+        for number, given in enumerate(recorder.batch):
+            self.point(number, given)
+        self.calls += map(self._bind, runs)
 
-    def run(self) -> None:
-        """Do again what the pass did."""
+    def run(self, batch: Sequence[Tensor]) -> None:
+        """Do again what the pass did, with another batch, of the same shapes and strides; it is not copied."""
+        for number, given in enumerate(batch):
+            if given.data_ptr() != self._at[number]:
+                self.point(number, given)
         for call in self.calls:
             call()
+
+    def point(self, number: int, given: Tensor) -> None:
+        """Let what lay in tensor `number` of the batch lie in `given`, which is kept until the next."""
+        storage, start = given.untyped_storage(), given.storage_offset() - self._starts[number]
+        for tensor, place in self._views[number]:
+            tensor.set_(storage, start + place.offset, place.size, place.stride)  # type: ignore[call-overload]
+        self._at[number] = given.data_ptr()
 
     def tensor(self, place: Any) -> Any:
         """Return the tensor of a place; anything else as it is."""
@@ -257,17 +280,22 @@ class Program:
             return place
         found = self._bound.get(place)
         if found is None:
+            found = torch.empty(0, dtype=place.dtype, device=place.device)
+            self._bound[place] = found
+            if place.memory in self._of_batch:  # nowhere, until a batch comes
+                self._views[self._of_batch[place.memory]].append((found, place))
+                return found
             if place.memory in self._constants:
                 base, start = self._constants[place.memory].untyped_storage(), 0
-            elif place.memory in self._homes:
-                base, start = self._homes[place.memory].untyped_storage(), 0
             else:
                 base, start = self.arena.storage, self.arena.offsets[place.memory]
-            found = torch.empty(0, dtype=place.dtype, device=place.device)
             offset = start // place.dtype.itemsize + place.offset
             found.set_(base, offset, place.size, place.stride)  # type: ignore[call-overload]
-            self._bound[place] = found
         return found
+
+    def owns(self, place: Any) -> bool:
+        """True if a place is in the arena."""
+        return isinstance(place, Place) and place.memory in self.arena.offsets
 
     def _solid(self, values: Any) -> Any:
         """Tensors of the same form in the place of places, for what looks at nothing else of them."""

@@ -6,18 +6,18 @@ and a loss; `Line` is one that has been captured.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from torch_bp.autograd.tape import Entry, Tape
-from torch_bp.step.capture import Place, Program, Recorder
+from torch_bp.step.capture import NotCapturableError, Place, Program, Recorder
+from torch_bp.step.explicit import Explicit, Paths
 from torch_bp.step.plan import Plan
-from torch_bp.step.trace import Explicit, Paths
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
 
@@ -77,14 +77,12 @@ class Line:
         modules: whose state decides what it does.
         inputs: the arguments of the model, and the targets.
         leaves: the tensors that gradients are for.
-        homes: where the gradient of each goes.
         scale: the error signal at the loss.
-        add: add to what is in the homes.
+        add: add to the gradients that are there.
 
     Attributes:
-        batch: tensors that the inputs and targets of a step are copied to.
         loss: of the last run.
-        gradients: parameters that have a gradient, and where it goes; `homes` are the latter.
+        gradients: of the parameters in `reached`.
         norm: gives the norm of all gradients.
         program: what runs.
         plan: what it does.
@@ -100,56 +98,61 @@ class Line:
         modules: Sequence[torch.nn.Module],
         inputs: tuple[tuple[Any, ...], tuple[Any, ...]],
         leaves: Sequence[Tensor],
-        homes: Sequence[Tensor],
         scale: float,
         add: bool,
     ) -> None:
         self.unchanged = Unchanged(modules)
         self.plan = Plan()
-        copies = tree_map_only(Tensor, torch.clone, inputs)
-        self.batch = [t for t in tree_leaves(copies) if isinstance(t, Tensor)]
-        with Recorder() as recorder:
-            loss, gradients = passes.run(copies, leaves, scale, self.plan.noting(passes.path))
-        reached = [number for number, gradient in enumerate(gradients) if gradient is not None]
-        places = {number: recorder.place(gradients[number]) for number in reached}
-        direct = {} if add else _whole(recorder, places, homes)
-        kept = [recorder.place(loss), *places.values()]
-        self.program = Program(recorder, {places[n].memory: homes[n] for n in direct}, kept)
-        into = Tensor.add_ if add else Tensor.copy_
-        self.program.calls += [
-            functools.partial(into, homes[n], self.program.tensor(place))
-            for n, place in places.items()
-            if n not in direct
-        ]
+        inputs, batch = _apart(inputs, modules)
+        with Recorder(batch) as recorder:
+            loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path))
+        if not self.unchanged.holds():
+            raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
+        self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
+        made = [gradient for gradient in found if gradient is not None]
+        places = [recorder.place(gradient) for gradient in made]
+        self.program = Program(recorder, [recorder.place(loss), *places])
+        self._made = [self.program.tensor(place) for place in places]
+        self.loss = self.program.tensor(recorder.place(loss))
         self.written = self.program.written
         self._before = [torch.empty_like(t) for t in self.written]
-        self.loss = self.program.tensor(recorder.place(loss))
-        self.loss.copy_(loss)
-        for number in reached:
-            into(homes[number], gradients[number])  # type: ignore[arg-type]
-            leaves[number].grad = homes[number]
-        self.gradients = [(leaves[n], homes[n]) for n in reached]
-        self.homes = [homes[n] for n in reached]
-        self.norm = Norm(self.homes)
         self._add = add
+        # A gradient can be handed out where the pass makes it, unless it is not memory of its own, as its parameter's.
+        taken = [place.memory for place in places if isinstance(place, Place)]
+        self._handed_out = [
+            self.program.owns(place) and taken.count(place.memory) == 1 and t.stride() == p.stride()
+            for p, t, place in zip(self.reached, self._made, places)
+        ]
+        for target, gradient in zip((self.loss, *self._made), (loss, *made)):
+            target.copy_(gradient)
+        self.gradients: list[Tensor] = []
+        self._deliver()
         names = {id(p): name for module in modules for name, p in module.named_parameters()}
-        self.plan.parameters = [names.get(id(leaves[n]), "?") for n in reached]
+        self.plan.parameters = [names.get(id(p), "?") for p in self.reached]
         self.plan.bytes, self.plan.apart = self.program.arena.size, self.program.arena.total
 
     def run(self, batch: Sequence[Tensor]) -> Tensor:
         """Run the pass again on another batch of the same kind; return the loss, which the next run overwrites."""
-        if self._add:
-            for p, home in self.gradients:
-                if p.grad is not home:
-                    home.zero_() if p.grad is None else home.copy_(p.grad)
-        for own, given in zip(self.batch, batch):
-            own.copy_(given)
         if self.written:
             torch._foreach_copy_(self._before, self.written)
-        self.program.run()
-        for p, home in self.gradients:
-            p.grad = home
+        self.program.run(batch)
+        self._deliver()
         return self.loss
+
+    def _deliver(self) -> None:
+        """Leave the gradients in `p.grad`."""
+        if self._add:
+            for p, gradient in zip(self.reached, self._made):
+                if p.grad is None:
+                    p.grad = gradient.clone(memory_format=torch.preserve_format)
+                else:
+                    p.grad.add_(gradient)
+        else:
+            for p, gradient, as_it_is in zip(self.reached, self._made, self._handed_out):
+                p.grad = gradient if as_it_is else torch.empty_like(p).copy_(gradient)
+        gradients: list[Any] = [p.grad for p in self.reached]
+        if not all(map(operator.is_, gradients, self.gradients)) or not self.gradients:
+            self.gradients, self.norm = gradients, Norm(gradients)
 
     def restore(self) -> None:
         """Take back what the last run wrote to the model's own tensors."""
@@ -157,18 +160,18 @@ class Line:
             tensor.copy_(before)
 
 
-def _whole(recorder: Recorder, places: Mapping[int, Any], homes: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Return the homes that can take the place of memory in which the pass has made a gradient, and nothing else."""
-    found: dict[int, Tensor] = {}
-    taken = set()
-    for number, place in places.items():
-        home = homes[number]
-        if (
-            isinstance(place, Place)
-            and place.memory not in taken
-            and recorder.memories[place.memory].size == home.untyped_storage().nbytes()
-            and place.stride == home.stride()
-        ):
-            taken.add(place.memory)
-            found[number] = home
-    return found
+def _apart(inputs: Any, modules: Sequence[torch.nn.Module]) -> tuple[Any, list[Tensor]]:
+    """Return the inputs with no two tensors in one memory, nor in a parameter's, and those tensors."""
+    taken = {t.untyped_storage()._cdata for m in modules for t in (*m.parameters(), *m.buffers())}
+    batch = []
+
+    def alone(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata in taken:
+            tensor = torch.empty_strided(
+                tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            ).copy_(tensor)
+        taken.add(tensor.untyped_storage()._cdata)
+        batch.append(tensor)
+        return tensor
+
+    return tree_map_only(Tensor, alone, inputs), batch

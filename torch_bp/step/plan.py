@@ -93,7 +93,8 @@ def equations(entry: Entry) -> tuple[str, str]:
     """Return the equations of an operation, forward and backward, of gradients those that it gives."""
     forward, backward = getattr(entry.function, "equations", ("", ""))
     if isinstance(backward, tuple):
-        backward = ", ".join(text for text, source in zip(backward, entry.sources) if source is not None)
+        wanted = [text for text, source in zip(backward, entry.sources) if source is not None]
+        backward = ", ".join(filter(None, (getattr(entry.function, "needed_first", ""), *wanted)))
     return forward or entry.name, backward or f"{entry.name}, by autograd"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -15,7 +16,10 @@ from torch_bp.step.capture import NotCapturableError
 from torch_bp.step.line import Line, Passes
 from torch_bp.step.origin import origin
 from torch_bp.step.plan import Plan
-from torch_bp.step.unchanged import hooked
+from torch_bp.step.record import record
+from torch_bp.step.snapshot import Snapshot
+from torch_bp.step.table import Trace
+from torch_bp.step.unchanged import hooked, refuse_backward_hooks
 from torch_bp.step.update import Norm, Update
 
 _autocasting = torch._C._is_any_autocast_enabled
@@ -86,7 +90,6 @@ class TrainStep:
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
         self._lines: dict[Any, list[Line]] = {}
         self._never: set[Any] = set()  # kinds of batches that cannot be captured
-        self._homes: dict[Tensor, Tensor] = {}
         self._update = Update(optimizer, clip_grad_norm, clip_grad_value)
         self._plan: Plan | None = None
         self._restore: Callable[[], None] = lambda: None  # takes back what the last pass wrote to buffers
@@ -182,6 +185,21 @@ class TrainStep:
         self._gradients = [p.grad for p in self._parameters() if p.grad is not None]
         self._finish(Norm(self._gradients)())
 
+    def trace(self, x: Any, y: Any, *, check: bool = False) -> Trace:
+        """Return the table of Algorithm 1 for a batch: what every operation gives, and the error signals; no update.
+
+        Parameters, `p.grad`, buffers, random numbers and what was captured are afterwards as before. All values and
+        error signals are kept, as copies, for as long as the table is.
+
+        Args:
+            x, y: as of a call.
+            check: compare the gradients with autograd and with central differences. Default: False.
+
+        Raises:
+            UnknownBackwardError, TypeError, ValueError: as of a call.
+        """
+        return record(self._passes, self._modules, _inputs(x, y), check)
+
     def reset(self) -> None:
         """Forget what was captured; the next step is captured anew."""
         self._lines.clear()
@@ -195,12 +213,11 @@ class TrainStep:
         return self._plan
 
     def memory(self) -> dict[str, int]:
-        """Bytes of what the step owns: its buffers, copies of batches, and gradients."""
+        """Bytes of what the step owns: "buffers", and of these "gradients"."""
         lines = [line for kept in self._lines.values() for line in kept]
         return {
             "buffers": sum(line.program.arena.size for line in lines),
-            "batches": sum(t.numel() * t.element_size() for line in lines for t in line.batch),
-            "gradients": sum(t.numel() * t.element_size() for t in self._homes.values()),
+            "gradients": sum(t.numel() * t.element_size() for line in lines for t in line.gradients),
         }
 
     def _parameters(self) -> list[Tensor]:
@@ -243,26 +260,32 @@ class TrainStep:
     def _pass(self, inputs: _Inputs, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
         """Leave gradients in `p.grad`; return the loss, which the next pass overwrites, and the gradients' norm."""
         batch = _batch(inputs)
-        kind: Any = add, scale, engine.forced(), _autocasting(), *[(t.shape, t.dtype, t.device) for t in batch]
+        kind: Any = (
+            add,
+            scale,
+            engine.forced(),
+            _autocasting(),
+            *[(t.shape, t.stride(), t.dtype, t.device) for t in batch],
+        )
         with torch.no_grad():
             for line in self._lines.get(kind, ()):
                 if line.unchanged.holds():
-                    self._restore, self._plan, self._gradients = line.restore, line.plan, line.homes
-                    return line.run(batch), line.norm
+                    self._restore, self._plan = line.restore, line.plan
+                    loss = line.run(batch)
+                    self._gradients = line.gradients
+                    return loss, line.norm
             return self._first(inputs, kind, add, scale)
 
     def _first(self, inputs: _Inputs, kind: Any, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
         """Run a pass of a kind that was not captured, and capture it if that can be done."""
         leaves = self._parameters()
-        self._restore = _snapshot(self._modules)
+        before = Snapshot(self._modules)
+        self._restore = functools.partial(before.restore, random=False)
         if self.capture and kind not in self._never and not hooked(self._modules):
-            homes = [self._home(p, add) for p in leaves]
-            random = torch.get_rng_state()
             try:
-                line = Line(self._passes, self._modules, inputs, leaves, homes, scale, add)
+                line = Line(self._passes, self._modules, inputs, leaves, scale, add)
             except NotCapturableError:
-                self._restore()
-                torch.set_rng_state(random)
+                before.restore()
                 if self.capture is True:
                     raise
                 self._never.add(kind)
@@ -270,40 +293,23 @@ class TrainStep:
                 kept = self._lines.setdefault(kind, [])
                 kept.append(line)
                 del kept[:-_LINES]
-                self._plan, self._gradients = line.plan, line.homes
+                self._plan, self._gradients = line.plan, line.gradients
                 return line.loss, line.norm
+        refuse_backward_hooks(self._modules)
         plan = Plan()
         loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path))
         for p, gradient in zip(leaves, gradients):
             if gradient is not None:
-                p.grad = p.grad + gradient if add and p.grad is not None else gradient
+                _accumulate(p, gradient, add)
+        names = {id(p): name for module in self._modules for name, p in module.named_parameters()}
+        plan.parameters = [names[id(p)] for p, gradient in zip(leaves, gradients) if gradient is not None]
         self._plan = plan
         self._gradients = [p.grad for p in leaves if p.grad is not None]
         return loss, Norm(self._gradients)
 
-    def _home(self, p: Tensor, add: bool) -> Tensor:
-        home = self._homes.get(p)
-        if home is None or home.shape != p.shape or home.dtype is not p.dtype or home.stride() != p.stride():
-            home = self._homes[p] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if add and p.grad is not home:
-            home.zero_() if p.grad is None else home.copy_(p.grad)
-        return home
-
 
 def _inputs(x: Any, y: Any) -> _Inputs:
     return x if isinstance(x, tuple) else (x,), y if isinstance(y, tuple) else (y,)
-
-
-def _snapshot(modules: Sequence[torch.nn.Module]) -> Callable[[], None]:
-    """Return a function that brings the modules' buffers back to what they are now."""
-    before = [(b, b.clone()) for module in modules for b in module.buffers()]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
-
-    return restore
 
 
 def _batch(inputs: _Inputs) -> list[Tensor]:
@@ -312,6 +318,16 @@ def _batch(inputs: _Inputs) -> list[Tensor]:
     if not all(isinstance(value, Tensor) for value in flat):
         flat = [value for value in tree_leaves(inputs) if isinstance(value, Tensor)]
     return flat
+
+
+def _accumulate(p: Tensor, gradient: Tensor, add: bool) -> None:
+    """Do what autograd does with the gradient of a leaf: its hooks, `p.grad`, and the hooks after that."""
+    for hook in (p._backward_hooks or {}).values():
+        replaced = hook(gradient)
+        gradient = gradient if replaced is None else replaced
+    p.grad = p.grad + gradient if add and p.grad is not None else gradient
+    for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values():
+        hook(p)
 
 
 def _at(values: Any, number: int) -> Any:

@@ -22,7 +22,22 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
     modules = list(modules)
     if any(getattr(m, name) for module in modules for m in module.modules() for name in _HOOKS):
         return True
-    return any(p._backward_hooks for module in modules for p in module.parameters())
+    return any(map(_watched, (p for module in modules for p in module.parameters())))
+
+
+def refuse_backward_hooks(modules: Iterable[nn.Module]) -> None:
+    """Raise where a module has hooks on its backward, which an explicit step has no place to call."""
+    for module in modules:
+        for name, m in module.named_modules():
+            if m._backward_hooks or m._backward_pre_hooks:
+                raise RuntimeError(
+                    f"TrainStep: modules must have no backward hooks, got one on {name or 'the model'}; use "
+                    "step.trace for error signals, hooks on parameters, or loss.backward()."
+                )
+
+
+def _watched(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 class Unchanged:
@@ -69,7 +84,7 @@ class Unchanged:
                 and list(map(Tensor.data_ptr, self._tensors)) == self._where
                 and [t.requires_grad for t in self._tensors] == self._trained
                 and not any(self._hooks)
-                and not any(t._backward_hooks for t in self._tensors)
+                and not any(map(_watched, self._tensors))
             )
         except KeyError:  # something was taken away
             return False

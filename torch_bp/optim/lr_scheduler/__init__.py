@@ -14,11 +14,16 @@ What differs from torch:
   into the optimizer, whose own state may be loaded before the schedule is constructed, later, or not at all.
   They travel under one more key, `"_param_groups"`, which torch's classes ignore. Without it (torch's states) all
   but `ReduceLROnPlateau` write their last rates, unless the optimizer has loaded since. Groups match in order.
-- **`rescale(total_steps)`**, of the schedules that have a length, goes on to another length.
+- **`rescale(total_steps)`** goes on to another length. A state brings its own length back, as torch's does, with a
+  warning where the schedule was constructed with another: call it after loading. It refuses, and says what to set
+  instead, where there is no length: `StepLR MultiStepLR ExponentialLR MultiplicativeLR LambdaLR CyclicLR
+  CosineAnnealingWarmRestarts ReduceLROnPlateau`, and composites of these.
 - **Groups added later** with `add_param_group` join every schedule. Their base rate is their `"initial_lr"`
   or, without one, the rate they have at the next step. `OneCycleLR` takes that rate for their `"max_lr"`.
 - **Where torch divides by zero** the schedule is defined: see `curves.move` and `curves.one_cycle`.
-- **Composites nest**: a sequence or a chain does the same as a part of a sequence as it does alone.
+- **Composites nest**: a sequence or a chain does the same as a part of a sequence as it does alone. So does
+  `ConstantLR(total_iters=0)`, which has no end: torch's, as a later part, has ended when it begins.
+- **`ReduceLROnPlateau` takes `last_epoch`** as the others do, by keyword.
 - **Copies** of a schedule and its optimizer, by `deepcopy` or pickle, step without a warning.
 - **A first step that a GradScaler skips** gives no warning about the order of `optimizer.step()`.
 

@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler as theirs
 
 from torch_bp.optim.lr_scheduler import state as shared
 from torch_bp.optim.lr_scheduler.factor import LinearLR
-from torch_bp.optim.lr_scheduler.state import rates_of, write_rates
+from torch_bp.optim.lr_scheduler.state import length, rates_of, write_rates
 
 
 def _begin(scheduler: Any) -> None:
@@ -50,22 +50,13 @@ def _update_lr(self: Any, epoch: int | None = None) -> None:
         raise ValueError(f"{type(self).__name__}: epoch must be 0, got {epoch}. Take the steps one by one.")
 
 
-def _length(scheduler: Any) -> int:
-    """The length of a schedule that has one, else 0."""
-    if isinstance(scheduler, theirs.SequentialLR):
-        last = _length(scheduler._schedulers[-1])
-        return last and last + max(scheduler._milestones, default=0)
-    if isinstance(scheduler, theirs.ChainedScheduler):
-        return max(map(_length, scheduler._schedulers))
-    return getattr(scheduler, getattr(scheduler, "_length", "total_steps"), 0) if hasattr(scheduler, "rescale") else 0
-
-
 def _check_rescalable(scheduler: Any, total_steps: int) -> None:
     shared.check_length(scheduler, total_steps)
-    if not _length(scheduler):
+    if not length(scheduler):
         parts = ", ".join(type(part).__name__ for part in scheduler._schedulers)
+        which = "the last part" if isinstance(scheduler, theirs.SequentialLR) else "a part"
         raise ValueError(
-            f"{type(scheduler).__name__}: a part must have a length, such as CosineAnnealingLR has, got {parts}. "
+            f"{type(scheduler).__name__}: {which} must have a length, such as CosineAnnealingLR has, got {parts}. "
             "Schedules without a length go on by themselves."
         )
 
@@ -158,9 +149,9 @@ class ChainedScheduler(theirs.ChainedScheduler):
             ValueError: no part has a length.
         """
         _check_rescalable(self, total_steps)
-        longest = _length(self)
+        longest = length(self)
         for part in self._schedulers:
-            if _length(part) == longest:
+            if length(part) == longest:
                 part.rescale(total_steps)  # type: ignore[attr-defined]
         self._last_lr = rates_of(self.optimizer)
 
@@ -178,12 +169,18 @@ def warmup(schedule: theirs.LRScheduler, steps: int, start_factor: float = 1e-3)
 
     Raises:
         ValueError: steps < 0, `start_factor` outside (0, 1], or `schedule` is a `ReduceLROnPlateau`.
+        TypeError: `schedule` is none, such as the optimizer.
         RuntimeError: `schedule` has taken steps.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.8)
     >>> warmup(LinearLR(optimizer, 1.0, 0.0, total_iters=8), steps=2, start_factor=0.5).get_last_lr()
     [0.4]
     """
+    if not isinstance(schedule, theirs.LRScheduler):
+        raise TypeError(
+            f"warmup: schedule must be a learning-rate schedule, got {type(schedule).__name__}. "
+            "Make one of the optimizer first: warmup(CosineAnnealingLR(optimizer, 900), steps=100)."
+        )
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"warmup: steps must be an integer >= 0, got {steps}. Give the length of the warm-up.")
     if getattr(schedule, "last_epoch", 0) > 0:

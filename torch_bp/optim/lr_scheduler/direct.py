@@ -21,6 +21,10 @@ class CosineAnnealingWarmRestarts(theirs.CosineAnnealingWarmRestarts):
     """
 
     state_dict, load_state_dict = shared.state_dict, shared.load_state_dict
+    rescale, _endless = (
+        shared.refuse_rescale,
+        "it restarts after T_i steps, without end; set `T_i`, the length of the running cycle instead",
+    )
 
     def get_lr(self) -> Rates:
         theirs._warn_get_lr_called_within_step(self)
@@ -47,7 +51,7 @@ def _write_momentum(self: Any) -> None:
 
 def _load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
     """As torch's, and write the saved rates and momentum into the optimizer's groups."""
-    shared.load_state_dict(self, state_dict)
+    shared.load(self, state_dict)
     if self.last_epoch >= 0:  # in a SequentialLR it may not have begun
         _write_momentum(self)
 
@@ -63,7 +67,7 @@ class OneCycleLR(theirs.OneCycleLR):
     [0.125]
     """
 
-    state_dict, load_state_dict, step = shared.state_dict, _load_state_dict, shared.step
+    state_dict, load_state_dict, step, _length = shared.state_dict, _load_state_dict, shared.step, "total_steps"
 
     def get_lr(self) -> Rates:
         """The rates at `last_epoch`; with cycle_momentum it also sets the momentum, as torch's does."""
@@ -123,6 +127,8 @@ class OneCycleLR(theirs.OneCycleLR):
                 f"OneCycleLR: total_steps must be at least {self.last_epoch}, the steps already taken, got "
                 f"{total_steps}. Give the number of steps of the whole run."
             )
+        if total_steps == self.total_steps:  # else the ends would be rounded once more
+            return
         phases = cast(list[dict[str, Any]], self._schedule_phases)
         for i, phase in enumerate(phases):  # the ends are p T - 1, 2 p T - 2, T - 1: see `curves.one_cycle`
             back = i + 1 if i < len(phases) - 1 else 1
@@ -143,6 +149,7 @@ class LambdaLR(theirs.LambdaLR):
     """
 
     state_dict, load_state_dict, step = shared.state_dict, shared.load_functions, shared.step
+    rescale, _endless = shared.refuse_rescale, "your function knows the steps; give it the new length instead"
 
     def get_lr(self) -> Rates:
         theirs._warn_get_lr_called_within_step(self)
@@ -161,6 +168,10 @@ class CyclicLR(theirs.CyclicLR):
     """
 
     state_dict, load_state_dict, step = shared.state_dict, _load_state_dict, shared.step
+    rescale, _endless = (
+        shared.refuse_rescale,
+        "cycles of total_size steps repeat, without end; set `total_size` instead",
+    )
 
     def get_lr(self) -> Rates:
         """The rates at `last_epoch`; with cycle_momentum it also sets the momentum, as torch's does."""

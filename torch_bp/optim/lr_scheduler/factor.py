@@ -5,6 +5,7 @@
 
 import math
 
+from torch.optim import Optimizer
 from torch.optim import lr_scheduler as theirs
 
 from torch_bp.optim import curves
@@ -20,6 +21,10 @@ class StepLR(theirs.StepLR):
     """
 
     state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    rescale, _endless = (
+        shared.refuse_rescale,
+        "the rate is cut every step_size steps, without end; set `step_size` instead",
+    )
     _get_closed_form_lr = shared.closed_form
 
     def _curve(self, t: int, since: int = 0) -> float:
@@ -38,6 +43,10 @@ class MultiStepLR(theirs.MultiStepLR):
     """
 
     state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    rescale, _endless = (
+        shared.refuse_rescale,
+        "the rate is cut at given steps; set `milestones`, a Counter of steps instead",
+    )
     _get_closed_form_lr = shared.closed_form
 
     def _curve(self, t: int, since: float = -math.inf) -> float:
@@ -94,6 +103,10 @@ class ExponentialLR(theirs.ExponentialLR):
     """
 
     state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
+    rescale, _endless = (
+        shared.refuse_rescale,
+        "the rate shrinks by gamma in each step, without end; set `gamma` instead",
+    )
     _get_closed_form_lr = shared.closed_form
 
     def _curve(self, t: int) -> float:
@@ -107,12 +120,22 @@ class ExponentialLR(theirs.ExponentialLR):
 class CosineAnnealingLR(theirs.CosineAnnealingLR):
     """As `torch.optim.lr_scheduler.CosineAnnealingLR`, over `curves.cosine` from the base rate to `eta_min`.
 
+    Raises:
+        ValueError: T_max is 0, with which torch divides at the first step.
+
     >>> CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=0.8), T_max=100).get_last_lr()
     [0.8]
     """
 
     state_dict, load_state_dict, step = shared.state_dict, shared.load_state_dict, shared.step
     _get_closed_form_lr, rescale, _length = shared.closed_form, shared.rescale, "T_max"
+
+    def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0, last_epoch: int = -1) -> None:  # noqa: N803
+        if T_max == 0:
+            raise ValueError(
+                "CosineAnnealingLR: T_max must not be 0, got 0. Give the number of steps from base_lr to eta_min."
+            )
+        super().__init__(optimizer, T_max, eta_min, last_epoch)
 
     def _curve(self, t: int) -> float:
         return curves.cosine(t, self.T_max)
@@ -156,6 +179,7 @@ class MultiplicativeLR(theirs.MultiplicativeLR):
     """
 
     state_dict, load_state_dict, step = shared.state_dict, shared.load_functions, shared.step
+    rescale, _endless = shared.refuse_rescale, "your function knows the steps; give it the new length instead"
 
     def get_lr(self) -> Rates:
         theirs._warn_get_lr_called_within_step(self)

@@ -67,8 +67,22 @@ def state_dict(self: Any) -> dict[str, Any]:
 
 
 def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
-    """As torch's, and write the saved values into the optimizer's groups. `state_dict` is left as it is."""
-    _torchs(self).load_state_dict(self, {key: state_dict[key] for key in state_dict if key != SAVED})
+    """As torch's, and write the saved values into the optimizer's groups. `state_dict` is left as it is.
+
+    The length is the state's, as torch has it, with a warning where the schedule was constructed with another.
+    """
+    load(self, state_dict)
+
+
+def load(self: Any, state_dict: dict[str, Any]) -> None:
+    """`load_state_dict` for methods that do more; the warning is theirs, and tells of their caller's line."""
+    constructed = length(self)
+    with warnings.catch_warnings():  # parts of a composite do not know where they stand in it
+        if hasattr(self, "_schedulers"):
+            warnings.filterwarnings("ignore", _OTHER_LENGTH)
+        _torchs(self).load_state_dict(self, {key: state_dict[key] for key in state_dict if key != SAVED})
+    if constructed and length(self) != constructed:
+        warnings.warn(_other_length(self, constructed), UserWarning, stacklevel=3)
     param_groups, saved, groups = self.optimizer.param_groups, state_dict.get(SAVED), []
     if saved and (saved["last_epoch"], saved["_last_lr"]) == _moment(self):
         groups = saved["groups"]
@@ -82,6 +96,28 @@ def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
                 group[key] = float(value)
 
 
+_OTHER_LENGTH = r"\w+\.load_state_dict: the state is of a run of"
+
+
+def _other_length(scheduler: Any, constructed: int) -> str:
+    name = f" ({scheduler._length})" if hasattr(scheduler, "_length") else ""
+    return (
+        f"{type(scheduler).__name__}.load_state_dict: the state is of a run of {length(scheduler)} steps{name}, the "
+        f"schedule was constructed for {constructed}. It goes on with the state's, as torch's does; call "
+        f"rescale(total_steps={constructed}) after loading to go on as in a run of {constructed}."
+    )
+
+
+def length(scheduler: Any) -> int:
+    """The length of a schedule that has one, in steps from its start, else 0."""
+    if isinstance(scheduler, theirs.SequentialLR):
+        last = length(scheduler._schedulers[-1])
+        return last and last + max(scheduler._milestones, default=0)
+    if isinstance(scheduler, theirs.ChainedScheduler):
+        return max(map(length, scheduler._schedulers))
+    return getattr(scheduler, scheduler._length, 0) if hasattr(scheduler, "_length") else 0
+
+
 def load_functions(self: Any, state_dict: dict[str, Any]) -> None:
     """As `load_state_dict`, also where groups, and functions with them, have been added since the construction.
 
@@ -93,7 +129,7 @@ def load_functions(self: Any, state_dict: dict[str, Any]) -> None:
     count = max((number for number, entries in enumerate(saved, 1) if entries is not None), default=0)
     each_group(self, functions, "lr_lambdas", count)
     functions[known:] = map(copy.copy, functions[known:])  # what they load may differ from group to group
-    load_state_dict(self, state_dict)
+    load(self, state_dict)
 
 
 def step(self: Any, epoch: int | None = None) -> None:
@@ -174,6 +210,10 @@ def check_length(scheduler: Any, total_steps: int) -> None:
 def rescale(self: Any, total_steps: int) -> None:
     """Go on as in a run planned for `total_steps` steps from its start, those already taken included.
 
+    It is for a run that is resumed with another length than it began with: call it after `load_state_dict`, which
+    brings the old one back. In Lightning that is `on_train_start`:
+    `self.lr_schedulers().rescale(torch_bp.lightning.total_steps(self.trainer))`.
+
     The rate in force moves at once as the curve moves, from the one of the old length at this step to the one of the
     new length: what others have done to the rate stays. The new length is saved with the state. See `last_epoch` for
     the number of steps taken. Where the curve of the old length is 0, the move is that of `curves.move`.
@@ -187,3 +227,8 @@ def rescale(self: Any, total_steps: int) -> None:
     if self.last_epoch >= 0:  # in a SequentialLR it may not have begun
         write_rates(self.optimizer, moved(self, before, self._curve(self.last_epoch), getattr(self, "eta_min", 0.0)))
         self._last_lr = rates_of(self.optimizer)
+
+
+def refuse_rescale(self: Any, total_steps: int) -> None:
+    """Raise ValueError: this schedule has no length, and goes on by itself. The message says what to set instead."""
+    raise ValueError(f"{type(self).__name__}: there is no length for rescale to change: {self._endless}.")

@@ -34,14 +34,15 @@ _MOVING = """
     flip roll repeat tile pad where copy_ setitem cumsum
 """
 _ASKING = """
-    get is_inference requires_grad_
+    int long bool argmax get is_inference requires_grad_
     size dim ndimension numel nelement element_size stride len is_floating_point is_complex is_contiguous detach
     empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full new_tensor
     eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign
 """
 # Functions and methods by name: sums and products, what moves elements, and what no gradient goes through.
 _KNOWN = frozenset(f"{_ARITHMETIC} {_MOVING} {_ASKING}".split())
-_READING = frozenset(("bool", "item", "tolist", "float", "int", "index", "complex", "numpy", "array", "contains"))
+_READING = frozenset(f"__{name}__" for name in ("bool", "float", "int", "index", "complex", "array", "contains"))
+_READING |= {"item", "tolist", "numpy"}
 _METHODS = {  # of tensors, and functions of torch's namespace, by the name that ours has
     name: getattr(torch_bp.nn.functional, name)
     for name in ("relu", "sigmoid", "tanh", "softmax", "log_softmax", "dropout")
@@ -85,12 +86,12 @@ class Explicit(TorchFunctionMode):
             with self:
                 return ours(*args, **kwargs)
         name = func.__name__
-        if name.startswith("__"):
-            name = name.strip("_")
         if name in _READING:
             if capturing():
                 raise NotCapturableError(f"{self._where()}reads the values of a tensor ({name})")
             return func(*args, **kwargs)
+        if name.startswith("__"):
+            name = name.strip("_")
         if not any(map(self.tape.tracks, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
         if self.fallback or name in _KNOWN:

@@ -1,0 +1,36 @@
+"""What a pass may change in a model besides gradients, and how it is taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+class Snapshot:
+    """Buffers, attributes such as counters, and torch's random numbers, as they are now.
+
+    Args:
+        modules: with all that is inside them.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        everything = list(dict.fromkeys(m for module in modules for m in module.modules()))
+        self._kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in everything]
+        self._values = {b: b.clone() for _, _, buffers in self._kept for b in buffers.values() if b is not None}
+        self._random = torch.get_rng_state()
+
+    def restore(self, *, random: bool = True) -> None:
+        """Bring everything back, the random numbers only if asked."""
+        for module, attributes, buffers in self._kept:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in self._values.items():
+                if not buffer.is_inference() or torch.is_inference_mode_enabled():
+                    buffer.copy_(value)
+        if random:
+            torch.set_rng_state(self._random)
