@@ -288,6 +288,11 @@ class Scaled(BackpropModule):
         return 2 * super().training_step(batch, batch_idx)
 
 
+class Twice(BackpropModule):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + super().training_step(batch, batch_idx)
+
+
 class Learned(nn.CrossEntropyLoss):
     def __init__(self):
         super().__init__()
@@ -301,6 +306,7 @@ class Two(nn.Linear):
 
 ERRORS = {
     "scaled": ({"kind": Scaled}, RuntimeError, "must not be scaled after training_step .*, got 2 times the loss"),
+    "twice": ({"kind": Twice}, RuntimeError, "training_step must run once for each backward"),
     "loss": ({"loss": Learned()}, RuntimeError, "loss must have no parameters to train for engine='step'"),
     "output": ({"model": Two(64, 10)}, TypeError, "model must return a tensor for metrics .*, got tuple"),
     "schedule": (schedule("OneCycleLR", max_lr=0.05, total_steps=3), ValueError, "at least 14, the length of the fit"),

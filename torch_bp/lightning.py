@@ -246,7 +246,8 @@ class BackpropModule(LightningModule):
     else is Lightning's, which goes on stepping the optimizer: accumulation, clipping, schedules, callbacks,
     checkpoints, and resuming are as ever, and a fit may change engines at a checkpoint. What differs:
 
-    - The gradients are those of the loss as `training_step` returns it. A subclass may add to it, but not scale it.
+    - The gradients are those of the loss as `training_step` returns it. A subclass may call it once for a batch, and
+      add to the loss, but not scale it.
     - `on_before_zero_grad` finds no gradients, since those of the batch before are gone by then.
     - Processes: one, or several under `DDPStrategy`, which averages the gradients as ever. Precision: any but
       "16-mixed", which scales the loss.
@@ -443,7 +444,17 @@ class _ExplicitPass:
         fresh = batch_idx % self.trainer.accumulate_grad_batches == 0
         loss, deliver, leaves = (self._to_autograd if self._shared else self._in_place)(x, y, leaves, fresh)
         output = None if self._kept is None else self._kept.output()
-        return _Gradients.apply(loss, deliver, *leaves), output
+        self._latest = deliver
+
+        def hand_over(dy: Tensor) -> Sequence[Any]:
+            if self._latest is not deliver:
+                raise RuntimeError(
+                    "BackpropModule: training_step must run once for each backward for engine='step', whose next pass "
+                    "takes the memory of the last one's gradients; use engine='autograd'."
+                )
+            return deliver(dy)
+
+        return _Gradients.apply(loss, hand_over, *leaves), output
 
     def _in_place(self, x: Any, y: Any, leaves: Sequence[Tensor], fresh: bool) -> Any:
         share = 1 / self.trainer.accumulate_grad_batches

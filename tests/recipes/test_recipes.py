@@ -106,7 +106,7 @@ def test_same_seed_same_run(cli: Cli) -> None:
 def test_engines_agree(cli: Cli, recipe: str) -> None:
     """The whole run, with its dropout, to the last bit of what it logs."""
     for engine in ("autograd", "step"):
-        cli("fit", recipe, "--trainer.max_epochs", "2", "--model.init_args.engine", engine)
+        cli("fit", recipe, "--trainer.max_epochs", "2", "--model.engine", engine)
     runs = [Path(f"logs/{recipe}/version_{i}") for i in range(2)]
     assert_same_weights(*runs)
     first, second = map(scalars, runs)
