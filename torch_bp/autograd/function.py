@@ -55,7 +55,7 @@ class Function(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
-    # For people: forward, and backward in one line, or one for each of the first arguments, after what all of them need.
+    # For people: forward, and backward in one line, or one for each of the first arguments, after what all need.
     equations: ClassVar[tuple[str, str | tuple[str, ...]]] = ("", "")
     needed_first: ClassVar[str] = ""
     _jvp: Callable[..., Any] | None = None

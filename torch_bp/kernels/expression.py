@@ -29,6 +29,7 @@ class Expression:
 
     `kinds` says which kind of `Symbol` each of the inputs is, those among them that no output reads included.
     `scalars` holds the scalar nodes that tensor nodes use; `host` computes their values from the keyword arguments.
+    `arithmetic` is the text of that, if it is nothing but operators, else "".
     """
 
     name: str
@@ -37,6 +38,7 @@ class Expression:
     outputs: tuple[Symbol, ...]
     scalars: tuple[Symbol, ...]
     host: Callable[..., tuple[Any, ...]]
+    arithmetic: str
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -175,7 +177,8 @@ def trace(
     used = _scalars_of(outputs)
     present = {n: kind for n, kind in tensors.items() if n not in absent}
     given = tuple(r is not None for r in results)
-    return Expression(name, given, present, outputs, used, _host_function(name, used, keywords, static, defaults))
+    host, arithmetic = _host_function(name, used, keywords, static, defaults)
+    return Expression(name, given, present, outputs, used, host, arithmetic)
 
 
 def _scalars_of(outputs: Iterable[Symbol]) -> tuple[Symbol, ...]:
@@ -206,8 +209,11 @@ def _host_function(
     keywords: Iterable[str],
     static: Iterable[str],
     defaults: Mapping[str, Any],
-) -> Callable[..., tuple[Any, ...]]:
-    """Make the Python function that computes the scalars from the keyword arguments; it passes over static ones."""
+) -> tuple[Callable[..., tuple[Any, ...]], str]:
+    """Make the Python function that computes the scalars from the keyword arguments; it passes over static ones.
+
+    Beside it, the text of the tuple that it returns, "" if functions are in it.
+    """
     spelled: dict[int, str] = {}
 
     def spell(node: Symbol) -> str:
@@ -230,7 +236,7 @@ def _host_function(
     exec(text, namespace)  # the text is made above, from operations alone
     host = namespace["host"]
     host.__name__ = host.__qualname__ = name  # a forgotten keyword is reported under the formula's name
-    return host
+    return host, "" if any(f"_{n}(" in body for n in FUNCTIONS) else body
 
 
 _PYTHON = {

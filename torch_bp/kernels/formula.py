@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from torch_bp.kernels import capture, engine, native, plain
+from torch_bp.kernels import capture, cpu, engine, native, plain
 from torch_bp.kernels.expression import trace
 from torch_bp.kernels.plain import PLAIN_TYPES, grad_enabled, unwatched
 from torch_bp.kernels.program import PLAIN_NUMBERS, Program, alone, as_torch
+from torch_bp.kernels.sequence import Record
 from torch_bp.kernels.table import Table
 
 _MISSING: Any = object()
@@ -227,10 +228,12 @@ class Formula:
         addresses = self._addresses(tensors)
         return NotImplemented if addresses is None else program(tensors, addresses, keywords)
 
-    def bound(self, tensors: Sequence[Any], results: Sequence[Any], keywords: Mapping[str, Any]) -> Callable[[], Any]:
-        """Return a function that computes this formula of these tensors again, into the memory of `results`.
+    def bound(
+        self, tensors: Sequence[Any], results: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> Callable[[], Any] | Record:
+        """Return a function, or a record, that computes this formula of these tensors again, into `results`.
 
-        The tensors stay where they are. Numbers are read now, one-element tensors at every call.
+        Numbers are read now, one-element tensors at every call.
         """
         tensors = self.padded(tensors) if len(tensors) < len(self.tensors) else tensors
         present = [t for t in tensors if t is not None]
@@ -240,6 +243,10 @@ class Formula:
         if program is None or program.entry is None:
             return functools.partial(self._into, tensors, targets, keywords)
         run, elements = program.entry.run, present[0].numel()
+        if program.packed is not None and elements < cpu.PARALLEL_FROM:
+            record = program.packed.record([*present, *targets], keywords)
+            if record is not None:
+                return record
         handles = [*map(native.handle_of, present), *map(native.handle_of, targets)]
         if PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
             return functools.partial(run, elements, *handles, *program.expression.host(**keywords))

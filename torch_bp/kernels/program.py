@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from torch_bp.kernels import cpu, cpu_text, cuda, cuda_text
-from torch_bp.kernels.entry import entry
+from torch_bp.kernels.entry import Packed, entry
 from torch_bp.kernels.expression import Expression
 from torch_bp.kernels.native import UNFIT, handle_of
 from torch_bp.kernels.table import LENT, Table
@@ -154,7 +154,10 @@ class Program:
         self.scalars = bool(expression.scalars)
         self.created = 0 if self.updates else len(targets)
         self.alone = len(expression.given) == 1
-        self.entry = entry(expression, targets, dtype, by_rows=False) if self.numba and self.created else None
+        self.entry = self.packed = None
+        if self.numba and self.created:
+            self.entry = entry(expression, targets, dtype, by_rows=False)
+            self.packed = Packed(expression, targets, dtype, by_rows=False)
 
     def at_once(self, first: torch.Tensor, handles: list[int], keywords: Mapping[str, Any]) -> Any:
         """Run over tensors that are looked at on the way; NotImplemented, and nothing done, if they are not for it."""

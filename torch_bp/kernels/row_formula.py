@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from torch_bp.kernels import cpu, cpu_row_text, cuda, cuda_text
-from torch_bp.kernels.entry import entry
+from torch_bp.kernels.entry import Packed, entry
 from torch_bp.kernels.expression import Expression, trace
 from torch_bp.kernels.formula import Formula
 from torch_bp.kernels.native import UNFIT, handle_of
@@ -38,7 +38,10 @@ class RowProgram:
         self.kinds = [output.kind for output in expression.outputs]
         self.scalars = bool(expression.scalars)
         self._matrix = next(i for i, kind in enumerate(expression.kinds.values()) if kind == "tensor")
-        self.entry = entry(expression, targets, dtype, by_rows=True) if self.numba and self._matrix == 0 else None
+        self.entry = self.packed = None
+        if self.numba and self._matrix == 0:
+            self.entry = entry(expression, targets, dtype, by_rows=True)
+            self.packed = Packed(expression, targets, dtype, by_rows=True)
 
     def at_once(self, first: torch.Tensor, handles: list[int], keywords: Mapping[str, Any]) -> Any:
         """Run over tensors that are looked at on the way; NotImplemented, and nothing done, if they are not for it."""

@@ -14,6 +14,7 @@ large layers do not pay at every step for pages that the system clears.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.kernels import capture
+from torch_bp.kernels.sequence import Chain, Record, record
 from torch_bp.step.buffers import Arena
 
 _aten = torch.ops.aten
@@ -257,7 +259,7 @@ class Program:
             tree_map_only(Place, self.tensor, (call.args, call.keywords, call.results))
         for number, given in enumerate(recorder.batch):
             self.point(number, given)
-        self.calls += map(self._bind, runs)
+        self.calls = _chained(list(map(self._bind, runs)))
 
     def run(self, batch: Sequence[Tensor]) -> None:
         """Do again what the pass did, with another batch, of the same shapes and strides; it is not copied."""
@@ -306,7 +308,7 @@ class Program:
             return False
         return not (call.from_nothing and all(p.memory in self._constants for p in _places(call.results)))
 
-    def _bind(self, call: Call) -> Callable[[], Any]:
+    def _bind(self, call: Call) -> Callable[[], Any] | Record:
         operation = call.operation
         args, keywords = tree_map_only(Place, self.tensor, (call.args, call.keywords))
         results = list(map(self.tensor, call.results))
@@ -318,6 +320,12 @@ class Program:
                 if isinstance(place, Place) and place.memory in self._constants
             }
             return operation.bound(args, results, keywords | numbers)
+        if operation in _COPIES:
+            as_record = record(_aten.copy_.default, (results[0], args[0]), {}, None)
+        else:
+            as_record = record(operation, args, keywords, results[0])
+        if as_record is not None:
+            return as_record
         if operation._schema.is_mutable:
             return functools.partial(_BINDINGS.get(operation, operation), *args, **keywords)
         if operation in _COPIES:
@@ -330,6 +338,15 @@ class Program:
             keywords = {name: value for name, value in keywords.items() if value is not None}
             return functools.partial(_BINDINGS[variant], *args, **keywords, out=results[0])
         return functools.partial(variant, *args, **keywords, **dict(zip(names, results)))
+
+
+def _chained(calls: Sequence[Callable[[], Any] | Record]) -> list[Callable[[], Any]]:
+    """Make one call of records that follow one another."""
+    chained: list[Callable[[], Any]] = []
+    for is_record, group in itertools.groupby(calls, lambda call: isinstance(call, Record)):
+        members: list[Any] = list(group)
+        chained += [Chain(members)] if is_record else members
+    return chained
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

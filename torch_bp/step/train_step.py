@@ -22,6 +22,7 @@ from torch_bp.step.table import Trace
 from torch_bp.step.unchanged import hooked, refuse_backward_hooks
 from torch_bp.step.update import Norm, Update
 
+_set_recording = torch._C._set_grad_enabled
 _autocasting = torch._C._is_any_autocast_enabled
 _LINES = 8  # that are kept for one kind of batch
 _Inputs = tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -267,7 +268,9 @@ class TrainStep:
             _autocasting(),
             *[(t.shape, t.stride(), t.dtype, t.device) for t in batch],
         )
-        with torch.no_grad():
+        recording = torch.is_grad_enabled()
+        _set_recording(False)  # as no_grad, which takes a microsecond
+        try:
             for line in self._lines.get(kind, ()):
                 if line.unchanged.holds():
                     self._restore, self._plan = line.restore, line.plan
@@ -275,6 +278,8 @@ class TrainStep:
                     self._gradients = line.gradients
                     return loss, line.norm
             return self._first(inputs, kind, add, scale)
+        finally:
+            _set_recording(recording)
 
     def _first(self, inputs: _Inputs, kind: Any, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
         """Run a pass of a kind that was not captured, and capture it if that can be done."""
