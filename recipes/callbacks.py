@@ -26,7 +26,7 @@ class Norms(Callback):
         norms = torch._foreach_norm([*weights.values(), *(grads[name] for name in weights)])
         total = nn.utils.get_total_norm(grads.values())
 
-        layers = [name.removeprefix("network.").removesuffix(".weight") for name in weights]
+        layers = [name.removeprefix("model.").removesuffix(".weight") for name in weights]
         tags = [f"{kind}/{layer}" for kind in ("weight", "grad") for layer in layers] + ["grad/total"]
         scalars = dict(zip(tags, torch.stack([*norms, total]).tolist()))
         scalars |= {f"lr/group{i}": float(group["lr"]) for i, group in enumerate(optimizer.param_groups)}

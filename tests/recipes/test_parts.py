@@ -92,7 +92,7 @@ def test_norms() -> None:
         Norms().on_before_optimizer_step(trainer, model, optimizer)
 
     assert list(logged) == [3, 7]
-    first, output = model.network.linear1, model.network.output
+    first, output = model.model.linear1, model.model.output
     grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert logged[3] == pytest.approx(
         {

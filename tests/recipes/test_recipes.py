@@ -102,6 +102,18 @@ def test_same_seed_same_run(cli: Cli) -> None:
     assert metrics[0] == metrics[1] != metrics[2]
 
 
+@pytest.mark.parametrize("recipe", ["digits", "diabetes", "breast_cancer"])
+def test_engines_agree(cli: Cli, recipe: str) -> None:
+    """The whole run, with its dropout, to the last bit of what it logs."""
+    for engine in ("autograd", "step"):
+        cli("fit", recipe, "--trainer.max_epochs", "2", "--model.engine", engine)
+    runs = [Path(f"logs/{recipe}/version_{i}") for i in range(2)]
+    assert_same_weights(*runs)
+    first, second = map(scalars, runs)
+    assert first == second
+    assert len(first) > 5
+
+
 def test_resume(cli: Cli, tmp_path: Path) -> None:
     """Without dropout, which draws from the global generator, a resumed run ends in the same weights."""
     keep = {"class_path": "ModelCheckpoint", "init_args": {"filename": "{epoch}", "save_top_k": -1}}
@@ -159,7 +171,7 @@ def test_evaluation(cli: Cli, capsys: Capture) -> None:
     (newer / "checkpoints/last.ckpt").touch()
     cli("test", "digits")
     assert str(newer) in capsys.readouterr().out
-    assert MLP.load_from_checkpoint(run / "checkpoints/best.ckpt").network.output.in_features == 32
+    assert MLP.load_from_checkpoint(run / "checkpoints/best.ckpt").model.output.in_features == 32
 
 
 def test_predictions_of_a_regression(cli: Cli) -> None:
