@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau  # torch_bp's are subclasses of these
-from torch.utils._python_dispatch import _disable_current_modes
 from torchmetrics import Metric, MetricCollection
 
 from torch_bp import chart, config
@@ -429,21 +428,21 @@ class _ExplicitPass:
                 "BackpropModule: loss must have no parameters to train for engine='step', which trains those of the "
                 "model; make it part of the model, or use engine='autograd'."
             )
-        self._kept = _KeepOutput(loss) if module.train_metrics else None
-        self._step = TrainStep(module.model, self._kept or loss, self.trainer.optimizers[0])
+        self._metrics = bool(module.train_metrics)
+        self._step = TrainStep(module.model, loss, self.trainer.optimizers[0])
 
     def __call__(self, x: tuple[Any, ...], y: tuple[Any, ...], batch_idx: int) -> tuple[Tensor, Any]:
         """Return the loss, with the node that has the gradients, and the output if there are metrics, else None."""
-        if self._kept is not None:
-            self._kept.kind = (
-                *((t.shape, t.dtype) for t in x if isinstance(t, Tensor)),
-                torch.is_autocast_enabled(self.module.device.type),
-            )
         leaves = [p for p in self.module.model.parameters() if p.requires_grad]
         # As Lightning decides whether to call zero_grad, which comes too late here.
         fresh = batch_idx % self.trainer.accumulate_grad_batches == 0
         loss, deliver, leaves = (self._to_autograd if self._shared else self._in_place)(x, y, leaves, fresh)
-        output = None if self._kept is None else self._kept.output()
+        output = self._step.output if self._metrics else None
+        if self._metrics and not isinstance(output, Tensor):
+            raise TypeError(
+                f"BackpropModule: model must return a tensor for metrics with engine='step', got "
+                f"{type(output).__name__}; use engine='autograd', or no metrics."
+            )
         self._latest = deliver
 
         def hand_over(dy: Tensor) -> Sequence[Any]:
@@ -506,40 +505,6 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         return None, None, *ctx.deliver(dy)
-
-
-class _KeepOutput(torch.nn.Module):
-    """A loss that keeps what it was called with, by a copy that is part of the step, also when that was captured.
-
-    Args:
-        loss: called in its place.
-
-    Attributes:
-        kind: set before a call to what tells batches of other shapes apart.
-    """
-
-    def __init__(self, loss: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.loss = loss
-        self.kind: tuple[Any, ...] = ()
-        self._outputs: dict[Any, Tensor] = {}
-
-    def forward(self, output: Any, *y: Any) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"BackpropModule: model must return a tensor for metrics with engine='step', got "
-                f"{type(output).__name__}; use engine='autograd', or no metrics."
-            )
-        value, kept = output.detach(), self._outputs.get(self.kind)
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (value.shape, value.dtype, value.device):
-            with _disable_current_modes():  # memory of our own, not of the captured step
-                kept = self._outputs[self.kind] = torch.empty_like(value)
-        kept.copy_(value)
-        return self.loss(output, *y)
-
-    def output(self) -> Tensor:
-        """Of the last call of the present kind, in memory of its own: some metrics keep what they are given."""
-        return self._outputs[self.kind].clone()
 
 
 def _several(value: Any) -> tuple[Any, ...]:

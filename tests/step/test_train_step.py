@@ -81,6 +81,9 @@ LOSSES = {
     "sum": lambda: nn.CrossEntropyLoss(reduction="sum", ignore_index=1),
     "squared": lambda: nn.MSELoss(),
     "half": lambda: nn.HalfMSELoss(),
+    "probabilities": lambda: lambda out, y: F.binary_cross_entropy(torch.sigmoid(out), y),
+    "torch's probabilities": lambda: lambda out, y: torch.nn.BCELoss()(torch.sigmoid(out), y),
+    "none, then a mean": lambda: lambda out, y: F.mse_loss(out, y, reduction="none").mean(),
     "logits": lambda: nn.BCEWithLogitsLoss(pos_weight=torch.arange(1.0, 6)),
     "torch's": lambda: torch.nn.CrossEntropyLoss(),
     "a function": lambda: lambda out, y: F.mse_loss(out, y) + 0.01 * (out * out).sum(),
@@ -140,6 +143,7 @@ def test_models_train_bit_for_bit_as_through_autograd(model, capture):
     assert_same_state(mine, theirs, rounding)
 
 
+@pytest.mark.filterwarnings("error:An output")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses(loss):
     mine, theirs = pair("linear")
@@ -534,3 +538,69 @@ def test_hooks_on_parameters_are_called_and_those_on_backwards_refused():
     mine.register_full_backward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="no backward hooks, got one on the model"):
         step(*data[0])
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_output_is_what_the_model_returned(capture):
+    model, reference = pair("fused")
+    step = TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.0), capture=capture)
+    assert step.output is None
+    outputs = []
+    for x, y in batches("cross-entropy", 3):
+        step(x, y)
+        outputs.append(step.output)
+        assert torch.equal(outputs[-1], reference(x))
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_parameters_of_the_loss_are_trained():
+    class Weighted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, out, y):
+            return F.cross_entropy(out * self.scale, y) + self.scale**2
+
+    mine, theirs = pair("linear")
+    losses = [Weighted(), Weighted()]
+    optimizers = [optim.SGD([*m.parameters(), *loss.parameters()], lr=0.1) for m, loss in zip((mine, theirs), losses)]
+    step = TrainStep(mine, losses[0], optimizers[0])
+    for x, y in batches("cross-entropy"):
+        step(x, y)
+    by_autograd(theirs, losses[1], optimizers[1], batches("cross-entropy"))
+    assert_same_state(mine, theirs, 1e-6)
+    assert_same_state(*losses, 1e-6)
+    assert losses[0].scale.item() != 2
+
+
+def test_another_precision_of_autocast_is_another_step():
+    model, reference = pair("fused")
+    step = TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.0))
+    x, y = next(batches("cross-entropy"))
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(step(x, y), nn.CrossEntropyLoss()(reference(x), y))
+    assert torch.equal(step(x, y), nn.CrossEntropyLoss()(reference(x), y))
+
+
+def test_random_numbers_of_torchs_own_functions():
+    class Noisy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(12, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            h = torch.nn.functional.alpha_dropout(self.first(x), 0.3, training=True)
+            return self.last(h + 0.1 * torch.randn_like(h) + 0.1 * torch.rand(8))
+
+    torch.manual_seed(1)
+    mine = Noisy()
+    theirs = copy.deepcopy(mine)
+    loss_fn = nn.CrossEntropyLoss()
+    step = TrainStep(mine, loss_fn, optim.SGD(mine.parameters(), lr=0.1), fallback="autograd", capture=True)
+    torch.manual_seed(2)
+    got = torch.stack([step(x, y) for x, y in batches("cross-entropy")])
+    torch.manual_seed(2)
+    expected = by_autograd(theirs, loss_fn, optim.SGD(theirs.parameters(), lr=0.1), batches("cross-entropy"))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)

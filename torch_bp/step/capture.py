@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,8 @@ _EMPTY = {
 }
 # Write to running statistics, the fourth and the fifth argument, without saying so.
 _HIDDEN_WRITES = {_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default}
+# Write to the memory of a result and to nothing else: batch normalisation, run twice, would move its statistics twice.
+_WHOLE = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.nll_loss_forward.default}
 _FILLS = {_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default, _aten.new_zeros.default}
 _FILLS |= {_aten.new_ones.default, _aten.new_full.default}
 
@@ -188,7 +191,7 @@ class Recorder(TorchDispatchMode):
                 self.written.append(tensor)
             memory.written = True
         if fresh or written:  # else a view, or nothing that is kept
-            from_nothing = not written and (not given or operation in _FILLS)
+            from_nothing = not written and not _random(operation) and (not given or operation in _FILLS)
             args, keywords = tree_map_only(Tensor, self.place, (args, keywords))
             self.calls.append(Call(operation, args, keywords, list(map(self.place, made)), from_nothing))
 
@@ -200,6 +203,10 @@ class Recorder(TorchDispatchMode):
             self.memories[storage._cdata] = memory
         memory.last = number
         return memory
+
+
+def _random(operation: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(operation, "tags", ())
 
 
 def _written(operation: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> list[Tensor]:
@@ -331,13 +338,44 @@ class Program:
         if operation in _COPIES:
             return functools.partial(Tensor.copy_, results[0], args[0])
         out = _out_variant(operation)
-        if out is None or len(_tensors(results)) != len(results):
+        if out is None or _random(operation) or len(_tensors(results)) != len(results):
             return functools.partial(_copied, operation, args, keywords, results)
         variant, names = out
         if names == ["out"] and variant in _BINDINGS:
             keywords = {name: value for name, value in keywords.items() if value is not None}
             return functools.partial(_BINDINGS[variant], *args, **keywords, out=results[0])
-        return functools.partial(variant, *args, **keywords, **dict(zip(names, results)))
+        write = functools.partial(variant, *args, **keywords)
+        if operation in _WHOLE:
+            return functools.partial(write, **dict(zip(names, results)))
+        again = functools.partial(_copied, operation, args, keywords, results)
+        return _Tried(write, dict(zip(names, results)), again)
+
+
+class _Tried:
+    """A call into given memory that has not been seen to keep to it.
+
+    Some operations take their result for working memory of another shape, and enlarge it: they would write over their
+    neighbours. The first call gets memory of its own, and what has enlarged it is computed and copied from then on.
+    """
+
+    def __init__(self, write: Callable[..., Any], outputs: dict[str, Any], again: Callable[[], Any]) -> None:
+        self._write, self._outputs, self._again = write, outputs, again
+        self._call: Callable[[], Any] | None = None
+
+    def __call__(self) -> None:
+        if self._call is None:
+            own = {name: torch.empty_like(t, memory_format=torch.preserve_format) for name, t in self._outputs.items()}
+            before = {name: _form(t) for name, t in own.items()}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "An output with one or more elements was resized")
+                self._write(**own)
+            kept = all(_form(own[name]) == form for name, form in before.items())
+            self._call = functools.partial(self._write, **self._outputs) if kept else self._again
+        self._call()
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.untyped_storage().nbytes()
 
 
 def _chained(calls: Sequence[Callable[[], Any] | Record]) -> list[Callable[[], Any]]:

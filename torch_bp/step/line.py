@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.autograd.tape import Entry, Tape
 from torch_bp.step.capture import NotCapturableError, Place, Program, Recorder
@@ -34,6 +34,7 @@ class Passes:
     def __init__(self, model: Callable[..., Any], loss_fn: Callable[..., Any], fallback: bool) -> None:
         self.model, self.loss_fn, self.fallback = model, loss_fn, fallback
         self.path = Paths({"": model, "loss": loss_fn})
+        self.output: Any = None  # what the model returned last
 
     def run(
         self,
@@ -57,7 +58,8 @@ class Passes:
         """
         with torch.no_grad(), Tape(leaves, noted) as tape:
             with Explicit(tape, self.fallback, self.path):
-                loss = self.loss_fn(self.model(*inputs[0]), *inputs[1])
+                self.output = self.model(*inputs[0])
+                loss = self.loss_fn(self.output, *inputs[1])
             if not isinstance(loss, Tensor):
                 raise TypeError(f"TrainStep: loss_fn must return a tensor, got {type(loss).__name__}.")
             if loss.numel() != 1:
@@ -81,7 +83,7 @@ class Line:
         add: add to the gradients that are there.
 
     Attributes:
-        loss: of the last run.
+        loss: of the last run; `output` is what the model returned.
         gradients: of the parameters in `reached`.
         norm: gives the norm of all gradients.
         program: what runs.
@@ -111,7 +113,11 @@ class Line:
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
         made = [gradient for gradient in found if gradient is not None]
         places = [recorder.place(gradient) for gradient in made]
-        self.program = Program(recorder, [recorder.place(loss), *places])
+        given = _made_of(passes.output)
+        output = tree_map_only(Tensor, recorder.place, passes.output)
+        passes.output = None
+        self.program = Program(recorder, [recorder.place(loss), *places, *tree_leaves(output)])
+        self.output = tree_map_only(Place, self.program.tensor, output)
         self._made = [self.program.tensor(place) for place in places]
         self.loss = self.program.tensor(recorder.place(loss))
         self.written = self.program.written
@@ -123,7 +129,7 @@ class Line:
             self.program.owns(place) and taken.count(place.memory) == 1 and t.stride() == p.stride()
             for p, t, place in zip(self.reached, self._made, places)
         ]
-        for target, gradient in zip((self.loss, *self._made), (loss, *made)):
+        for target, gradient in zip((self.loss, *self._made, *_made_of(self.output)), (loss, *made, *given)):
             target.copy_(gradient)
         self.gradients: list[Tensor] = []
         self._deliver()
@@ -158,6 +164,10 @@ class Line:
         """Take back what the last run wrote to the model's own tensors."""
         for tensor, before in zip(self.written, self._before):
             tensor.copy_(before)
+
+
+def _made_of(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
 def _apart(inputs: Any, modules: Sequence[torch.nn.Module]) -> tuple[Any, list[Tensor]]:

@@ -93,6 +93,7 @@ class TrainStep:
         self._never: set[Any] = set()  # kinds of batches that cannot be captured
         self._update = Update(optimizer, clip_grad_norm, clip_grad_value)
         self._plan: Plan | None = None
+        self._output: Callable[[], Any] = lambda: None
         self._restore: Callable[[], None] = lambda: None  # takes back what the last pass wrote to buffers
         self._gradients: list[Tensor] = []  # of the last pass
         self._waiting = 0  # batches since the last update
@@ -221,8 +222,14 @@ class TrainStep:
             "gradients": sum(t.numel() * t.element_size() for line in lines for t in line.gradients),
         }
 
+    @property
+    def output(self) -> Any:
+        """What the model returned in the last step, in memory of its own: for metrics. None before the first."""
+        return tree_map_only(Tensor, lambda t: t.detach().clone(), self._output())
+
     def _parameters(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        unique = dict.fromkeys(p for module in self._modules for p in module.parameters())
+        return [p for p in unique if p.requires_grad]
 
     def _all(self, losses: Tensor, batches: Iterator[_Inputs]) -> Tensor:
         for number, inputs in enumerate(batches):
@@ -265,7 +272,7 @@ class TrainStep:
             add,
             scale,
             engine.forced(),
-            _autocasting(),
+            _autocast_dtype(batch) if _autocasting() else None,
             *[(t.shape, t.stride(), t.dtype, t.device) for t in batch],
         )
         recording = torch.is_grad_enabled()
@@ -276,6 +283,7 @@ class TrainStep:
                     self._restore, self._plan = line.restore, line.plan
                     loss = line.run(batch)
                     self._gradients = line.gradients
+                    self._output = functools.partial(getattr, line, "output")
                     return loss, line.norm
             return self._first(inputs, kind, add, scale)
         finally:
@@ -299,8 +307,10 @@ class TrainStep:
                 kept.append(line)
                 del kept[:-_LINES]
                 self._plan, self._gradients = line.plan, line.gradients
+                self._output = functools.partial(getattr, line, "output")
                 return line.loss, line.norm
         refuse_backward_hooks(self._modules)
+        self._output = functools.partial(getattr, self._passes, "output")
         plan = Plan()
         loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path.of))
         for p, gradient in zip(leaves, gradients):
@@ -315,6 +325,11 @@ class TrainStep:
 
 def _inputs(x: Any, y: Any) -> _Inputs:
     return x if isinstance(x, tuple) else (x,), y if isinstance(y, tuple) else (y,)
+
+
+def _autocast_dtype(batch: Sequence[Tensor]) -> tuple[Any, ...]:
+    kinds = {t.device.type for t in batch}
+    return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds))
 
 
 def _batch(inputs: _Inputs) -> list[Tensor]:
