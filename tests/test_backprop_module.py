@@ -304,11 +304,19 @@ class Two(nn.Linear):
         return super().forward(x), x
 
 
+def of_first(outputs, y):
+    return nn.functional.cross_entropy(outputs[0], y)
+
+
 ERRORS = {
     "scaled": ({"kind": Scaled}, RuntimeError, "must not be scaled after training_step .*, got 2 times the loss"),
     "twice": ({"kind": Twice}, RuntimeError, "training_step must run once for each backward"),
     "loss": ({"loss": Learned()}, RuntimeError, "loss must have no parameters to train for engine='step'"),
-    "output": ({"model": Two(64, 10)}, TypeError, "model must return a tensor for metrics .*, got tuple"),
+    "output": (
+        {"model": Two(64, 10), "loss": of_first},
+        TypeError,
+        "model must return a tensor for metrics .*, got tuple",
+    ),
     "schedule": (schedule("OneCycleLR", max_lr=0.05, total_steps=3), ValueError, "at least 14, the length of the fit"),
 }
 
