@@ -429,7 +429,7 @@ class _ExplicitPass:
                 "model; make it part of the model, or use engine='autograd'."
             )
         self._metrics = bool(module.train_metrics)
-        self._step = TrainStep(module.model, loss, self.trainer.optimizers[0])
+        self._step = TrainStep(module.model, loss, self.trainer.optimizers[0], keep_output=self._metrics)
 
     def __call__(self, x: tuple[Any, ...], y: tuple[Any, ...], batch_idx: int) -> tuple[Tensor, Any]:
         """Return the loss, with the node that has the gradients, and the output if there are metrics, else None."""

@@ -543,7 +543,10 @@ def test_hooks_on_parameters_are_called_and_those_on_backwards_refused():
 @pytest.mark.parametrize("capture", [True, False])
 def test_output_is_what_the_model_returned(capture):
     model, reference = pair("fused")
-    step = TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.0), capture=capture)
+    arguments = model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(RuntimeError, match="keep_output=True"):
+        TrainStep(*arguments).output  # noqa: B018
+    step = TrainStep(*arguments, capture=capture, keep_output=True)
     assert step.output is None
     outputs = []
     for x, y in batches("cross-entropy", 3):

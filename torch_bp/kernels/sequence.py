@@ -41,14 +41,16 @@ def _ops(name: str, types: str, arguments: str) -> _Signature:
 
 _ONE, _IN_PLACE = "RKNS_6TensorERS2_", "RNS_6TensorE"
 _SCALED = "RKNS_6TensorES4_RKN3c106ScalarERS2_"
-# By operation: the symbol, and its arguments as kind:name; `out` is the result.
+# By operation: the symbol, and its arguments as kind:name, or kind:=number; `out` is the result.
 _CALLS: dict[Any, _Signature] = {
     _aten.mm.default: ("aoti_torch_cpu_mm_out", "t:out t:self t:mat2"),
     _aten.addmm.default: ("aoti_torch_cpu_addmm_out", "t:out t:self t:mat1 t:mat2 d:beta d:alpha"),
     **{
         getattr(_aten, name).default: _ops(f"{name}_out", _ONE, "t:self t:out")
-        for name in ("relu", "sigmoid", "tanh", "silu", "neg")
+        for name in ("sigmoid", "tanh", "silu", "neg")
     },
+    # Which is what it is; its own form for given memory makes a copy.
+    _aten.relu.default: _ops("clamp_min_out", "RKNS_6TensorERKN3c106ScalarERS2_", "t:self s:=0 t:out"),
     **{
         getattr(_aten, f"{name}_").default: _ops(f"{name}_", _IN_PLACE, "t:self")
         for name in ("relu", "sigmoid", "tanh")
@@ -240,7 +242,7 @@ def record(operation: Any, args: Sequence[Any], keywords: Mapping[str, Any], out
     words = _Words()
     for argument in _CALLS[operation][1].split():
         kind, name = argument.split(":")
-        value = given[name]
+        value = int(name[1:]) if name.startswith("=") else given[name]
         unfit = value is not None if kind == "n" else value is None and kind not in "o"
         if kind == "t":
             unfit = not (isinstance(value, torch.Tensor) and value.is_cpu and value.layout is torch.strided)

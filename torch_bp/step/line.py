@@ -29,12 +29,15 @@ class Passes:
         model: called with the inputs.
         loss_fn: called with what the model returns and the targets; gives a number.
         fallback: let autograd do what has no explicit backward.
+        keep_output: keep what the model returns.
     """
 
-    def __init__(self, model: Callable[..., Any], loss_fn: Callable[..., Any], fallback: bool) -> None:
-        self.model, self.loss_fn, self.fallback = model, loss_fn, fallback
+    def __init__(
+        self, model: Callable[..., Any], loss_fn: Callable[..., Any], fallback: bool, keep_output: bool = False
+    ) -> None:
+        self.model, self.loss_fn, self.fallback, self._keep_output = model, loss_fn, fallback, keep_output
         self.path = Paths({"": model, "loss": loss_fn})
-        self.output: Any = None  # what the model returned last
+        self.output: Any = None  # what the model returned last, if it is kept
 
     def run(
         self,
@@ -58,8 +61,9 @@ class Passes:
         """
         with torch.no_grad(), Tape(leaves, noted) as tape:
             with Explicit(tape, self.fallback, self.path):
-                self.output = self.model(*inputs[0])
-                loss = self.loss_fn(self.output, *inputs[1])
+                output = self.model(*inputs[0])
+                loss = self.loss_fn(output, *inputs[1])
+            self.output = output if self._keep_output else None
             if not isinstance(loss, Tensor):
                 raise TypeError(f"TrainStep: loss_fn must return a tensor, got {type(loss).__name__}.")
             if loss.numel() != 1:

@@ -54,6 +54,7 @@ class TrainStep:
             every step, for debugging.
         fallback: "error" (default), or "autograd", which lets autograd do, inside the step, what has no explicit
             backward.
+        keep_output: let `output` give what the model returned, for metrics. Default: False.
 
     Raises:
         TypeError, ValueError: an argument is none of these, or the optimizer holds no parameter of the model.
@@ -81,13 +82,15 @@ class TrainStep:
         accumulate: int = 1,
         capture: bool | str = "auto",
         fallback: str = "error",
+        keep_output: bool = False,
     ) -> None:
         _check(model, loss_fn, optimizer, clip_grad_norm, clip_grad_value, accumulate, capture, fallback)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self.accumulate, self.capture = accumulate, capture
         self.steps = 0
-        self._passes = Passes(model, loss_fn, fallback == "autograd")
+        self._passes = Passes(model, loss_fn, fallback == "autograd", keep_output)
+        self._keep_output = keep_output
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
         self._lines: dict[Any, list[Line]] = {}
         self._never: set[Any] = set()  # kinds of batches that cannot be captured
@@ -224,7 +227,13 @@ class TrainStep:
 
     @property
     def output(self) -> Any:
-        """What the model returned in the last step, in memory of its own: for metrics. None before the first."""
+        """What the model returned in the last step, in memory of its own; None before the first.
+
+        Raises:
+            RuntimeError: without `keep_output=True`.
+        """
+        if not self._keep_output:
+            raise RuntimeError("TrainStep.output: it must be kept; make the step with keep_output=True.")
         return tree_map_only(Tensor, lambda t: t.detach().clone(), self._output())
 
     def _parameters(self) -> list[Tensor]:
