@@ -607,3 +607,33 @@ def test_random_numbers_of_torchs_own_functions():
     torch.manual_seed(2)
     expected = by_autograd(theirs, loss_fn, optim.SGD(theirs.parameters(), lr=0.1), batches("cross-entropy"))
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("model", ["fused", "normalised", "layer norm", "tied", "torch's"])
+def test_half_precision_is_that_of_autocast(model, capture):
+    mine, theirs = pair(model)
+    loss_fn = nn.CrossEntropyLoss()
+    step = TrainStep(mine, loss_fn, optim.Adam(mine.parameters(), lr=0.01), precision="bf16", capture=capture)
+    theirs = torch_bp.convert(theirs)
+    optimizer = optim.Adam(theirs.parameters(), lr=0.01)
+    torch.manual_seed(2)
+    got = torch.stack([step(x, y) for x, y in batches("cross-entropy")])
+    torch.manual_seed(2)
+    expected = []
+    for x, y in batches("cross-entropy"):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_fn(theirs(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.detach())
+    torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=0)
+    assert_same_state(mine, theirs)
+    assert {p.dtype for p in mine.parameters()} == {p.grad.dtype for p in mine.parameters()} == {torch.float32}
+
+
+def test_precision_is_checked():
+    model, _ = pair("linear")
+    with pytest.raises(ValueError, match="precision must be None or 'bf16', got 'fp8'"):
+        TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters()), precision="fp8")

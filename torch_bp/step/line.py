@@ -6,6 +6,7 @@ and a loss; `Line` is one that has been captured.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from torch_bp.step.plan import Plan
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
 
+_DTYPES = {"bf16": torch.bfloat16}
+
 
 class Passes:
     """Runs a model and a loss explicitly.
@@ -30,12 +33,19 @@ class Passes:
         loss_fn: called with what the model returns and the targets; gives a number.
         fallback: let autograd do what has no explicit backward.
         keep_output: keep what the model returns.
+        precision: None, or "bf16".
     """
 
     def __init__(
-        self, model: Callable[..., Any], loss_fn: Callable[..., Any], fallback: bool, keep_output: bool = False
+        self,
+        model: Callable[..., Any],
+        loss_fn: Callable[..., Any],
+        fallback: bool,
+        keep_output: bool = False,
+        precision: str | None = None,
     ) -> None:
         self.model, self.loss_fn, self.fallback, self._keep_output = model, loss_fn, fallback, keep_output
+        self._precision = precision
         self.path = Paths({"": model, "loss": loss_fn})
         self.output: Any = None  # what the model returned last, if it is kept
 
@@ -60,7 +70,7 @@ class Passes:
             TypeError, ValueError: the loss is no tensor, or no number.
         """
         with torch.no_grad(), Tape(leaves, noted) as tape:
-            with Explicit(tape, self.fallback, self.path):
+            with Explicit(tape, self.fallback, self.path), self._autocast(leaves):
                 output = self.model(*inputs[0])
                 loss = self.loss_fn(output, *inputs[1])
             self.output = output if self._keep_output else None
@@ -73,6 +83,12 @@ class Passes:
                 )
             dy = torch.ones_like(loss) if scale == 1 else torch.full_like(loss, scale)
             return loss, tape.backward(loss, dy, seen)
+
+    def _autocast(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+        if self._precision is None:
+            return contextlib.nullcontext()
+        # Its cache of cast weights is for one graph; here each weight is cast once for all that use it, every step.
+        return torch.autocast(leaves[0].device.type, _DTYPES[self._precision])
 
 
 class Line:

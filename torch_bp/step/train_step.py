@@ -55,6 +55,8 @@ class TrainStep:
         fallback: "error" (default), or "autograd", which lets autograd do, inside the step, what has no explicit
             backward.
         keep_output: let `output` give what the model returned, for metrics. Default: False.
+        precision: "bf16": products in bfloat16, as under `torch.autocast`, while parameters, gradients and the
+            optimizer stay in float32. Default: None, the precision of the model, which may be float64.
 
     Raises:
         TypeError, ValueError: an argument is none of these, or the optimizer holds no parameter of the model.
@@ -83,13 +85,16 @@ class TrainStep:
         capture: bool | str = "auto",
         fallback: str = "error",
         keep_output: bool = False,
+        precision: str | None = None,
     ) -> None:
         _check(model, loss_fn, optimizer, clip_grad_norm, clip_grad_value, accumulate, capture, fallback)
+        if precision not in (None, "bf16"):
+            raise ValueError(f"TrainStep: precision must be None or 'bf16', got {precision!r}.")
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self.accumulate, self.capture = accumulate, capture
         self.steps = 0
-        self._passes = Passes(model, loss_fn, fallback == "autograd", keep_output)
+        self._passes = Passes(model, loss_fn, fallback == "autograd", keep_output, precision)
         self._keep_output = keep_output
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
         self._lines: dict[Any, list[Line]] = {}
@@ -146,8 +151,7 @@ class TrainStep:
                 f"TrainStep.many: xs and ys must have the same number of batches in their first dimension, got "
                 f"{', '.join(str(tuple(t.shape)) for t in tensors)}."
             )
-        losses = tensors[0].new_empty(lengths.pop(), dtype=torch.float32)
-        return self._all(losses, (_inputs(*_at((xs, ys), k)) for k in range(len(losses))))
+        return self._all(_inputs(*_at((xs, ys), k)) for k in range(lengths.pop()))
 
     def epoch(
         self,
@@ -180,8 +184,7 @@ class TrainStep:
             )
         order = torch.randperm(length, generator=generator) if shuffle else torch.arange(length)
         parts = [part for part in order.split(batch_size) if not drop_last or len(part) == batch_size]
-        losses = torch.empty(len(parts))
-        return self._all(losses, ((tuple(t[part] for t in inputs), (targets[part],)) for part in parts))
+        return self._all(((tuple(t[part] for t in inputs), (targets[part],)) for part in parts))
 
     def update(self) -> None:
         """Clip the gradients and let the optimizer step, after a window that is not full too."""
@@ -240,10 +243,9 @@ class TrainStep:
         unique = dict.fromkeys(p for module in self._modules for p in module.parameters())
         return [p for p in unique if p.requires_grad]
 
-    def _all(self, losses: Tensor, batches: Iterator[_Inputs]) -> Tensor:
-        for number, inputs in enumerate(batches):
-            losses[number] = self._one(inputs)
-        return losses
+    def _all(self, batches: Iterator[_Inputs]) -> Tensor:
+        losses = [self._one(inputs).clone() for inputs in batches]
+        return torch.stack(losses) if losses else torch.empty(0)
 
     def _one(self, inputs: _Inputs) -> Tensor:
         loss, norm = self._pass(inputs, self._waiting > 0, 1 / self.accumulate)
