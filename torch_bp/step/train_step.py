@@ -183,7 +183,7 @@ class TrainStep:
                 f"lengths {[len(t) for t in tensors]} and {batch_size}."
             )
         order = torch.randperm(length, generator=generator) if shuffle else torch.arange(length)
-        parts = [part for part in order.split(batch_size) if not drop_last or len(part) == batch_size]
+        parts = [part for part in order.split(batch_size) if len(part) == batch_size or (len(part) and not drop_last)]
         return self._all(((tuple(t[part] for t in inputs), (targets[part],)) for part in parts))
 
     def update(self) -> None:
