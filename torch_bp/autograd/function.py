@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -25,7 +26,8 @@ _tracing = torch._C._get_tracing_state
 _unwrap = torch._C._functorch.unwrap_if_dead  # a tensor that escaped from a transform that has ended
 _Tensor = torch.Tensor
 _grad_enabled = torch.is_grad_enabled
-tape: Any = None  # that is open (`torch_bp.autograd.tape`)
+tapes: dict[int, Any] = {}  # that are open, by thread (`torch_bp.autograd.tape`)
+_thread = threading.get_ident
 
 
 class Function(torch.autograd.Function):
@@ -92,7 +94,7 @@ class Function(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Run forward, recorded for backward. Dynamo knows this method by name and never enters it."""
-        if tape is not None and tape.here():
+        if tapes and (tape := tapes.get(_thread())) is not None:
             return tape.apply(cls, args)
         if _transforms_active():
             if forward_over_forward():
@@ -136,7 +138,7 @@ def connected(derivative: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def overridden() -> bool:
     """True unless a tape is open here, which sees the Functions themselves: torch's modes need not be asked."""
-    return tape is None or not tape.here()
+    return not tapes or _thread() not in tapes
 
 
 def save(ctx: Any, *tensors: torch.Tensor | None) -> None:

@@ -11,8 +11,9 @@ What is no Function of ours (views, sums, `cat`, a module of somebody else) can 
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class Tape:
         >>> from torch_bp import ops
         >>> from torch_bp.autograd.tape import Tape
         >>> w = torch.tensor([[3.0]])
-        >>> with torch.no_grad(), Tape([w]) as tape:
+        >>> with Tape([w]) as tape:
         ...     y = ops.linear(torch.tensor([[2.0]]), w)
         ...     dw, = tape.backward(y, torch.ones(1, 1))
         >>> dw
@@ -118,17 +119,28 @@ class Tape:
         self._thread = threading.get_ident()
 
     def __enter__(self) -> Tape:
-        if functions.tape is not None:
-            raise RuntimeError("a tape is open already, in this thread or in another; close it first.")
-        functions.tape = self
+        with _lock:
+            if self._thread in functions.tapes:
+                raise RuntimeError("a tape is open already in this thread; close it first.")
+            functions.tapes[self._thread] = self
+            torch.autograd.Function.apply = _foreign  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *_: Any) -> None:
-        functions.tape = None
+        with _lock:
+            functions.tapes.pop(self._thread, None)
+            if not functions.tapes:
+                torch.autograd.Function.apply = _torchs_apply  # type: ignore[method-assign]
 
-    def here(self) -> bool:
-        """True in the thread that opened the tape."""
-        return threading.get_ident() == self._thread
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Run what is one entry, whatever it is made of."""
+        functions.tapes.pop(self._thread, None)
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                yield
+        finally:
+            functions.tapes[self._thread] = self
 
     def tracks(self, value: Any) -> bool:
         """True if a gradient is for this tensor, or for something that it depends on."""
@@ -142,16 +154,13 @@ class Tape:
 
     def apply(self, function: type[functions.Function], args: tuple[Any, ...]) -> Any:
         """Run a Function, and note it if a gradient goes through it."""
-        context = Context(tuple(map(self.tracks, args)))
-        functions.tape = None  # an operation that is made of others is one entry
-        try:
-            with torch._C.DisableTorchFunction():
-                outputs = function.forward(*args)
-                if not any(context.needs_input_grad):
-                    return outputs
-                function.setup_context(context, args, outputs)
-        finally:
-            functions.tape = self
+        recording = torch.is_grad_enabled()  # False within no_grad, in a forward
+        context = Context(tuple(recording and self.tracks(a) for a in args))
+        with self._aside():
+            outputs = function.forward(*args)
+            if not any(context.needs_input_grad):
+                return outputs
+            function.setup_context(context, args, outputs)
         several = outputs if isinstance(outputs, tuple) else (outputs,)
         if any(output is a for output in several for a in args if isinstance(output, Tensor)):
             raise RuntimeError(f"{function.__name__}: forward must return new tensors here, got one of its inputs.")
@@ -170,6 +179,8 @@ class Tape:
 
         `call` may write to the first argument and to nothing else, if `writes` says so of it.
         """
+        if not torch.is_grad_enabled():  # within no_grad, in a forward
+            return call(*args, **keywords)
         flat, form = tree_flatten((args, dict(keywords)))
         taken = [k for k, value in enumerate(flat) if self.tracks(value)]
         sources = [flat[k] for k in taken]
@@ -188,7 +199,8 @@ class Tape:
             if target is not None:
                 outputs = given[first]
         if target is not None:
-            target.detach().copy_(outputs.detach())
+            with torch.no_grad():
+                target.detach().copy_(outputs.detach())
             entry = self._note(call, sources, [target], [outputs.requires_grad])
             entry.backward = _by_graph([outputs], leaves)
             return target
@@ -204,6 +216,11 @@ class Tape:
 
     def _require_alone(self, target: Tensor) -> None:
         storage = target.untyped_storage()._cdata
+        if target._is_view():
+            raise RuntimeError(
+                "a view must not be written to in place while a step is traced, since what it is a view of would not "
+                "notice; write to the whole, for example out[:, :2] = h instead of out[:, :2].copy_(h), or use cat."
+            )
         for other in self._kept.values():
             if other is not target and other.layout is torch.strided and other.untyped_storage()._cdata == storage:
                 raise RuntimeError(
@@ -242,7 +259,12 @@ class Tape:
                 "element 0 of tensors does not require grad: the loss depends on no parameter that is to be trained, "
                 "or was computed by something that is not on the tape."
             )
-        signals: dict[int, Tensor] = {number: dy}
+        with torch.no_grad():
+            return self._backward({number: dy}, seen)
+
+    def _backward(
+        self, signals: dict[int, Tensor], seen: Callable[[Entry, Sequence[Any]], None] | None
+    ) -> list[Tensor | None]:
         while self.entries:
             entry = self.entries.pop()
             dys = [None if n is None else signals.pop(n, None) for n in entry.targets]
@@ -261,6 +283,23 @@ class Tape:
             if seen is not None:
                 seen(entry, found)
         return [signals.get(n) for n in self._leaf_numbers]
+
+
+_lock = threading.Lock()
+_torchs_apply = torch.autograd.Function.__dict__["apply"]
+
+
+def _foreign_apply(cls: Any, *args: Any, **keywords: Any) -> Any:
+    """`apply` of Functions that are not ours, while a tape is open anywhere: one entry, with their own backward."""
+    call = _torchs_apply.__get__(None, cls)
+    tape = functions.tapes.get(threading.get_ident())
+    if tape is None or not any(map(tape.tracks, args)):
+        return call(*args, **keywords)
+    with torch._C.DisableTorchFunction():
+        return tape.through_autograd(call, args, keywords)
+
+
+_foreign = classmethod(_foreign_apply)
 
 
 def writes(call: Callable[..., Any]) -> bool:

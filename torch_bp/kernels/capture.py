@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
-recorder: Any = None  # of the step that is being captured (`torch_bp.step.capture`)
+recorders: dict[int, Any] = {}  # of the steps that are being captured, by thread (`torch_bp.step.capture`)
+_thread = threading.get_ident
 
 
 def capturing() -> bool:
     """True while operations are being noted: what depends on values on the host would be frozen."""
-    return recorder is not None and recorder.here()
+    return bool(recorders) and _thread() in recorders
+
+
+def recorder() -> Any:
+    """Return what notes the operations of this thread, None where nothing does."""
+    return recorders.get(_thread()) if recorders else None

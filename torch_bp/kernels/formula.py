@@ -163,8 +163,8 @@ class Formula:
             tensors = self.padded(tensors)
         try:
             result = self.by_kernel(tensors, keywords)
-            if result is NotImplemented and capture.recorder is not None and capture.recorder.here():
-                result = capture.recorder.formula(self, tensors, keywords)
+            if result is NotImplemented and (recorder := capture.recorder()) is not None:
+                result = recorder.formula(self, tensors, keywords)
             if result is NotImplemented:
                 self._check(tensors)
                 return as_torch(self.function, self.updates, self.tensors, tensors, keywords)

@@ -8,7 +8,7 @@ large layers do not pay at every step for pages that the system clears.
 - *Views* are made once.
 - *Values that are made of nothing* (`zeros`, `arange`) are computed once, unless something writes to them later.
 - *Random numbers* come from torch's generator in the same order as in the pass itself.
-- *Values read on the host* cannot be noted: `NotCapturable`.
+- *Values read on the host* cannot be noted: `NotCapturableError`.
 """
 
 from __future__ import annotations
@@ -130,19 +130,14 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self.memories: dict[int, Memory] = {}
         self.written: list[Tensor] = []
-        self._thread = threading.get_ident()
 
     def __enter__(self) -> Any:
-        capture.recorder = self
+        capture.recorders[threading.get_ident()] = self
         return super().__enter__()
 
     def __exit__(self, *details: Any) -> Any:
-        capture.recorder = None
+        del capture.recorders[threading.get_ident()]
         return super().__exit__(*details)
-
-    def here(self) -> bool:
-        """True in the thread whose operations are noted."""
-        return threading.get_ident() == self._thread
 
     def place(self, value: Any) -> Any:
         """Return the place of a tensor in memory that was made or is of the batch; anything else as it is."""

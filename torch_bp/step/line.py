@@ -70,7 +70,8 @@ class Passes:
             TypeError, ValueError: the loss is no tensor, or no number.
         """
         with torch.no_grad(), Tape(leaves, noted) as tape:
-            with Explicit(tape, self.fallback, self.path), self._autocast(leaves):
+            # As in training through autograd, for what asks, and for no_grad inside.
+            with torch.enable_grad(), Explicit(tape, self.fallback, self.path), self._autocast(leaves):
                 output = self.model(*inputs[0])
                 loss = self.loss_fn(output, *inputs[1])
             self.output = output if self._keep_output else None

@@ -184,7 +184,7 @@ class TrainStep:
             )
         order = torch.randperm(length, generator=generator) if shuffle else torch.arange(length)
         parts = [part for part in order.split(batch_size) if len(part) == batch_size or (len(part) and not drop_last)]
-        return self._all(((tuple(t[part] for t in inputs), (targets[part],)) for part in parts))
+        return self._all((tuple(t[part] for t in inputs), (targets[part],)) for part in parts)
 
     def update(self) -> None:
         """Clip the gradients and let the optimizer step, after a window that is not full too."""
