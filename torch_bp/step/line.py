@@ -102,6 +102,7 @@ class Line:
         leaves: the tensors that gradients are for.
         scale: the error signal at the loss.
         add: add to the gradients that are there.
+        own: give the first gradients memory of their own.
 
     Attributes:
         loss: of the last run; `output` is what the model returned.
@@ -123,6 +124,7 @@ class Line:
         leaves: Sequence[Tensor],
         scale: float,
         add: bool,
+        own: bool = False,
     ) -> None:
         self.unchanged = Unchanged(modules)
         self.plan = Plan()
@@ -153,20 +155,25 @@ class Line:
         for target, gradient in zip((self.loss, *self._made, *_made_of(self.output)), (loss, *made, *given)):
             target.copy_(gradient)
         self.gradients: list[Tensor] = []
-        self._deliver()
+        reached = set(self.reached)
+        self._others = [p for p in dict.fromkeys(p for m in modules for p in m.parameters()) if p not in reached]
+        self._deliver(own)
         names = {id(p): name for module in modules for name, p in module.named_parameters()}
         self.plan.parameters = [names.get(id(p), "?") for p in self.reached]
         self.plan.bytes, self.plan.apart = self.program.arena.size, self.program.arena.total
 
-    def run(self, batch: Sequence[Tensor]) -> Tensor:
-        """Run the pass again on another batch of the same kind; return the loss, which the next run overwrites."""
+    def run(self, batch: Sequence[Tensor], own: bool = False) -> Tensor:
+        """Run the pass again on another batch of the same kind; return the loss, which the next run overwrites.
+
+        So it does with gradients, unless they are to be in memory of their `own`.
+        """
         if self.written:
             torch._foreach_copy_(self._before, self.written)
         self.program.run(batch)
-        self._deliver()
+        self._deliver(own)
         return self.loss
 
-    def _deliver(self) -> None:
+    def _deliver(self, own: bool) -> None:
         """Leave the gradients in `p.grad`."""
         if self._add:
             for p, gradient in zip(self.reached, self._made):
@@ -176,7 +183,9 @@ class Line:
                     p.grad.add_(gradient)
         else:
             for p, gradient, as_it_is in zip(self.reached, self._made, self._handed_out):
-                p.grad = gradient if as_it_is else torch.empty_like(p).copy_(gradient)
+                p.grad = gradient if as_it_is and not own else torch.empty_like(p).copy_(gradient)
+            for p in self._others:
+                p.grad = None
         gradients: list[Any] = [p.grad for p in self.reached]
         if not all(map(operator.is_, gradients, self.gradients)) or not self.gradients:
             self.gradients, self.norm = gradients, Norm(gradients)

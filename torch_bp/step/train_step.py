@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from torch_bp.kernels import engine
 from torch_bp.step.capture import NotCapturableError
@@ -24,7 +24,7 @@ from torch_bp.step.update import Norm, Update
 
 _set_recording = torch._C._set_grad_enabled
 _autocasting = torch._C._is_any_autocast_enabled
-_LINES = 8  # that are kept for one kind of batch
+_LINES = 16  # that are kept, each with buffers of its own
 _Inputs = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
@@ -90,8 +90,16 @@ class TrainStep:
         _check(model, loss_fn, optimizer, clip_grad_norm, clip_grad_value, accumulate, capture, fallback)
         if precision not in (None, "bf16"):
             raise ValueError(f"TrainStep: precision must be None or 'bf16', got {precision!r}.")
+        self._arguments = {
+            "clip_grad_norm": clip_grad_norm,
+            "clip_grad_value": clip_grad_value,
+            "accumulate": accumulate,
+            "capture": capture,
+            "fallback": fallback,
+            "keep_output": keep_output,
+            "precision": precision,
+        }
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
-        self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self.accumulate, self.capture = accumulate, capture
         self.steps = 0
         self._passes = Passes(model, loss_fn, fallback == "autograd", keep_output, precision)
@@ -106,6 +114,15 @@ class TrainStep:
         self._gradients: list[Tensor] = []  # of the last pass
         self._waiting = 0  # batches since the last update
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of: buffers and what was captured belong to this object alone."""
+        made = (self.model, self.loss_fn, self.optimizer)
+        return {"made": made, "arguments": self._arguments, "steps": self.steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(*state["made"], **state["arguments"])  # type: ignore[misc]
+        self.steps = state["steps"]
+
     def __call__(self, x: Any, y: Any) -> Tensor:
         """Do one step on a batch.
 
@@ -118,12 +135,15 @@ class TrainStep:
 
         Raises:
             FloatingPointError: the loss or a gradient is NaN or infinite. Parameters, optimizer and running statistics
-                are as they were before the batch.
+                are as they were before the batch; gradients of a window of batches are dropped, and a new one begins.
+            ValueError: an input requires a gradient, which would be none here.
         """
         return self._one(_inputs(x, y)).clone()
 
     def backward(self, x: Any, y: Any, scale: float = 1.0) -> Tensor:
         """Do everything but the update, as `loss.backward()`: gradients are added to those in `p.grad`.
+
+        They are in memory of their own; those that a call leaves there are the step's, and the next overwrites them.
 
         Args:
             x, y: as of a call.
@@ -133,7 +153,7 @@ class TrainStep:
             The loss (), in memory of its own.
         """
         add = any(p.grad is not None for p in self._parameters())
-        return self._pass(_inputs(x, y), add, scale)[0].clone()
+        return self._pass(_inputs(x, y), add, scale, own=True)[0].clone()
 
     def many(self, xs: Any, ys: Any) -> Tensor:
         """Do a step on each batch along the first dimension.
@@ -187,11 +207,12 @@ class TrainStep:
         return self._all((tuple(t[part] for t in inputs), (targets[part],)) for part in parts)
 
     def update(self) -> None:
-        """Clip the gradients and let the optimizer step, after a window that is not full too."""
-        if self._waiting == 0:
-            return
-        self._gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        self._finish(Norm(self._gradients)())
+        """Clip the gradients and let the optimizer step in a window that is not full: the last one of an epoch.
+
+        Each of its batches counts for 1 / accumulate, as in any window.
+        """
+        if self._waiting:
+            self._finish(None)
 
     def trace(self, x: Any, y: Any, *, check: bool = False) -> Trace:
         """Return the table of Algorithm 1 for a batch: what every operation gives, and the error signals; no update.
@@ -223,10 +244,8 @@ class TrainStep:
     def memory(self) -> dict[str, int]:
         """Bytes of what the step owns: "buffers", and of these "gradients"."""
         lines = [line for kept in self._lines.values() for line in kept]
-        return {
-            "buffers": sum(line.program.arena.size for line in lines),
-            "gradients": sum(t.numel() * t.element_size() for line in lines for t in line.gradients),
-        }
+        gradients = {g.data_ptr(): g.numel() * g.element_size() for line in lines for g in line.gradients}
+        return {"buffers": sum(line.program.arena.size for line in lines), "gradients": sum(gradients.values())}
 
     @property
     def output(self) -> Any:
@@ -250,20 +269,25 @@ class TrainStep:
     def _one(self, inputs: _Inputs) -> Tensor:
         loss, norm = self._pass(inputs, self._waiting > 0, 1 / self.accumulate)
         size = norm()
-        if not (math.isfinite(size) and math.isfinite(loss)):
+        # a norm can overflow where no number does
+        if not math.isfinite(loss) or not (math.isfinite(size) or all(map(_finite, self._gradients))):
             self._refuse(inputs, loss, size)
         self._waiting += 1
         if self._waiting == self.accumulate:
-            self._finish(size)
+            self._finish(size if self.accumulate == 1 else None)
         return loss
 
-    def _finish(self, norm: float) -> None:
+    def _finish(self, norm: float | None) -> None:
         self._waiting = 0
-        self._update(self._gradients, norm)
+        gradients = self._gradients
+        if norm is None:  # other batches of the window may have reached others
+            gradients = [p.grad for p in self._parameters() if p.grad is not None]
+            norm = Norm(gradients)()
+        self._update(gradients, norm)
         self.steps += 1
 
     def _refuse(self, inputs: _Inputs, loss: Tensor, norm: float) -> NoReturn:
-        """Leave everything as it was before the window of batches, and say what is wrong."""
+        """Leave everything as it was before the batch, but for the gradients of its window, and say what is wrong."""
         value = loss.item()
         self._restore()
         self._waiting = 0
@@ -276,54 +300,83 @@ class TrainStep:
             "rate, or clip gradients by clip_grad_norm."
         )
 
-    def _pass(self, inputs: _Inputs, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
+    def _pass(self, inputs: _Inputs, add: bool, scale: float, own: bool = False) -> tuple[Tensor, Callable[[], float]]:
         """Leave gradients in `p.grad`; return the loss, which the next pass overwrites, and the gradients' norm."""
-        batch = _batch(inputs)
-        kind: Any = (
-            add,
-            scale,
-            engine.forced(),
-            _autocast_dtype(batch) if _autocasting() else None,
-            *[(t.shape, t.stride(), t.dtype, t.device) for t in batch],
-        )
+        batch, form = _flat(inputs)
+        kind: Any = None
+        if form is not None:
+            autocast = _autocast_dtype(batch) if _autocasting() else None
+            forms = [(t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.is_conj()) for t in batch]
+            kind = add, scale, form, engine.forced(), autocast, *forms
+        for t in batch:
+            if t.requires_grad:
+                raise ValueError(
+                    f"TrainStep: inputs must not require gradients, got one of shape {tuple(t.shape)} that does, for "
+                    "which there are none here; detach it, or use loss.backward()."
+                )
         recording = torch.is_grad_enabled()
         _set_recording(False)  # as no_grad, which takes a microsecond
         try:
             for line in self._lines.get(kind, ()):
                 if line.unchanged.holds():
                     self._restore, self._plan = line.restore, line.plan
-                    loss = line.run(batch)
+                    loss = line.run(batch, own)
                     self._gradients = line.gradients
                     self._output = functools.partial(getattr, line, "output")
                     return loss, line.norm
-            return self._first(inputs, kind, add, scale)
+            return self._first(inputs, kind, add, scale, own)
         finally:
             _set_recording(recording)
 
-    def _first(self, inputs: _Inputs, kind: Any, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
+    def _first(
+        self, inputs: _Inputs, kind: Any, add: bool, scale: float, own: bool
+    ) -> tuple[Tensor, Callable[[], float]]:
         """Run a pass of a kind that was not captured, and capture it if that can be done."""
-        leaves = self._parameters()
         before = Snapshot(self._modules)
         self._restore = functools.partial(before.restore, random=False)
-        if self.capture and kind not in self._never and not hooked(self._modules):
-            try:
-                line = Line(self._passes, self._modules, inputs, leaves, scale, add)
-            except NotCapturableError:
-                before.restore()
-                if self.capture is True:
-                    raise
-                self._never.add(kind)
-            else:
-                kept = self._lines.setdefault(kind, [])
-                kept.append(line)
-                del kept[:-_LINES]
-                self._plan, self._gradients = line.plan, line.gradients
-                self._output = functools.partial(getattr, line, "output")
-                return line.loss, line.norm
+        try:
+            if self.capture and kind not in self._never:
+                try:
+                    return self._captured(inputs, kind, add, scale, own)
+                except NotCapturableError:
+                    before.restore()
+                    if self.capture is True:
+                        raise
+                    self._never.add(kind)
+            return self._uncaptured(inputs, add, scale)
+        except BaseException:
+            before.restore()
+            raise
+
+    def _captured(
+        self, inputs: _Inputs, kind: Any, add: bool, scale: float, own: bool
+    ) -> tuple[Tensor, Callable[[], float]]:
+        if kind is None:
+            raise NotCapturableError("an argument that is no tensor cannot be compared with the next one (no hash)")
+        if any(t.is_neg() or t.is_conj() for t in _flat(inputs)[0]):
+            raise NotCapturableError("an input has a pending sign, which memory does not show; use resolve_neg()")
+        if hooked(self._modules):
+            raise NotCapturableError("hooks on modules or parameters would miss the calls of a captured step")
+        line = Line(self._passes, self._modules, inputs, self._parameters(), scale, add, own)
+        self._lines.setdefault(kind, []).append(line)
+        while sum(map(len, self._lines.values())) > _LINES:
+            oldest = next(iter(self._lines))
+            del self._lines[oldest][0]
+            if not self._lines[oldest]:
+                del self._lines[oldest]
+        self._plan, self._gradients = line.plan, line.gradients
+        self._output = functools.partial(getattr, line, "output")
+        return line.loss, line.norm
+
+    def _uncaptured(self, inputs: _Inputs, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
+        leaves = self._parameters()
         refuse_backward_hooks(self._modules)
         self._output = functools.partial(getattr, self._passes, "output")
         plan = Plan()
         loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path.of))
+        if not add:
+            for module in self._modules:
+                module.zero_grad()
         for p, gradient in zip(leaves, gradients):
             if gradient is not None:
                 _accumulate(p, gradient, add)
@@ -343,12 +396,23 @@ def _autocast_dtype(batch: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds))
 
 
-def _batch(inputs: _Inputs) -> list[Tensor]:
-    """Return the tensors among the arguments of model and loss."""
+def _flat(inputs: _Inputs) -> tuple[list[Tensor], Any]:
+    """Return the tensors among the arguments of model and loss, and what else there is to them, None if it cannot be
+    compared."""
     flat = [*inputs[0], *inputs[1]]
-    if not all(isinstance(value, Tensor) for value in flat):
-        flat = [value for value in tree_leaves(inputs) if isinstance(value, Tensor)]
-    return flat
+    if all(isinstance(value, Tensor) for value in flat):
+        return flat, (len(inputs[0]), len(inputs[1]))
+    flat, spec = tree_flatten(inputs)
+    others = tuple((k, type(v), v) for k, v in enumerate(flat) if not isinstance(v, Tensor))
+    try:
+        hash(others)
+    except TypeError:
+        return [v for v in flat if isinstance(v, Tensor)], None
+    return [v for v in flat if isinstance(v, Tensor)], (spec, others)
+
+
+def _finite(gradient: Tensor) -> bool:
+    return bool(gradient.isfinite().all())
 
 
 def _accumulate(p: Tensor, gradient: Tensor, add: bool) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
-_NUMBERS = (bool, int, float, str, type(None))
+_BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}  # torch's own, the same for as long as a module lives
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _get = operator.getitem
 
@@ -40,6 +41,10 @@ def _watched(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
+def _where(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.stride()
+
+
 class Unchanged:
     """What modules were made of.
 
@@ -63,16 +68,19 @@ class Unchanged:
             for module in everything
             for place in (module.__dict__, module._modules, module._parameters, module._buffers)
             for name, value in place.items()
-            if place is not module.__dict__ or isinstance(value, (*_NUMBERS, Tensor))
+            if place is not module.__dict__ or name not in _BOOKKEEPING
         ]
         self._places = [place for place, _, _ in items]
         self._names = [name for _, name, _ in items]
         self._values = [value for _, _, value in items]
-        self._dicts = [place for module in everything for place in (module._modules, module._parameters)]
+        self._dicts: list[Any] = [
+            place for m in everything for place in (m.__dict__, m._modules, m._parameters, m._buffers)
+        ]
+        self._dicts += [value for value in self._values if isinstance(value, list | dict | set)]
         self._sizes = list(map(len, self._dicts))
         self._hooks = [getattr(module, name) for module in everything for name in _HOOKS]
-        self._tensors = [value for value in dict.fromkeys(self._values) if isinstance(value, Tensor)]
-        self._where = list(map(Tensor.data_ptr, self._tensors))
+        self._tensors = [value for value in {id(v): v for v in self._values}.values() if isinstance(value, Tensor)]
+        self._where = list(map(_where, self._tensors))
         self._trained = [t.requires_grad for t in self._tensors]
 
     def holds(self) -> bool:
@@ -81,7 +89,7 @@ class Unchanged:
             return (
                 all(map(operator.is_, map(_get, self._places, self._names), self._values))
                 and list(map(len, self._dicts)) == self._sizes
-                and list(map(Tensor.data_ptr, self._tensors)) == self._where
+                and list(map(_where, self._tensors)) == self._where
                 and [t.requires_grad for t in self._tensors] == self._trained
                 and not any(self._hooks)
                 and not any(map(_watched, self._tensors))

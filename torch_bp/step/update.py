@@ -18,6 +18,9 @@ def squares(x):
     return total(x * x)
 
 
+_place_of = Tensor.data_ptr
+
+
 class Norm:
     """The norm of gradients that lie where they lie, all together, as one number on the host.
 
@@ -29,9 +32,13 @@ class Norm:
         kinds: dict[Any, list[Tensor]] = {}
         for gradient in gradients:
             kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
+        self._gradients = list(gradients)
+        self._places = list(map(_place_of, self._gradients))
         self._parts = [_sum_of_squares(alike) for alike in kinds.values()]
 
     def __call__(self) -> float:
+        if list(map(_place_of, self._gradients)) != self._places:  # `p.grad.data = ...`
+            self.__init__(self._gradients)  # type: ignore[misc]
         return math.sqrt(sum(part() for part in self._parts))
 
 
@@ -41,7 +48,8 @@ def _sum_of_squares(gradients: list[Tensor]) -> Callable[[], float]:
         return bound
 
     def by_torch() -> float:
-        return float(torch.stack(torch._foreach_norm(gradients)).double().square().sum())  # type: ignore[arg-type]
+        norms = torch._foreach_norm(gradients, 2, torch.float64)  # type: ignore[call-overload]
+        return float(torch.stack(norms).square().sum())
 
     return by_torch
 
