@@ -106,10 +106,10 @@ def kernels():
     import torch_bp.ops.softmax  # noqa: F401
     from torch_bp import optim
     from torch_bp.kernels.extension import SCALE, extended
+    from torch_bp.kernels.norm import sum_of_squares
     from torch_bp.ops import pointwise
     from torch_bp.ops.binary_cross_entropy import bce_backward, bce_logits_backward, bce_target_backward
     from torch_bp.ops.squared_error import squared_error_backward
-    from torch_bp.optim.fused import sum_of_squares
 
     batch_norm, cross_entropy, layer_norm, nll_loss, softmax = (
         sys.modules[f"torch_bp.ops.{name}"]

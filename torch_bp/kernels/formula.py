@@ -102,6 +102,11 @@ def _may_write(tensors: Sequence[torch.Tensor | None], addresses: Sequence[int])
     )
 
 
+def _must_run(run: Callable[..., int], *arguments: Any) -> None:
+    if run(*arguments) == native.UNFIT:
+        raise RuntimeError("a kernel was bound to tensors that have since become unfit for it.")
+
+
 def _several(results: Any) -> tuple[Any, ...]:
     return results if isinstance(results, tuple) else (results,)
 
@@ -249,12 +254,12 @@ class Formula:
                 return record
         handles = [*map(native.handle_of, present), *map(native.handle_of, targets)]
         if PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
-            return functools.partial(run, elements, *handles, *program.expression.host(**keywords))
+            return functools.partial(_must_run, run, elements, *handles, *program.expression.host(**keywords))
         expression = program.expression
 
         def call() -> None:
             read = {n: v.item() if hasattr(v, "item") else v for n, v in keywords.items()}
-            run(elements, *handles, *expression.host(**read))
+            _must_run(run, elements, *handles, *expression.host(**read))
 
         return call
 

@@ -48,7 +48,7 @@ class Again:
             return None
         bucket, rule = share.buckets[0], optimizer.rule.formula
         program, seen = bucket.table.program, bucket.table.seen
-        if bucket.fresh or bucket.distributed or bucket.table.inference or rule.outer:
+        if not bucket.plain or bucket.fresh or bucket.distributed or bucket.table.inference or rule.outer:
             return None
         if seen is None or program is None or not program.numba or program.totals:
             return None

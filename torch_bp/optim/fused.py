@@ -9,16 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_bp.kernels import Formula, Table, formula, total
+from torch_bp.kernels import Formula, Table
 from torch_bp.kernels.extension import SCALE, extended
+from torch_bp.kernels.norm import ratio, sum_of_squares
 
 Totals = tuple[Tensor, ...]
-
-
-@formula
-def sum_of_squares(x):
-    """Of each tensor, in float64."""
-    return total(x * x)
 
 
 @dataclass(frozen=True)
@@ -161,7 +156,7 @@ def fused_step(
         A `FusedStep` with the norms that were asked for. Nothing is copied to the host.
 
     Raises:
-        TypeError: the optimizer is not one of torch_bp, or is a wrapper around one.
+        TypeError: the optimizer is not one of torch_bp, or is a wrapper around one; `scale` is no number.
         RuntimeError: the optimizer is applied in the backward.
         ValueError: `max_norm` is negative or NaN, `scale` has several elements, or both are given.
 
@@ -183,7 +178,7 @@ def fused_step(
         if max_norm is not None:
             tables = optimizer.__dict__.setdefault("_norm_tables", {})
             total_norm = _total_norm([p.grad for p in _with_gradient(optimizer)], tables)  # type: ignore[misc]
-            scale = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+            scale = ratio(max_norm, total_norm).clamp(max=1.0)
     extras = Extras(scale.reshape(()) if isinstance(scale, Tensor) else scale, zero_grad, norms)
     optimizer._extras = extras  # type: ignore[attr-defined]
     try:
@@ -228,5 +223,7 @@ def _check(optimizer: Any, max_norm: float | None, scale: Any, norms: bool) -> N
         )
     if max_norm is not None and not max_norm >= 0:
         raise ValueError(f"fused_step: max_norm must be >= 0, got {max_norm}; None does not clip.")
+    if not (scale is None or isinstance(scale, int | float | Tensor)):
+        raise TypeError(f"fused_step: scale must be a number or a tensor of one, got {scale!r}.")
     if isinstance(scale, Tensor) and scale.numel() != 1:
         raise ValueError(f"fused_step: scale must have one element, got shape {tuple(scale.shape)}; pass a number.")

@@ -100,8 +100,10 @@ class AppliedInBackward:
 
         Raises:
             RuntimeError: after `remove()`.
-            ValueError: parameters that are DTensors, or that have gradients already.
+            ValueError: parameters that are DTensors, or that have gradients already; `max_norm` is negative or NaN.
         """
+        if not max_norm >= 0:
+            raise ValueError(f"apply_in_backward: max_norm must be >= 0, got {max_norm}.")
         if not self._handles:
             raise RuntimeError(
                 "apply_in_backward: the handle must be in force, got backward() after remove(); call loss.backward(), "

@@ -18,23 +18,24 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 _handles: weakref.WeakSet[Any] = weakref.WeakSet()
-_installed: dict[str, Callable[..., Any]] = {}  # what `GradScaler.scale` was, and what it is
+_made: dict[Callable[..., Any], Callable[..., Any]] = {}  # what was put in the place of `GradScaler.scale`, and of what
 
 
 def watch(handle: Any) -> None:
     """Refuse scaled losses of the parameters among `handle.names`, from now on."""
     _handles.add(handle)
-    if not _installed:
-        _installed["was"] = was = GradScaler.scale
-        _installed["is"] = GradScaler.scale = _refusing(was)  # type: ignore[method-assign]
+    current = GradScaler.scale
+    if current not in _made:  # torch's, or that of others who have put theirs there
+        refusing = _refusing(current)
+        _made[refusing] = current
+        GradScaler.scale = refusing  # type: ignore[method-assign]
 
 
 def unwatch(handle: Any) -> None:
-    """Refuse them no longer; the last handle leaves `GradScaler` as it was."""
+    """Refuse them no longer; the last handle leaves `GradScaler` as it was, unless another has wrapped it since."""
     _handles.discard(handle)
-    if not _handles and GradScaler.scale is _installed.get("is"):  # else another has wrapped it since
-        GradScaler.scale = _installed["was"]  # type: ignore[method-assign]
-        _installed.clear()
+    while not _handles and GradScaler.scale in _made:
+        GradScaler.scale = _made[GradScaler.scale]  # type: ignore[method-assign]
 
 
 def _refusing(scale: Callable[..., Any]) -> Callable[..., Any]:

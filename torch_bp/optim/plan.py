@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_bp.kernels import Table, engine, native, plain
+from torch_bp.kernels.program import PLAIN_NUMBERS
 from torch_bp.optim import shards
 from torch_bp.optim.rule import UNKNOWN, explain
 
@@ -153,6 +154,7 @@ class Bucket:
         self.states: list[dict[str, Any]] = []
         self.table = Table()
         self.static: dict[str, Any] = {}  # the choices of the rule that ran last
+        self.plain = False  # whether all else that it was given was numbers
         self.counters = {name: Counter(value) for name, value in counts.items()}
 
     def add(self, position: int, param: Tensor, state: dict[str, Any]) -> None:
@@ -201,6 +203,7 @@ class Bucket:
         if totals is None:
             return False
         self.static = {name: given.get(name) for name in rule.static}
+        self.plain = PLAIN_NUMBERS.issuperset(map(type, given.values()))
         if self.distributed:  # each DTensor counts its versions apart from its part
             for row in (self.params, *rows):
                 torch._C._increment_version(row or ())

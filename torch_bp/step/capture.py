@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +54,8 @@ _EMPTY = {
 # Write to running statistics, the fourth and the fifth argument, without saying so.
 _HIDDEN_WRITES = {_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default}
 # Write to the memory of a result and to nothing else: batch normalisation, run twice, would move its statistics twice.
+# Take their result for working memory of the input's shape, and say so on standard error.
+_OUTGROWING = {_aten.mse_loss.default, _aten.binary_cross_entropy.default, _aten.soft_margin_loss.default}
 _WHOLE = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.nll_loss_forward.default}
 _FILLS = {_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default, _aten.new_zeros.default}
 _FILLS |= {_aten.new_ones.default, _aten.new_full.default}
@@ -333,7 +334,7 @@ class Program:
         if operation in _COPIES:
             return functools.partial(Tensor.copy_, results[0], args[0])
         out = _out_variant(operation)
-        if out is None or _random(operation) or len(_tensors(results)) != len(results):
+        if out is None or operation in _OUTGROWING or _random(operation) or len(_tensors(results)) != len(results):
             return functools.partial(_copied, operation, args, keywords, results)
         variant, names = out
         if names == ["out"] and variant in _BINDINGS:
@@ -361,9 +362,7 @@ class _Tried:
         if self._call is None:
             own = {name: torch.empty_like(t, memory_format=torch.preserve_format) for name, t in self._outputs.items()}
             before = {name: _form(t) for name, t in own.items()}
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "An output with one or more elements was resized")
-                self._write(**own)
+            self._write(**own)
             kept = all(_form(own[name]) == form for name, form in before.items())
             self._call = functools.partial(self._write, **self._outputs) if kept else self._again
         self._call()

@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_bp.kernels import formula, total
-
-
-@formula
-def squares(x):
-    """The sum of squares of each tensor."""
-    return total(x * x)
-
+from torch_bp.kernels.norm import ratio, sum_of_squares
 
 _place_of = Tensor.data_ptr
 
@@ -43,7 +36,7 @@ class Norm:
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> Callable[[], float]:
-    bound = squares.formula.bound_total(gradients)
+    bound = sum_of_squares.formula.bound_total(gradients)
     if bound is not None:
         return bound
 
@@ -73,7 +66,7 @@ class Update:
             if self.max_norm is not None:
                 norm = Norm(gradients)()
         if self.max_norm is not None:
-            share = self.max_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
-            if share < 1:
-                torch._foreach_mul_(gradients, share)
+            factor = ratio(self.max_norm, norm)
+            if factor < 1:
+                torch._foreach_mul_(gradients, factor)
         self.optimizer.step()

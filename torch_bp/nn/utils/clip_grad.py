@@ -19,7 +19,8 @@ import torch
 import torch.nn.utils.clip_grad
 
 from torch_bp._mirror import mirror
-from torch_bp.kernels import Table, formula, maximum, minimum, total
+from torch_bp.kernels import Table, formula, maximum, minimum
+from torch_bp.kernels.norm import ratio, sum_of_squares
 from torch_bp.kernels.plain import PLAIN_TYPES
 
 _theirs = torch.nn.utils
@@ -38,12 +39,6 @@ def scale(grad, *, factor):
 def clamp(grad, *, limit):
     """By value: every entry into [-limit, limit]; NaN stays."""
     return minimum(maximum(grad, -limit), limit)
-
-
-@formula
-def sum_of_squares(grad):
-    """The square of each gradient's 2-norm."""
-    return total(grad * grad)
 
 
 def partial_norms(tensors: Sequence[torch.Tensor], norm_type: float, foreach: bool | None) -> list[torch.Tensor]:
@@ -125,7 +120,7 @@ def clip_grads_with_norm_(
     if not _for_a_kernel(grads):
         _theirs.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
         return
-    factor = torch.clamp(float(max_norm) / (total_norm + 1e-6), max=1.0)
+    factor = torch.clamp(ratio(float(max_norm), total_norm), max=1.0)
     for group in _groups(grads):
         scale.foreach_(group, factor=factor.to(group[0].device))
 

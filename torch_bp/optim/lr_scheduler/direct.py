@@ -122,11 +122,6 @@ class OneCycleLR(theirs.OneCycleLR):
             ValueError: `total_steps` is not a positive integer, or more steps have been taken.
         """
         shared.check_length(self, total_steps)
-        if total_steps < self.last_epoch:
-            raise ValueError(
-                f"OneCycleLR: total_steps must be at least {self.last_epoch}, the steps already taken, got "
-                f"{total_steps}. Give the number of steps of the whole run."
-            )
         if total_steps == self.total_steps:  # else the ends would be rounded once more
             return
         phases = cast(list[dict[str, Any]], self._schedule_phases)

@@ -205,6 +205,12 @@ def check_length(scheduler: Any, total_steps: int) -> None:
             f"{type(scheduler).__name__}: total_steps must be a positive integer, got {total_steps}. "
             "Give the number of steps of the whole run, those already taken included."
         )
+    taken = getattr(scheduler, "last_epoch", 0)  # a ChainedScheduler counts none; its parts refuse
+    if total_steps < taken:
+        raise ValueError(
+            f"{type(scheduler).__name__}: total_steps must be at least {taken}, the steps already taken, got "
+            f"{total_steps}. Give the number of steps of the whole run."
+        )
 
 
 def rescale(self: Any, total_steps: int) -> None:
