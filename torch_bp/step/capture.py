@@ -44,6 +44,8 @@ _BINDINGS: dict[Any, Callable[..., Any]] = {
 }
 _COPIES = {_aten._to_copy.default, _aten.clone.default}
 _READS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
+_READS |= {_aten.mkldnn_rnn_layer.default}  # which returns less where no gradients are recorded
+_LIFTS = {_aten.lift_fresh.default, _aten.lift.default, _aten.lift_fresh_copy.default}
 _EMPTY = {
     _aten.empty.memory_format,
     _aten.empty_like.default,
@@ -131,6 +133,7 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self.memories: dict[int, Memory] = {}
         self.written: list[Tensor] = []
+        self._lifted: set[int] = set()
 
     def __enter__(self) -> Any:
         capture.recorders[threading.get_ident()] = self
@@ -152,7 +155,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _READS or torch.Tag.data_dependent_output in func.tags:
+        if func in _READS or torch.Tag.data_dependent_output in func.tags or _sized_by_values(func, args):
             raise NotCapturableError(f"{func} reads values, or makes a tensor whose size depends on them")
         results = func(*args, **kwargs)
         self._note(func, args, kwargs, results)
@@ -171,6 +174,10 @@ class Recorder(TorchDispatchMode):
     def _note(self, operation: Any, args: tuple[Any, ...], keywords: dict[str, Any], results: Any) -> None:
         number = len(self.calls)
         given = _tensors(tree_leaves((args, keywords)))
+        if any(t.layout is not torch.strided for t in (*given, *_tensors(tree_leaves(results)))):
+            raise NotCapturableError(f"{operation} has a tensor that is not strided memory")
+        if operation in _LIFTS:  # from a list of numbers: of this pass alone, but for its values
+            self._lifted.update(map(_number, _tensors(tree_leaves(results))))
         for tensor in given:
             self._use(tensor, number)
         made = tree_leaves(results)
@@ -183,6 +190,8 @@ class Recorder(TorchDispatchMode):
         written = _written(operation, args, keywords)
         for tensor in written:
             memory = self._use(tensor, number)
+            if _number(tensor) in self._lifted:
+                raise NotCapturableError(f"{operation} writes to a tensor that was made of numbers on the host")
             if not memory.made and not memory.written:
                 self.written.append(tensor)
             memory.written = True
@@ -199,6 +208,13 @@ class Recorder(TorchDispatchMode):
             self.memories[storage._cdata] = memory
         memory.last = number
         return memory
+
+
+def _sized_by_values(operation: Any, args: tuple[Any, ...]) -> bool:
+    """True if how large a result is depends on the values in a tensor."""
+    if operation is _aten.index.Tensor:  # by truth values, unlike by numbers
+        return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return torch.Tag.dynamic_output_shape in operation.tags
 
 
 def _random(operation: Any) -> bool:
@@ -236,7 +252,7 @@ class Program:
             if isinstance(place, Place) and place.memory not in recorder.of_batch:
                 memories[place.memory].last = len(recorder.calls)
         self._of_batch = recorder.of_batch
-        self._starts = [t.storage_offset() for t in recorder.batch]
+        self._starts = [int(t.storage_offset()) * t.itemsize for t in recorder.batch]
         self._views: list[list[tuple[Tensor, Place]]] = [[] for _ in recorder.batch]
         self._at: list[int] = [-1] * len(recorder.batch)
         # Kept as they were computed: what is made of nothing and never written to.
@@ -274,9 +290,12 @@ class Program:
 
     def point(self, number: int, given: Tensor) -> None:
         """Let what lay in tensor `number` of the batch lie in `given`, which is kept until the next."""
-        storage, start = given.untyped_storage(), given.storage_offset() - self._starts[number]
-        for tensor, place in self._views[number]:
-            tensor.set_(storage, start + place.offset, place.size, place.stride)  # type: ignore[call-overload]
+        storage, start = given.untyped_storage(), int(given.storage_offset()) * given.itemsize - self._starts[number]
+        for tensor, place in self._views[number]:  # in bytes: a view may be of another dtype
+            offset, rest = divmod(start + place.offset * place.dtype.itemsize, place.dtype.itemsize)
+            if rest:
+                raise NotCapturableError("a batch begins where a view of it in another dtype cannot")
+            tensor.set_(storage, offset, place.size, place.stride)  # type: ignore[call-overload]
         self._at[number] = given.data_ptr()
 
     def tensor(self, place: Any) -> Any:
@@ -330,6 +349,9 @@ class Program:
         if as_record is not None:
             return as_record
         if operation._schema.is_mutable:
+            there = {p.memory for p in _places(tree_leaves((call.args, call.keywords)))}
+            if any(p.memory not in there for p in _places(call.results)):  # and gives something new
+                return functools.partial(_copied, operation, args, keywords, results)
             return functools.partial(_BINDINGS.get(operation, operation), *args, **keywords)
         if operation in _COPIES:
             return functools.partial(Tensor.copy_, results[0], args[0])
@@ -362,7 +384,12 @@ class _Tried:
         if self._call is None:
             own = {name: torch.empty_like(t, memory_format=torch.preserve_format) for name, t in self._outputs.items()}
             before = {name: _form(t) for name, t in own.items()}
-            self._write(**own)
+            try:
+                self._write(**own)
+            except Exception:  # not every form for given memory works
+                self._call = self._again
+                self._again()
+                return
             kept = all(_form(own[name]) == form for name, form in before.items())
             self._call = functools.partial(self._write, **self._outputs) if kept else self._again
         self._call()

@@ -42,7 +42,9 @@ _ASKING = """
 # Functions and methods by name: sums and products, what moves elements, and what no gradient goes through.
 _KNOWN = frozenset(f"{_ARITHMETIC} {_MOVING} {_ASKING}".split())
 _READING = frozenset(f"__{name}__" for name in ("bool", "float", "int", "index", "complex", "array", "contains"))
-_READING |= {"item", "tolist", "numpy"}
+_READING |= {"item", "tolist", "numpy", "__dlpack__"}
+_MAYBE_READING = {"tensor", "as_tensor", "asarray", "tensor_split"}  # of tensors in lists, by indices that are one
+_transforms_active = torch._C._are_functorch_transforms_active
 _METHODS = {  # of tensors, and functions of torch's namespace, by the name that ours has
     name: getattr(torch_bp.nn.functional, name)
     for name in ("relu", "sigmoid", "tanh", "softmax", "log_softmax", "dropout")
@@ -85,8 +87,13 @@ class Explicit(TorchFunctionMode):
         if ours is not None:
             with self:
                 return ours(*args, **kwargs)
+        if _transforms_active():
+            raise UnknownBackwardError(
+                f"TrainStep: {self._where()}uses a transform of torch.func, inside of which the step cannot follow "
+                "tensors; use loss.backward()."
+            )
         name = func.__name__
-        if name in _READING:
+        if name in _READING or (name in _MAYBE_READING and len(_tensors((args, kwargs))) > (name == "tensor_split")):
             if capturing():
                 raise NotCapturableError(f"{self._where()}reads the values of a tensor ({name})")
             return func(*args, **kwargs)
@@ -104,6 +111,10 @@ class Explicit(TorchFunctionMode):
     def _where(self) -> str:
         path = self.path()
         return f"module {path!r} " if path else "the model "
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 class Paths:

@@ -126,7 +126,7 @@ class Line:
         add: bool,
         own: bool = False,
     ) -> None:
-        self.unchanged = Unchanged(modules)
+        self.unchanged = Unchanged(modules, leaves)
         self.plan = Plan()
         inputs, batch = _apart(inputs, modules)
         with Recorder(batch) as recorder:
@@ -152,12 +152,17 @@ class Line:
             self.program.owns(place) and taken.count(place.memory) == 1 and t.stride() == p.stride()
             for p, t, place in zip(self.reached, self._made, places)
         ]
-        for target, gradient in zip((self.loss, *self._made, *_made_of(self.output)), (loss, *made, *given)):
-            target.copy_(gradient)
+        handed = [(t, g) for t, g, as_it_is in zip(self._made, made, self._handed_out) if as_it_is]
+        for target, value in [(self.loss, loss), *zip(_made_of(self.output), given), *handed]:
+            target.copy_(value)
+        # of this run, where a gradient is not handed out from where the pass makes it: that may be in one place several
+        # times, as of a sum
+        first = [t if as_it_is else g for t, g, as_it_is in zip(self._made, made, self._handed_out)]
         self.gradients: list[Tensor] = []
         reached = set(self.reached)
         self._others = [p for p in dict.fromkeys(p for m in modules for p in m.parameters()) if p not in reached]
-        self._deliver(own)
+        self._deliver(own, first)
+        self._at = self.program.arena.storage.data_ptr()
         names = {id(p): name for module in modules for name, p in module.named_parameters()}
         self.plan.parameters = [names.get(id(p), "?") for p in self.reached]
         self.plan.bytes, self.plan.apart = self.program.arena.size, self.program.arena.total
@@ -170,19 +175,23 @@ class Line:
         if self.written:
             torch._foreach_copy_(self._before, self.written)
         self.program.run(batch)
-        self._deliver(own)
+        self._deliver(own, self._made)
         return self.loss
 
-    def _deliver(self, own: bool) -> None:
+    def intact(self) -> bool:
+        """True unless somebody has moved the memory of a gradient, and with it the arena, as `share_memory_` does."""
+        return self.program.arena.storage.data_ptr() == self._at
+
+    def _deliver(self, own: bool, made: Sequence[Tensor]) -> None:
         """Leave the gradients in `p.grad`."""
         if self._add:
-            for p, gradient in zip(self.reached, self._made):
+            for p, gradient in zip(self.reached, made):
                 if p.grad is None:
-                    p.grad = gradient.clone(memory_format=torch.preserve_format)
+                    p.grad = torch.empty_like(p).copy_(gradient)
                 else:
                     p.grad.add_(gradient)
         else:
-            for p, gradient, as_it_is in zip(self.reached, self._made, self._handed_out):
+            for p, gradient, as_it_is in zip(self.reached, made, self._handed_out):
                 p.grad = gradient if as_it_is and not own else torch.empty_like(p).copy_(gradient)
             for p in self._others:
                 p.grad = None

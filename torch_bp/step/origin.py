@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_bp.autograd.tape import Entry
 from torch_bp.step.line import Passes
+from torch_bp.step.update import values_of
 
 
 class _FoundError(Exception):
@@ -55,7 +56,7 @@ def origin(passes: Passes, inputs: Any, leaves: Sequence[Tensor], modules: Itera
 
 def _bad(values: Any) -> bool:
     tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
-    return any(not bool(t.isfinite().all()) for t in tensors)
+    return any(not bool(values_of(t).isfinite().all()) for t in tensors)
 
 
 def _of(path: str) -> str:

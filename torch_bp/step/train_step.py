@@ -20,9 +20,10 @@ from torch_bp.step.record import record
 from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.table import Trace
 from torch_bp.step.unchanged import hooked, refuse_backward_hooks
-from torch_bp.step.update import Norm, Update
+from torch_bp.step.update import Norm, Update, values_of
 
 _set_recording = torch._C._set_grad_enabled
+_watching = torch._C._len_torch_dispatch_stack
 _autocasting = torch._C._is_any_autocast_enabled
 _LINES = 16  # that are kept, each with buffers of its own
 _Inputs = tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -37,9 +38,10 @@ class TrainStep:
     and the optimizer's state is its own: checkpoints, schedules, and ordinary training go on from there at any time.
 
     A captured step does what the model did when it was captured. That modules have been put into evaluation, frozen,
-    replaced, or given other numbers (`dropout.p`) is seen, and the step captured anew. What is not seen is a decision
-    that `forward` makes by other means, such as a counter of its own: use `capture=False` there. A model with hooks
-    on modules is never captured.
+    replaced, or given other attributes (`dropout.p`) is seen, and the step captured anew. What is not seen is what is
+    inside of other objects (an element of a list, a configuration, a module in a closure), and numbers that `forward`
+    makes on the host, of a clock or a generator of NumPy's: use `capture=False` there, or `reset()` when they change. A
+    model with hooks on modules is never captured.
 
     Args:
         model: a module. Modules of `torch_bp.nn`, torch's own of the same names, functions of the same names,
@@ -113,6 +115,7 @@ class TrainStep:
         self._restore: Callable[[], None] = lambda: None  # takes back what the last pass wrote to buffers
         self._gradients: list[Tensor] = []  # of the last pass
         self._waiting = 0  # batches since the last update
+        self._by_hand = False  # True if `backward` has left gradients
 
     def __getstate__(self) -> dict[str, Any]:
         """What it was made of: buffers and what was captured belong to this object alone."""
@@ -153,6 +156,7 @@ class TrainStep:
             The loss (), in memory of its own.
         """
         add = any(p.grad is not None for p in self._parameters())
+        self._by_hand = True
         return self._pass(_inputs(x, y), add, scale, own=True)[0].clone()
 
     def many(self, xs: Any, ys: Any) -> Tensor:
@@ -207,11 +211,12 @@ class TrainStep:
         return self._all((tuple(t[part] for t in inputs), (targets[part],)) for part in parts)
 
     def update(self) -> None:
-        """Clip the gradients and let the optimizer step in a window that is not full: the last one of an epoch.
+        """Clip the gradients that are in `p.grad` and let the optimizer step.
 
-        Each of its batches counts for 1 / accumulate, as in any window.
+        After `backward`, and for a window that is not full, the last one of an epoch: each of its batches counts for
+        1 / accumulate, as in any window. Without gradients, nothing happens.
         """
-        if self._waiting:
+        if any(p.grad is not None for p in self._parameters()) and (self._waiting or self._by_hand):
             self._finish(None)
 
     def trace(self, x: Any, y: Any, *, check: bool = False) -> Trace:
@@ -233,6 +238,24 @@ class TrainStep:
         """Forget what was captured; the next step is captured anew."""
         self._lines.clear()
         self._never.clear()
+
+    @property
+    def clip_grad_norm(self) -> float | None:
+        """As given; it can be set."""
+        return self._update.max_norm
+
+    @clip_grad_norm.setter
+    def clip_grad_norm(self, value: float | None) -> None:
+        self._update.max_norm = value
+
+    @property
+    def clip_grad_value(self) -> float | None:
+        """As given; it can be set."""
+        return self._update.max_value
+
+    @clip_grad_value.setter
+    def clip_grad_value(self, value: float | None) -> None:
+        self._update.max_value = value
 
     @property
     def plan(self) -> Plan:
@@ -260,6 +283,8 @@ class TrainStep:
 
     def _parameters(self) -> list[Tensor]:
         unique = dict.fromkeys(p for module in self._modules for p in module.parameters())
+        # What is in a function around the loss, say, is the optimizer's alone.
+        unique |= dict.fromkeys(p for group in self.optimizer.param_groups for p in group["params"])
         return [p for p in unique if p.requires_grad]
 
     def _all(self, batches: Iterator[_Inputs]) -> Tensor:
@@ -273,12 +298,12 @@ class TrainStep:
         if not math.isfinite(loss) or not (math.isfinite(size) or all(map(_finite, self._gradients))):
             self._refuse(inputs, loss, size)
         self._waiting += 1
-        if self._waiting == self.accumulate:
+        if self._waiting >= self.accumulate:
             self._finish(size if self.accumulate == 1 else None)
         return loss
 
     def _finish(self, norm: float | None) -> None:
-        self._waiting = 0
+        self._waiting, self._by_hand = 0, False
         gradients = self._gradients
         if norm is None:  # other batches of the window may have reached others
             gradients = [p.grad for p in self._parameters() if p.grad is not None]
@@ -296,18 +321,24 @@ class TrainStep:
         where = origin(self._passes, inputs, self._parameters(), self._modules)
         raise FloatingPointError(
             f"TrainStep: at step {self.steps + 1} the loss is {value:.4g} and the norm of the gradients {norm:.4g}: "
-            f"{where}. Parameters, optimizer and running statistics are as before; leave the batch out, or lower the "
-            "rate, or clip gradients by clip_grad_norm."
+            f"{where}. Parameters, optimizer and running statistics are as before the batch, gradients of its window "
+            "are dropped; leave the batch out, or lower the rate, or clip gradients by clip_grad_norm."
         )
 
     def _pass(self, inputs: _Inputs, add: bool, scale: float, own: bool = False) -> tuple[Tensor, Callable[[], float]]:
         """Leave gradients in `p.grad`; return the loss, which the next pass overwrites, and the gradients' norm."""
         batch, form = _flat(inputs)
         kind: Any = None
+        if any(t.is_neg() or t.is_conj() for t in batch):  # which memory does not show
+            inputs = tree_map_only(Tensor, lambda t: t.resolve_conj().resolve_neg(), inputs)
+            batch, form = _flat(inputs)
         if form is not None:
             autocast = _autocast_dtype(batch) if _autocasting() else None
-            forms = [(t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.is_conj()) for t in batch]
-            kind = add, scale, form, engine.forced(), autocast, *forms
+            forms = [(t.shape, t.stride(), t.dtype, t.device) for t in batch]
+            modes = engine.forced(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
+            kind = add, scale, form, modes, autocast, *forms
+        if _watching():  # somebody wants to see every operation
+            kind = None
         for t in batch:
             if t.requires_grad:
                 raise ValueError(
@@ -318,9 +349,13 @@ class TrainStep:
         _set_recording(False)  # as no_grad, which takes a microsecond
         try:
             for line in self._lines.get(kind, ()):
-                if line.unchanged.holds():
+                if line.unchanged.holds() and line.intact():
                     self._restore, self._plan = line.restore, line.plan
-                    loss = line.run(batch, own)
+                    try:
+                        loss = line.run(batch, own)
+                    except BaseException:
+                        line.restore()
+                        raise
                     self._gradients = line.gradients
                     self._output = functools.partial(getattr, line, "output")
                     return loss, line.norm
@@ -352,9 +387,9 @@ class TrainStep:
         self, inputs: _Inputs, kind: Any, add: bool, scale: float, own: bool
     ) -> tuple[Tensor, Callable[[], float]]:
         if kind is None:
-            raise NotCapturableError("an argument that is no tensor cannot be compared with the next one (no hash)")
-        if any(t.is_neg() or t.is_conj() for t in _flat(inputs)[0]):
-            raise NotCapturableError("an input has a pending sign, which memory does not show; use resolve_neg()")
+            raise NotCapturableError(
+                "an argument that is no tensor cannot be compared with the next one (no hash), or a mode watches"
+            )
         if hooked(self._modules):
             raise NotCapturableError("hooks on modules or parameters would miss the calls of a captured step")
         line = Line(self._passes, self._modules, inputs, self._parameters(), scale, add, own)
@@ -377,11 +412,18 @@ class TrainStep:
         if not add:
             for module in self._modules:
                 module.zero_grad()
+        given: set[int] = set()
         for p, gradient in zip(leaves, gradients):
             if gradient is not None:
+                shared = gradient.layout is torch.strided and (
+                    gradient.stride() != p.stride() or gradient.untyped_storage()._cdata in given
+                )
+                gradient = torch.empty_like(p).copy_(gradient) if shared else gradient
+                if gradient.layout is torch.strided:
+                    given.add(gradient.untyped_storage()._cdata)
                 _accumulate(p, gradient, add)
         names = {id(p): name for module in self._modules for name, p in module.named_parameters()}
-        plan.parameters = [names[id(p)] for p, gradient in zip(leaves, gradients) if gradient is not None]
+        plan.parameters = [names.get(id(p), "?") for p, gradient in zip(leaves, gradients) if gradient is not None]
         self._plan = plan
         self._gradients = [p.grad for p in leaves if p.grad is not None]
         return loss, Norm(self._gradients)
@@ -412,7 +454,7 @@ def _flat(inputs: _Inputs) -> tuple[list[Tensor], Any]:
 
 
 def _finite(gradient: Tensor) -> bool:
-    return bool(gradient.isfinite().all())
+    return bool(values_of(gradient).isfinite().all())
 
 
 def _accumulate(p: Tensor, gradient: Tensor, add: bool) -> None:
@@ -441,6 +483,8 @@ def _check(
 ) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"TrainStep: model must be a torch.nn.Module, got {type(model).__name__}.")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise TypeError("TrainStep: model must not hold scripted modules, whose operations cannot be seen.")
     if not callable(loss_fn):
         raise TypeError(f"TrainStep: loss_fn must be a function or a module, got {type(loss_fn).__name__}.")
     if not isinstance(optimizer, torch.optim.Optimizer):

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}  # torch's own, the same for as long as a module lives
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -21,6 +22,8 @@ _get = operator.getitem
 def hooked(modules: Iterable[nn.Module]) -> bool:
     """True if hooks on modules or their parameters would miss the calls of a captured step."""
     modules = list(modules)
+    if _has_any_global_hook():
+        return True
     if any(getattr(m, name) for module in modules for m in module.modules() for name in _HOOKS):
         return True
     return any(map(_watched, (p for module in modules for p in module.parameters())))
@@ -50,6 +53,7 @@ class Unchanged:
 
     Args:
         modules: with all that is inside them.
+        tensors: that are watched besides.
 
     Example:
         >>> model = nn.Dropout(0.5)
@@ -61,7 +65,7 @@ class Unchanged:
         False
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], tensors: Iterable[Tensor] = ()) -> None:
         everything = list(dict.fromkeys(m for module in modules for m in module.modules()))
         items = [
             (place, name, value)
@@ -79,7 +83,8 @@ class Unchanged:
         self._dicts += [value for value in self._values if isinstance(value, list | dict | set)]
         self._sizes = list(map(len, self._dicts))
         self._hooks = [getattr(module, name) for module in everything for name in _HOOKS]
-        self._tensors = [value for value in {id(v): v for v in self._values}.values() if isinstance(value, Tensor)]
+        every = {id(v): v for v in (*self._values, *tensors)}.values()
+        self._tensors = [value for value in every if isinstance(value, Tensor)]
         self._where = list(map(_where, self._tensors))
         self._trained = [t.requires_grad for t in self._tensors]
 
@@ -92,6 +97,7 @@ class Unchanged:
                 and list(map(_where, self._tensors)) == self._where
                 and [t.requires_grad for t in self._tensors] == self._trained
                 and not any(self._hooks)
+                and not _has_any_global_hook()
                 and not any(map(_watched, self._tensors))
             )
         except KeyError:  # something was taken away

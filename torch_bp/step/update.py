@@ -14,6 +14,12 @@ from torch_bp.kernels.norm import ratio, sum_of_squares
 _place_of = Tensor.data_ptr
 
 
+def values_of(gradient: Tensor) -> Tensor:
+    """The real numbers that a gradient is made of."""
+    gradient = gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+
+
 class Norm:
     """The norm of gradients that lie where they lie, all together, as one number on the host.
 
@@ -22,16 +28,17 @@ class Norm:
     """
 
     def __init__(self, gradients: Sequence[Tensor]) -> None:
+        self._given = list(gradients)
+        self._values = list(map(values_of, gradients))  # kept: kernels know only where they are
+        self._places = list(map(_place_of, self._values))
         kinds: dict[Any, list[Tensor]] = {}
-        for gradient in gradients:
-            kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
-        self._gradients = list(gradients)
-        self._places = list(map(_place_of, self._gradients))
+        for values in self._values:
+            kinds.setdefault((values.dtype, values.device), []).append(values)
         self._parts = [_sum_of_squares(alike) for alike in kinds.values()]
 
     def __call__(self) -> float:
-        if list(map(_place_of, self._gradients)) != self._places:  # `p.grad.data = ...`
-            self.__init__(self._gradients)  # type: ignore[misc]
+        if list(map(_place_of, self._values)) != self._places:  # `p.grad.data = ...`
+            self.__init__(self._given)  # type: ignore[misc]
         return math.sqrt(sum(part() for part in self._parts))
 
 
