@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}  # torch's own, the same for as long as a module lives
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _get = operator.getitem
+_trained = operator.attrgetter("requires_grad")
 
 
 def hooked(modules: Iterable[nn.Module]) -> bool:
@@ -40,12 +41,12 @@ def refuse_backward_hooks(modules: Iterable[nn.Module]) -> None:
                 )
 
 
+_hooks_of = operator.attrgetter("_backward_hooks")
+_later_hooks_of = operator.attrgetter("_post_accumulate_grad_hooks")
+
+
 def _watched(parameter: Tensor) -> bool:
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
-
-
-def _where(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.stride()
+    return bool(_hooks_of(parameter) or _later_hooks_of(parameter))
 
 
 class Unchanged:
@@ -85,7 +86,8 @@ class Unchanged:
         self._hooks = [getattr(module, name) for module in everything for name in _HOOKS]
         every = {id(v): v for v in (*self._values, *tensors)}.values()
         self._tensors = [value for value in every if isinstance(value, Tensor)]
-        self._where = list(map(_where, self._tensors))
+        self._where = list(map(Tensor.data_ptr, self._tensors))
+        self._strides = list(map(Tensor.stride, self._tensors))
         self._trained = [t.requires_grad for t in self._tensors]
 
     def holds(self) -> bool:
@@ -94,11 +96,13 @@ class Unchanged:
             return (
                 all(map(operator.is_, map(_get, self._places, self._names), self._values))
                 and list(map(len, self._dicts)) == self._sizes
-                and list(map(_where, self._tensors)) == self._where
-                and [t.requires_grad for t in self._tensors] == self._trained
+                and list(map(Tensor.data_ptr, self._tensors)) == self._where
+                and list(map(Tensor.stride, self._tensors)) == self._strides
+                and list(map(_trained, self._tensors)) == self._trained
                 and not any(self._hooks)
                 and not _has_any_global_hook()
-                and not any(map(_watched, self._tensors))
+                and not any(map(_hooks_of, self._tensors))
+                and not any(map(_later_hooks_of, self._tensors))
             )
         except KeyError:  # something was taken away
             return False
