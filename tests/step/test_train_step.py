@@ -11,8 +11,8 @@ import torch_bp
 from torch_bp import nn, optim
 from torch_bp.nn import functional as F
 from torch_bp.step import TrainStep
-from torch_bp.step.capture import NotCapturableError
 from torch_bp.step.explicit import UnknownBackwardError
+from torch_bp.step.recorder import NotCapturableError
 
 BEFORE = torch.autograd.Function.__dict__["apply"]
 

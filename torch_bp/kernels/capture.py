@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-recorders: dict[int, Any] = {}  # of the steps that are being captured, by thread (`torch_bp.step.capture`)
+recorders: dict[int, Any] = {}  # of the steps that are being captured, by thread (`torch_bp.step.recorder`)
 _thread = threading.get_ident
 
 

@@ -16,15 +16,13 @@ from torch_bp.kernels import formula, sqrt
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import step
+from torch_bp.optim.terms import with_decay
 
 
 @formula(updates=("param", "square_avg", "acc_delta"), static=("maximize", "decay"))
 def adadelta(param, grad, square_avg, acc_delta, *, lr, rho, eps, weight_decay, maximize, decay):
     """The two averages are of squared gradients and of squared steps."""
-    if maximize:
-        grad = -grad
-    if decay:
-        grad = grad + weight_decay * param
+    param, grad = with_decay(param, grad, weight_decay, maximize=maximize, decay=decay)
     square_avg = rho * square_avg + (1 - rho) * grad * grad
     delta = sqrt(acc_delta + eps) / sqrt(square_avg + eps) * grad
     acc_delta = rho * acc_delta + (1 - rho) * delta * delta

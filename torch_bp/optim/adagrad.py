@@ -13,15 +13,13 @@ import torch
 from torch_bp.kernels import formula, sqrt
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.step import step
+from torch_bp.optim.terms import with_decay
 
 
 @formula(updates=("param", "sum"), static=("maximize", "decay"))
 def adagrad(param, grad, sum, *, lr, lr_decay, previous_steps, eps, weight_decay, maximize, decay):
     """sec. 6.2; `previous_steps` is t - 1."""
-    if maximize:
-        grad = -grad
-    if decay:
-        grad = grad + weight_decay * param
+    param, grad = with_decay(param, grad, weight_decay, maximize=maximize, decay=decay)
     sum = sum + grad * grad
     rate = lr / (1 + previous_steps * lr_decay)
     return param - rate * (grad / (sqrt(sum) + eps)), sum

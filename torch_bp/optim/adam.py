@@ -15,6 +15,7 @@ from torch_bp.kernels import formula, maximum, sqrt
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import power, step
+from torch_bp.optim.terms import moments, with_decay
 
 
 @formula(
@@ -39,14 +40,9 @@ def adam(
     decoupled_weight_decay,
 ):
     """eq. 10 and 11; the two bias corrections are 1 - beta^t."""
-    if maximize:
-        grad = -grad
-    if decay and decoupled_weight_decay:
-        param = param * (1 - lr * weight_decay)
-    elif decay:
-        grad = grad + weight_decay * param
-    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    rate = lr if decoupled_weight_decay else None
+    param, grad = with_decay(param, grad, weight_decay, maximize=maximize, decay=decay, decoupled_from=rate)
+    exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, beta1, beta2)
     largest = exp_avg_sq
     if max_exp_avg_sq is not None:
         largest = max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)

@@ -15,15 +15,13 @@ from torch_bp.kernels import formula, maximum
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import power, step
+from torch_bp.optim.terms import with_decay
 
 
 @formula(updates=("param", "exp_avg", "exp_inf"), static=("maximize", "decay"))
 def adamax(param, grad, exp_avg, exp_inf, *, lr, beta1, beta2, eps, bias_correction, weight_decay, maximize, decay):
     """The bias correction is 1 - beta1^t."""
-    if maximize:
-        grad = -grad
-    if decay:
-        grad = grad + weight_decay * param
+    param, grad = with_decay(param, grad, weight_decay, maximize=maximize, decay=decay)
     exp_avg = beta1 * exp_avg + (1 - beta1) * grad
     exp_inf = maximum(beta2 * exp_inf, abs(grad) + eps)
     step_size = lr / bias_correction

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch_bp.kernels import formula, sqrt
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.step import power, step
+from torch_bp.optim.terms import moments, with_decay
 
 
 @formula(updates=("param", "exp_avg", "exp_avg_sq"), static=("maximize", "decay", "decoupled_weight_decay"))
@@ -42,14 +43,9 @@ def nadam(
     decoupled_weight_decay,
 ):
     """`mu_product` is mu_1 ... mu_t; the bias correction is 1 - beta2^t."""
-    if maximize:
-        grad = -grad
-    if decay and decoupled_weight_decay:
-        param = param * (1 - lr * weight_decay)
-    elif decay:
-        grad = grad + weight_decay * param
-    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    rate = lr if decoupled_weight_decay else None
+    param, grad = with_decay(param, grad, weight_decay, maximize=maximize, decay=decay, decoupled_from=rate)
+    exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, beta1, beta2)
     step_of_grad = lr * (1 - mu) / (1 - mu_product)
     step_of_average = lr * mu_next / (1 - mu_product * mu_next)
     root = sqrt(exp_avg_sq / bias_correction2) + eps

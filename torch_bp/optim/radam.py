@@ -20,6 +20,7 @@ from torch_bp.optim.adam import Adam
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import power, step
+from torch_bp.optim.terms import moments, with_decay
 
 
 @formula(updates=("param", "exp_avg", "exp_avg_sq"), static=("maximize", "decay", "decoupled_weight_decay"))
@@ -43,14 +44,9 @@ def radam(
     decoupled_weight_decay,
 ):
     """`rho` and `rectification`, r, are numbers of the step; the two bias corrections are 1 - beta^t."""
-    if maximize:
-        grad = -grad
-    if decay and decoupled_weight_decay:
-        param = param * (1 - lr * weight_decay)
-    elif decay:
-        grad = grad + weight_decay * param
-    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    rate = lr if decoupled_weight_decay else None
+    param, grad = with_decay(param, grad, weight_decay, maximize=maximize, decay=decay, decoupled_from=rate)
+    exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, beta1, beta2)
     # The root of 0 has an infinite slope, which differentiating the branch not taken must not meet.
     root = sqrt(where(rho > 5, exp_avg_sq, 1)) + eps
     scale = where(rho > 5, rectification * sqrt(bias_correction2) / root, 1)

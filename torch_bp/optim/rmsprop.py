@@ -19,6 +19,7 @@ from torch_bp.kernels import formula, sqrt
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import step
+from torch_bp.optim.terms import with_decay
 
 
 @formula(
@@ -41,10 +42,7 @@ def rmsprop(
     eps_inside_sqrt=False,
 ):
     """sec. 6.1."""
-    if maximize:
-        grad = -grad
-    if decay:
-        grad = grad + weight_decay * param
+    param, grad = with_decay(param, grad, weight_decay, maximize=maximize, decay=decay)
     square_avg = alpha * square_avg + (1 - alpha) * grad * grad
     variance = square_avg
     if grad_avg is not None:

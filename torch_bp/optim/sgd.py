@@ -28,15 +28,13 @@ from torch_bp.kernels import formula
 from torch_bp.optim.loading import load_state_dict
 from torch_bp.optim.optimizer import RuleOptimizer
 from torch_bp.optim.step import step
+from torch_bp.optim.terms import with_decay
 
 
 @formula(updates=("param", "momentum_buffer"), static=("nesterov", "maximize", "decay"))
 def sgd(param, grad, momentum_buffer, *, lr, momentum, gain, weight_decay, nesterov, maximize, decay):
     """eq. 6 to 9; `gain` is 1 - dampening."""
-    if maximize:
-        grad = -grad
-    if decay:
-        grad = grad + weight_decay * param
+    param, grad = with_decay(param, grad, weight_decay, maximize=maximize, decay=decay)
     if momentum_buffer is None:
         return param - lr * grad, None
     momentum_buffer = momentum * momentum_buffer + gain * grad

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import torch_bp.nn.functional
 from torch_bp.autograd.tape import Tape
 from torch_bp.kernels.capture import capturing
-from torch_bp.step.capture import NotCapturableError
+from torch_bp.step.recorder import NotCapturableError
 
 _ARITHMETIC = """
     add sub mul div neg radd rsub rmul rdiv rtruediv truediv subtract multiply divide true_divide negative iadd isub

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.autograd.tape import Entry, Tape
-from torch_bp.step.capture import NotCapturableError, Place, Program, Recorder
 from torch_bp.step.explicit import Explicit, Paths
 from torch_bp.step.plan import Plan
+from torch_bp.step.program import Program
+from torch_bp.step.recorder import NotCapturableError, Place, Recorder
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
 

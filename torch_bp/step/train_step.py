@@ -9,31 +9,28 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torch_bp.kernels import engine
-from torch_bp.step.capture import NotCapturableError
+from torch_bp.step.arguments import Inputs, as_inputs, at, check, kind_of
 from torch_bp.step.line import Line, Passes
 from torch_bp.step.origin import origin
 from torch_bp.step.plan import Plan
 from torch_bp.step.record import record
+from torch_bp.step.recorder import NotCapturableError
 from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.table import Trace
 from torch_bp.step.unchanged import hooked, refuse_backward_hooks
 from torch_bp.step.update import Norm, Update, values_of
 
 _set_recording = torch._C._set_grad_enabled
-_watching = torch._C._len_torch_dispatch_stack
-_autocasting = torch._C._is_any_autocast_enabled
 _LINES = 16  # that are kept, each with buffers of its own
-_Inputs = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 class TrainStep:
     """A whole training step: forward, loss, error signals from the last layer to the first, gradients and update.
 
     The model's own forward runs once, with every operation on a tape; what it did is captured and run again for each
-    batch of the same shape, over memory that never moves (`torch_bp.step.capture`). Values and gradients are those of
+    batch of the same shape, over memory that never moves (`torch_bp.step.program`). Values and gradients are those of
     `loss.backward()`, since the same Functions compute them. Parameters stay the model's, gradients are in `p.grad`,
     and the optimizer's state is its own: checkpoints, schedules, and ordinary training go on from there at any time.
 
@@ -89,7 +86,7 @@ class TrainStep:
         keep_output: bool = False,
         precision: str | None = None,
     ) -> None:
-        _check(model, loss_fn, optimizer, clip_grad_norm, clip_grad_value, accumulate, capture, fallback)
+        check(model, loss_fn, optimizer, clip_grad_norm, clip_grad_value, accumulate, capture, fallback)
         if precision not in (None, "bf16"):
             raise ValueError(f"TrainStep: precision must be None or 'bf16', got {precision!r}.")
         self._arguments = {
@@ -141,7 +138,7 @@ class TrainStep:
                 are as they were before the batch; gradients of a window of batches are dropped, and a new one begins.
             ValueError: an input requires a gradient, which would be none here.
         """
-        return self._one(_inputs(x, y)).clone()
+        return self._one(as_inputs(x, y)).clone()
 
     def backward(self, x: Any, y: Any, scale: float = 1.0) -> Tensor:
         """Do everything but the update, as `loss.backward()`: gradients are added to those in `p.grad`.
@@ -157,7 +154,7 @@ class TrainStep:
         """
         add = any(p.grad is not None for p in self._parameters())
         self._by_hand = True
-        return self._pass(_inputs(x, y), add, scale, own=True)[0].clone()
+        return self._pass(as_inputs(x, y), add, scale, own=True)[0].clone()
 
     def many(self, xs: Any, ys: Any) -> Tensor:
         """Do a step on each batch along the first dimension.
@@ -175,7 +172,7 @@ class TrainStep:
                 f"TrainStep.many: xs and ys must have the same number of batches in their first dimension, got "
                 f"{', '.join(str(tuple(t.shape)) for t in tensors)}."
             )
-        return self._all(_inputs(*_at((xs, ys), k)) for k in range(lengths.pop()))
+        return self._all(as_inputs(*at((xs, ys), k)) for k in range(lengths.pop()))
 
     def epoch(
         self,
@@ -232,7 +229,7 @@ class TrainStep:
         Raises:
             UnknownBackwardError, TypeError, ValueError: as of a call.
         """
-        return record(self._passes, self._modules, _inputs(x, y), check)
+        return record(self._passes, self._modules, as_inputs(x, y), check)
 
     def reset(self) -> None:
         """Forget what was captured; the next step is captured anew."""
@@ -287,11 +284,11 @@ class TrainStep:
         unique |= dict.fromkeys(p for group in self.optimizer.param_groups for p in group["params"])
         return [p for p in unique if p.requires_grad]
 
-    def _all(self, batches: Iterator[_Inputs]) -> Tensor:
+    def _all(self, batches: Iterator[Inputs]) -> Tensor:
         losses = [self._one(inputs).clone() for inputs in batches]
         return torch.stack(losses) if losses else torch.empty(0)
 
-    def _one(self, inputs: _Inputs) -> Tensor:
+    def _one(self, inputs: Inputs) -> Tensor:
         loss, norm = self._pass(inputs, self._waiting > 0, 1 / self.accumulate)
         size = norm()
         # a norm can overflow where no number does
@@ -311,7 +308,7 @@ class TrainStep:
         self._update(gradients, norm)
         self.steps += 1
 
-    def _refuse(self, inputs: _Inputs, loss: Tensor, norm: float) -> NoReturn:
+    def _refuse(self, inputs: Inputs, loss: Tensor, norm: float) -> NoReturn:
         """Leave everything as it was before the batch, but for the gradients of its window, and say what is wrong."""
         value = loss.item()
         self._restore()
@@ -325,26 +322,9 @@ class TrainStep:
             "are dropped; leave the batch out, or lower the rate, or clip gradients by clip_grad_norm."
         )
 
-    def _pass(self, inputs: _Inputs, add: bool, scale: float, own: bool = False) -> tuple[Tensor, Callable[[], float]]:
+    def _pass(self, inputs: Inputs, add: bool, scale: float, own: bool = False) -> tuple[Tensor, Callable[[], float]]:
         """Leave gradients in `p.grad`; return the loss, which the next pass overwrites, and the gradients' norm."""
-        batch, form = _flat(inputs)
-        kind: Any = None
-        if any(t.is_neg() or t.is_conj() for t in batch):  # which memory does not show
-            inputs = tree_map_only(Tensor, lambda t: t.resolve_conj().resolve_neg(), inputs)
-            batch, form = _flat(inputs)
-        if form is not None:
-            autocast = _autocast_dtype(batch) if _autocasting() else None
-            forms = [(t.shape, t.stride(), t.dtype, t.device) for t in batch]
-            modes = engine.forced(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
-            kind = add, scale, form, modes, autocast, *forms
-        if _watching():  # somebody wants to see every operation
-            kind = None
-        for t in batch:
-            if t.requires_grad:
-                raise ValueError(
-                    f"TrainStep: inputs must not require gradients, got one of shape {tuple(t.shape)} that does, for "
-                    "which there are none here; detach it, or use loss.backward()."
-                )
+        inputs, batch, kind = kind_of(inputs, add, scale)
         recording = torch.is_grad_enabled()
         _set_recording(False)  # as no_grad, which takes a microsecond
         try:
@@ -364,7 +344,7 @@ class TrainStep:
             _set_recording(recording)
 
     def _first(
-        self, inputs: _Inputs, kind: Any, add: bool, scale: float, own: bool
+        self, inputs: Inputs, kind: Any, add: bool, scale: float, own: bool
     ) -> tuple[Tensor, Callable[[], float]]:
         """Run a pass of a kind that was not captured, and capture it if that can be done."""
         before = Snapshot(self._modules)
@@ -384,7 +364,7 @@ class TrainStep:
             raise
 
     def _captured(
-        self, inputs: _Inputs, kind: Any, add: bool, scale: float, own: bool
+        self, inputs: Inputs, kind: Any, add: bool, scale: float, own: bool
     ) -> tuple[Tensor, Callable[[], float]]:
         if kind is None:
             raise NotCapturableError(
@@ -403,7 +383,7 @@ class TrainStep:
         self._output = functools.partial(getattr, line, "output")
         return line.loss, line.norm
 
-    def _uncaptured(self, inputs: _Inputs, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
+    def _uncaptured(self, inputs: Inputs, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
         leaves = self._parameters()
         refuse_backward_hooks(self._modules)
         self._output = functools.partial(getattr, self._passes, "output")
@@ -429,30 +409,6 @@ class TrainStep:
         return loss, Norm(self._gradients)
 
 
-def _inputs(x: Any, y: Any) -> _Inputs:
-    return x if isinstance(x, tuple) else (x,), y if isinstance(y, tuple) else (y,)
-
-
-def _autocast_dtype(batch: Sequence[Tensor]) -> tuple[Any, ...]:
-    kinds = {t.device.type for t in batch}
-    return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds))
-
-
-def _flat(inputs: _Inputs) -> tuple[list[Tensor], Any]:
-    """Return the tensors among the arguments of model and loss, and what else there is to them, None if it cannot be
-    compared."""
-    flat = [*inputs[0], *inputs[1]]
-    if all(isinstance(value, Tensor) for value in flat):
-        return flat, (len(inputs[0]), len(inputs[1]))
-    flat, spec = tree_flatten(inputs)
-    others = tuple((k, type(v), v) for k, v in enumerate(flat) if not isinstance(v, Tensor))
-    try:
-        hash(others)
-    except TypeError:
-        return [v for v in flat if isinstance(v, Tensor)], None
-    return [v for v in flat if isinstance(v, Tensor)], (spec, others)
-
-
 def _finite(gradient: Tensor) -> bool:
     return bool(values_of(gradient).isfinite().all())
 
@@ -465,45 +421,3 @@ def _accumulate(p: Tensor, gradient: Tensor, add: bool) -> None:
     p.grad = p.grad + gradient if add and p.grad is not None else gradient
     for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values():
         hook(p)
-
-
-def _at(values: Any, number: int) -> Any:
-    return tree_map_only(Tensor, lambda t: t[number], values)
-
-
-def _check(
-    model: Any,
-    loss_fn: Any,
-    optimizer: Any,
-    clip_grad_norm: Any,
-    clip_grad_value: Any,
-    accumulate: Any,
-    capture: Any,
-    fallback: Any,
-) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"TrainStep: model must be a torch.nn.Module, got {type(model).__name__}.")
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        raise TypeError("TrainStep: model must not hold scripted modules, whose operations cannot be seen.")
-    if not callable(loss_fn):
-        raise TypeError(f"TrainStep: loss_fn must be a function or a module, got {type(loss_fn).__name__}.")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"TrainStep: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; the arguments are "
-            "model, loss_fn, optimizer."
-        )
-    for name, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
-        if value is not None and not value > 0:
-            raise ValueError(f"TrainStep: {name} must be > 0, or None for no clipping, got {value}.")
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"TrainStep: accumulate must be a number of batches of at least 1, got {accumulate!r}.")
-    if capture not in ("auto", True, False):
-        raise ValueError(f"TrainStep: capture must be 'auto', True or False, got {capture!r}.")
-    if fallback not in ("error", "autograd"):
-        raise ValueError(f"TrainStep: fallback must be 'error' or 'autograd', got {fallback!r}.")
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    if held.isdisjoint(model.parameters()):
-        raise ValueError(
-            "TrainStep: the optimizer must hold parameters of the model, got none of them; make it of "
-            "model.parameters() after the model is where it is to be trained."
-        )

@@ -1,34 +1,28 @@
-"""Capture on the CPU: what one explicit pass did, noted to be run again over memory that never moves.
+"""Capture on the CPU, second half: what a pass did (`torch_bp.step.recorder`), run again over memory that never moves.
 
-A CUDA graph notes kernels as they are launched; this notes torch's operations as they are dispatched, and our kernels
-as they are called. When they are run again nothing else of Python runs: no model, no module, no Function. Each
-operation writes to the same buffer every time (`torch_bp.step.buffers`): no memory is asked for or given back, and
-large layers do not pay at every step for pages that the system clears.
+Nothing else of Python runs then: no model, no module, no Function. Each operation writes to the same buffer every time
+(`torch_bp.step.buffers`): no memory is asked for or given back, and large layers do not pay at every step for pages
+that the system clears.
 
 - *Views* are made once.
-- *Values that are made of nothing* (`zeros`, `arange`) are computed once, unless something writes to them later.
+- *Values that are made of nothing* are computed once, unless something writes to them later.
 - *Random numbers* come from torch's generator in the same order as in the pass itself.
-- *Values read on the host* cannot be noted: `NotCapturableError`.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torch_bp.kernels import capture
 from torch_bp.kernels.sequence import Chain, Record, record
 from torch_bp.step.buffers import Arena
+from torch_bp.step.recorder import EMPTY, Call, NotCapturableError, Place, Recorder, is_random, places_in, tensors_in
 
 _aten = torch.ops.aten
 # Torch's bindings of these parse their arguments several times faster than the operations by themselves.
@@ -43,194 +37,10 @@ _BINDINGS: dict[Any, Callable[..., Any]] = {
     _aten.relu.out: lambda input, out: torch.clamp_min(input, 0, out=out),  # which is what it is
 }
 _COPIES = {_aten._to_copy.default, _aten.clone.default}
-_READS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
-_READS |= {_aten.mkldnn_rnn_layer.default}  # which returns less where no gradients are recorded
-_LIFTS = {_aten.lift_fresh.default, _aten.lift.default, _aten.lift_fresh_copy.default}
-_EMPTY = {
-    _aten.empty.memory_format,
-    _aten.empty_like.default,
-    _aten.empty_strided.default,
-    _aten.new_empty.default,
-    _aten.new_empty_strided.default,
-}
-# Write to running statistics, the fourth and the fifth argument, without saying so.
-_HIDDEN_WRITES = {_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default}
-# Write to the memory of a result and to nothing else: batch normalisation, run twice, would move its statistics twice.
 # Take their result for working memory of the input's shape, and say so on standard error.
 _OUTGROWING = {_aten.mse_loss.default, _aten.binary_cross_entropy.default, _aten.soft_margin_loss.default}
+# Write to the memory of a result and to nothing else: batch normalisation, run twice, would move its statistics twice.
 _WHOLE = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.nll_loss_forward.default}
-_FILLS = {_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default, _aten.new_zeros.default}
-_FILLS |= {_aten.new_ones.default, _aten.new_full.default}
-
-
-class NotCapturableError(RuntimeError):
-    """What a pass does depends on values that the host has read."""
-
-
-@dataclass
-class Memory:
-    """A stretch of memory that the pass has met.
-
-    Attributes:
-        size: in bytes.
-        first, last: numbers of the first and the last call that use it.
-        made: True if a call made it; what was there before stays where it is.
-        written: True if a call writes to what another one has made, or was there.
-        reference: keeps the number of this memory from being given to another, and not the memory itself.
-    """
-
-    size: int
-    first: int
-    last: int
-    reference: Any
-    made: bool = False
-    written: bool = False
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor of the pass lay, in memory that a call made or that is of the batch."""
-
-    memory: int
-    dtype: torch.dtype
-    device: torch.device
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-@dataclass
-class Call:
-    """One operation of the pass: of aten, or a formula. Tensors in memory that was made are `Place`s."""
-
-    operation: Any
-    args: tuple[Any, ...]
-    keywords: dict[str, Any]
-    results: list[Any]
-    from_nothing: bool
-
-
-def _number(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-class Recorder(TorchDispatchMode):
-    """Notes what is dispatched while it is active, and runs it. It keeps no memory of the pass alive.
-
-    Attributes:
-        calls: in the order in which they ran.
-        memories: by their number.
-        written: tensors from outside that calls write to.
-
-    Args:
-        batch: tensors in memory of their own, for which others of the same form stand in when the pass runs again.
-    """
-
-    def __init__(self, batch: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self.batch = list(batch)
-        self.of_batch = {_number(t): k for k, t in enumerate(batch)}
-        self.calls: list[Call] = []
-        self.memories: dict[int, Memory] = {}
-        self.written: list[Tensor] = []
-        self._lifted: set[int] = set()
-
-    def __enter__(self) -> Any:
-        capture.recorders[threading.get_ident()] = self
-        return super().__enter__()
-
-    def __exit__(self, *details: Any) -> Any:
-        del capture.recorders[threading.get_ident()]
-        return super().__exit__(*details)
-
-    def place(self, value: Any) -> Any:
-        """Return the place of a tensor in memory that was made or is of the batch; anything else as it is."""
-        if not isinstance(value, Tensor):
-            return value
-        memory = self.memories.get(_number(value))
-        if (memory is None or not memory.made) and _number(value) not in self.of_batch:
-            return value
-        form = tuple(value.shape), value.stride(), int(value.storage_offset())
-        return Place(_number(value), value.dtype, value.device, *form)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _READS or torch.Tag.data_dependent_output in func.tags or _sized_by_values(func, args):
-            raise NotCapturableError(f"{func} reads values, or makes a tensor whose size depends on them")
-        results = func(*args, **kwargs)
-        self._note(func, args, kwargs, results)
-        return results
-
-    def formula(self, formula: Any, tensors: Sequence[Any], keywords: dict[str, Any]) -> Any:
-        """Run a formula by its kernel and note it; NotImplemented, and nothing done, where none serves."""
-        if formula.updates:
-            return NotImplemented
-        with _disable_current_modes():
-            results = formula.by_kernel(tensors, keywords)
-        if results is not NotImplemented:
-            self._note(formula, tuple(tensors), dict(keywords), results)
-        return results
-
-    def _note(self, operation: Any, args: tuple[Any, ...], keywords: dict[str, Any], results: Any) -> None:
-        number = len(self.calls)
-        given = _tensors(tree_leaves((args, keywords)))
-        if any(t.layout is not torch.strided for t in (*given, *_tensors(tree_leaves(results)))):
-            raise NotCapturableError(f"{operation} has a tensor that is not strided memory")
-        if operation in _LIFTS:  # from a list of numbers: of this pass alone, but for its values
-            self._lifted.update(map(_number, _tensors(tree_leaves(results))))
-        for tensor in given:
-            self._use(tensor, number)
-        made = tree_leaves(results)
-        fresh = False
-        for tensor in _tensors(made):
-            known = _number(tensor) in self.memories
-            memory = self._use(tensor, number)
-            if not known:
-                memory.made = fresh = True
-        written = _written(operation, args, keywords)
-        for tensor in written:
-            memory = self._use(tensor, number)
-            if _number(tensor) in self._lifted:
-                raise NotCapturableError(f"{operation} writes to a tensor that was made of numbers on the host")
-            if not memory.made and not memory.written:
-                self.written.append(tensor)
-            memory.written = True
-        if fresh or written:  # else a view, or nothing that is kept
-            from_nothing = not written and not _random(operation) and (not given or operation in _FILLS)
-            args, keywords = tree_map_only(Tensor, self.place, (args, keywords))
-            self.calls.append(Call(operation, args, keywords, list(map(self.place, made)), from_nothing))
-
-    def _use(self, tensor: Tensor, number: int) -> Memory:
-        storage = tensor.untyped_storage()
-        memory = self.memories.get(storage._cdata)
-        if memory is None:
-            memory = Memory(storage.nbytes(), number, number, StorageWeakRef(storage))
-            self.memories[storage._cdata] = memory
-        memory.last = number
-        return memory
-
-
-def _sized_by_values(operation: Any, args: tuple[Any, ...]) -> bool:
-    """True if how large a result is depends on the values in a tensor."""
-    if operation is _aten.index.Tensor:  # by truth values, unlike by numbers
-        return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
-    return torch.Tag.dynamic_output_shape in operation.tags
-
-
-def _random(operation: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(operation, "tags", ())
-
-
-def _written(operation: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> list[Tensor]:
-    """Return the arguments that an operation writes to."""
-    if operation in _HIDDEN_WRITES:
-        return [t for t in args[3:5] if isinstance(t, Tensor)]
-    schema = getattr(operation, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    by_name = dict(zip((a.name for a in schema.arguments), args)) | dict(keywords)
-    names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [t for name in names for t in tree_leaves(by_name.get(name)) if isinstance(t, Tensor)]
 
 
 class Program:
@@ -258,11 +68,13 @@ class Program:
         # Kept as they were computed: what is made of nothing and never written to.
         self._constants: dict[int, Tensor] = {}
         for call in recorder.calls:
-            if call.from_nothing and call.operation not in _EMPTY:
-                places = _places(call.results)
+            if call.from_nothing and call.operation not in EMPTY:
+                places = places_in(call.results)
                 if not any(memories[p.memory].written for p in places):
-                    made = _tensors(tree_leaves(call.operation(*self._solid(call.args), **self._solid(call.keywords))))
-                    self._constants |= {p.memory: t for p, t in zip(places, made)}
+                    made = tensors_in(
+                        tree_leaves(call.operation(*self._solid(call.args), **self._solid(call.keywords)))
+                    )
+                    self._constants |= {p.memory: t for p, t in zip(places, tensors_in(tree_leaves(made)))}
         wanted = {
             key: (memory.size, memory.first, memory.last)
             for key, memory in memories.items()
@@ -326,9 +138,9 @@ class Program:
         return tree_map_only(Place, lambda p: torch.empty_strided(p.size, p.stride, dtype=p.dtype), values)
 
     def _runs(self, call: Call) -> bool:
-        if call.operation in _EMPTY:
+        if call.operation in EMPTY:
             return False
-        return not (call.from_nothing and all(p.memory in self._constants for p in _places(call.results)))
+        return not (call.from_nothing and all(p.memory in self._constants for p in places_in(call.results)))
 
     def _bind(self, call: Call) -> Callable[[], Any] | Record:
         operation = call.operation
@@ -349,14 +161,14 @@ class Program:
         if as_record is not None:
             return as_record
         if operation._schema.is_mutable:
-            there = {p.memory for p in _places(tree_leaves((call.args, call.keywords)))}
-            if any(p.memory not in there for p in _places(call.results)):  # and gives something new
+            there = {p.memory for p in places_in(tree_leaves((call.args, call.keywords)))}
+            if any(p.memory not in there for p in places_in(call.results)):  # and gives something new
                 return functools.partial(_copied, operation, args, keywords, results)
             return functools.partial(_BINDINGS.get(operation, operation), *args, **keywords)
         if operation in _COPIES:
             return functools.partial(Tensor.copy_, results[0], args[0])
         out = _out_variant(operation)
-        if out is None or operation in _OUTGROWING or _random(operation) or len(_tensors(results)) != len(results):
+        if out is None or operation in _OUTGROWING or is_random(operation) or len(tensors_in(results)) != len(results):
             return functools.partial(_copied, operation, args, keywords, results)
         variant, names = out
         if names == ["out"] and variant in _BINDINGS:
@@ -406,14 +218,6 @@ def _chained(calls: Sequence[Callable[[], Any] | Record]) -> list[Callable[[], A
         members: list[Any] = list(group)
         chained += [Chain(members)] if is_record else members
     return chained
-
-
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _places(values: Sequence[Any]) -> list[Place]:
-    return [value for value in values if isinstance(value, Place)]
 
 
 def _copied(operation: Any, args: Any, keywords: Any, results: Sequence[Any]) -> None:

@@ -1,0 +1,116 @@
+"""What a step is made of and called with: checks, and what tells one kind of batch from another.
+
+Two calls are of one kind if what was captured for the first may serve the second, as far as arguments and modes tell.
+What the model tells is in `torch_bp.step.unchanged`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from torch_bp.kernels import engine
+
+Inputs = tuple[tuple[Any, ...], tuple[Any, ...]]  # the arguments of the model, and the targets
+_autocasting = torch._C._is_any_autocast_enabled
+_watching = torch._C._len_torch_dispatch_stack
+
+
+def as_inputs(x: Any, y: Any) -> Inputs:
+    """Return the arguments of model and loss, of which one alone need not be a tuple."""
+    return x if isinstance(x, tuple) else (x,), y if isinstance(y, tuple) else (y,)
+
+
+def _autocast_dtype(batch: Sequence[Tensor]) -> tuple[Any, ...]:
+    kinds = {t.device.type for t in batch}
+    return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds))
+
+
+def _flat(inputs: Inputs) -> tuple[list[Tensor], Any]:
+    """Return the tensors among the arguments of model and loss, and what else there is to them, None if it cannot be
+    compared."""
+    flat = [*inputs[0], *inputs[1]]
+    if all(isinstance(value, Tensor) for value in flat):
+        return flat, (len(inputs[0]), len(inputs[1]))
+    flat, spec = tree_flatten(inputs)
+    others = tuple((k, type(v), v) for k, v in enumerate(flat) if not isinstance(v, Tensor))
+    try:
+        hash(others)
+    except TypeError:
+        return [v for v in flat if isinstance(v, Tensor)], None
+    return [v for v in flat if isinstance(v, Tensor)], (spec, others)
+
+
+def kind_of(inputs: Inputs, add: bool, scale: float) -> tuple[Inputs, list[Tensor], Any]:
+    """Return the inputs, the tensors among them, and their kind, None for what cannot be captured.
+
+    Raises:
+        ValueError: an input requires a gradient.
+    """
+    batch, form = _flat(inputs)
+    kind: Any = None
+    if any(t.is_neg() or t.is_conj() for t in batch):  # which memory does not show
+        inputs = tree_map_only(Tensor, lambda t: t.resolve_conj().resolve_neg(), inputs)
+        batch, form = _flat(inputs)
+    if form is not None:
+        autocast = _autocast_dtype(batch) if _autocasting() else None
+        forms = [(t.shape, t.stride(), t.dtype, t.device) for t in batch]
+        modes = engine.forced(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
+        kind = add, scale, form, modes, autocast, *forms
+    if _watching():  # somebody wants to see every operation
+        kind = None
+    for t in batch:
+        if t.requires_grad:
+            raise ValueError(
+                f"TrainStep: inputs must not require gradients, got one of shape {tuple(t.shape)} that does, for "
+                "which there are none here; detach it, or use loss.backward()."
+            )
+    return inputs, batch, kind
+
+
+def at(values: Any, number: int) -> Any:
+    """Return one batch of many."""
+    return tree_map_only(Tensor, lambda t: t[number], values)
+
+
+def check(
+    model: Any,
+    loss_fn: Any,
+    optimizer: Any,
+    clip_grad_norm: Any,
+    clip_grad_value: Any,
+    accumulate: Any,
+    capture: Any,
+    fallback: Any,
+) -> None:
+    """Refuse what no step can be made of."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"TrainStep: model must be a torch.nn.Module, got {type(model).__name__}.")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise TypeError("TrainStep: model must not hold scripted modules, whose operations cannot be seen.")
+    if not callable(loss_fn):
+        raise TypeError(f"TrainStep: loss_fn must be a function or a module, got {type(loss_fn).__name__}.")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"TrainStep: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; the arguments are "
+            "model, loss_fn, optimizer."
+        )
+    for name, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
+        if value is not None and not value > 0:
+            raise ValueError(f"TrainStep: {name} must be > 0, or None for no clipping, got {value}.")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"TrainStep: accumulate must be a number of batches of at least 1, got {accumulate!r}.")
+    if capture not in ("auto", True, False):
+        raise ValueError(f"TrainStep: capture must be 'auto', True or False, got {capture!r}.")
+    if fallback not in ("error", "autograd"):
+        raise ValueError(f"TrainStep: fallback must be 'error' or 'autograd', got {fallback!r}.")
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(model.parameters()):
+        raise ValueError(
+            "TrainStep: the optimizer must hold parameters of the model, got none of them; make it of "
+            "model.parameters() after the model is where it is to be trained."
+        )
