@@ -26,7 +26,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from recipes.data import Table
 from torch_bp import nn, optim
-from torch_bp.lightning import BackpropModule, LRFinder, _instantiated
+from torch_bp.lightning import BackpropModule, LRFinder
+from torch_bp.lightning.lr_finder import _instantiated
 from torch_bp.optim import lr_scheduler
 
 pytestmark = [

@@ -32,8 +32,8 @@ EVERYONE = {"_mirror", "_version"}
 ONLY_IN = {
     "numba": "kernels/",
     "triton": "kernels/",
-    "lightning": "lightning.py",
-    "jsonargparse": "lightning.py",
+    "lightning": "lightning/",
+    "jsonargparse": "lightning/",
     "matplotlib": ("chart.py", "optim/range_test.py", "step/figure.py"),
     "yaml": "config.py",
     "tensorboard": "diagnostics/writers.py",

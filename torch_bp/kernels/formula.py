@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,79 +17,15 @@ import torch
 
 from torch_bp.kernels import capture, cpu, engine, native, plain
 from torch_bp.kernels.expression import trace
+from torch_bp.kernels.number import is_number, numbers, outer_numbers, why_no_number
 from torch_bp.kernels.plain import PLAIN_TYPES, grad_enabled, unwatched
-from torch_bp.kernels.program import PLAIN_NUMBERS, Program, alone, as_torch
+from torch_bp.kernels.program import PLAIN_NUMBERS, Program, alone, as_torch, as_tuple
 from torch_bp.kernels.sequence import Record
 from torch_bp.kernels.table import Table
 
 _MISSING: Any = object()
 _strided = torch.strided
 _is_compiling = torch.compiler.is_dynamo_compiling
-
-
-def numbers(values: Collection[Any]) -> bool:
-    """True if the tensors among the keyword values are single numbers that may be read on the host or by a kernel."""
-    if PLAIN_NUMBERS.issuperset(map(type, values)):
-        return True
-    try:
-        for value in values:
-            if isinstance(value, complex):
-                return False
-            if isinstance(value, torch.Tensor) and (
-                type(value) not in plain.PLAIN_TYPES
-                or value.is_complex()
-                or value.numel() != 1
-                or not value.data_ptr()  # a zero tensor, a freed storage
-                or (value.requires_grad and grad_enabled())
-            ):
-                return False
-    except RuntimeError:  # inside `is_grads_batched` a tensor has no address to ask for
-        return False
-    return True
-
-
-def is_number(value: Any) -> bool:
-    """True if this may be a scalar of a formula: a number, or what holds one."""
-    return isinstance(value, int | float | complex) or hasattr(value, "item")
-
-
-def in_quotes(value: Any) -> bool:
-    """True if this is a number written as a string."""
-    try:
-        return isinstance(value, str) and math.isfinite(float(value))
-    except ValueError:
-        return False
-
-
-def why_no_number(value: Any) -> str:
-    """Say what a value is that should be a number, and what to do."""
-    if in_quotes(value):
-        return f"the string {value!r}; write it without quotes (in YAML, 1.0e-3: PyYAML reads 1e-3 as a string)"
-    return f"{value!r}, of type {type(value).__name__}"
-
-
-def _cell_text(cell: Any) -> str:
-    return repr(cell.cell_contents)
-
-
-def _global_text(namespace: Mapping[str, Any], name: str) -> str:
-    return repr(namespace.get(name))
-
-
-def _outer_numbers(function: Callable[..., Any]) -> list[Callable[[], Any]]:
-    """Return readers of the numbers in a function's closure and module, which a trace would freeze."""
-    readers: list[Callable[[], Any]] = []
-    for cell in function.__closure__ or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not bound yet
-            continue
-        if isinstance(value, int | float):
-            readers.append(functools.partial(_cell_text, cell))
-    for name in function.__code__.co_names:
-        if isinstance(function.__globals__.get(name), int | float):
-            readers.append(functools.partial(_global_text, function.__globals__, name))
-    return readers
 
 
 def _may_write(tensors: Sequence[torch.Tensor | None], addresses: Sequence[int]) -> bool:
@@ -107,8 +42,9 @@ def _must_run(run: Callable[..., int], *arguments: Any) -> None:
         raise RuntimeError("a kernel was bound to tensors that have since become unfit for it.")
 
 
-def _several(results: Any) -> tuple[Any, ...]:
-    return results if isinstance(results, tuple) else (results,)
+def _presence(arguments: Sequence[Any]) -> int:
+    """A bit for each positional argument that is not None, the last one's the lowest."""
+    return int("".join("01"[a is not None] for a in arguments), 2)
 
 
 class Formula:
@@ -143,7 +79,7 @@ class Formula:
         self.updates = tuple(updates)
         self.defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
         self._programs: dict[Any, Program | None] = {}
-        self.outer = _outer_numbers(function)
+        self.outer = outer_numbers(function)
         self._by_tensors = not (self.static or self.outer or self.updates)  # they alone choose the kernel
         self.check_names("updates", self.updates, self.tensors)
         self.check_names("static", self.static, [p.name for p in keywords])
@@ -242,8 +178,7 @@ class Formula:
         """
         tensors = self.padded(tensors) if len(tensors) < len(self.tensors) else tensors
         present = [t for t in tensors if t is not None]
-        by_place = int("".join("01"[t is not None] for t in tensors), 2)
-        program = self._prepare(present[0], by_place, keywords)
+        program = self._prepare(present[0], _presence(tensors), keywords)
         targets = [t for t in results if t is not None]
         if program is None or program.entry is None:
             return functools.partial(self._into, tensors, targets, keywords)
@@ -287,7 +222,7 @@ class Formula:
 
     def _into(self, tensors: Sequence[Any], targets: Sequence[torch.Tensor], keywords: Mapping[str, Any]) -> None:
         results = self(*tensors, **keywords)
-        for target, result in zip(targets, (r for r in _several(results) if r is not None)):
+        for target, result in zip(targets, (r for r in as_tuple(results) if r is not None)):
             target.copy_(result)
 
     def _addresses(self, tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
@@ -413,7 +348,7 @@ class Formula:
             return None  # a replay would read the addresses from memory that has been given back
         if not numbers(keywords.values()) or (grad_enabled() and any(map(plain.recording, present))):
             return None
-        program = self._prepare(first, int("".join("01"[row is not None] for row in lists), 2), keywords)
+        program = self._prepare(first, _presence(lists), keywords)
         if program is None:
             return None
         if program.created:

@@ -54,18 +54,18 @@ def as_torch(
     several = isinstance(results, tuple)
     if half:
         dtype = functools.reduce(torch.promote_types, dtypes)
-        rounded = [r.to(dtype) if r is not None and r.dtype is torch.float32 else r for r in _tuple(results)]
+        rounded = [r.to(dtype) if r is not None and r.dtype is torch.float32 else r for r in as_tuple(results)]
         results = tuple(rounded) if several else rounded[0]
     if not updates:
         return results
-    if len(_tuple(results)) < len(updates):
+    if len(as_tuple(results)) < len(updates):
         raise TypeError(
             f"formula {function.__name__}: it must return one result for each of updates={tuple(updates)}, None for "
-            f"one that is None, got {len(_tuple(results))}."
+            f"one that is None, got {len(as_tuple(results))}."
         )
     by_name = dict(zip(names, given))
     targets = [by_name[name] for name in updates]
-    writes = [(t, r) for t, r in zip(targets, _tuple(results)) if r is not None and r is not t]
+    writes = [(t, r) for t, r in zip(targets, as_tuple(results)) if r is not None and r is not t]
     # A result that is itself a target (the previous value, kept) would be overwritten before it is read.
     writes = [(t, r.clone() if any(r is other for other in targets) else r) for t, r in writes]
     for target, result in writes:
@@ -73,7 +73,7 @@ def as_torch(
             raise RuntimeError(f"result type {result.dtype} can't be cast to the desired output type {target.dtype}")
     for target, result in writes:
         write(target, result)
-    return alone(_tuple(results)[len(updates) :])
+    return alone(as_tuple(results)[len(updates) :])
 
 
 def write(target: torch.Tensor, result: torch.Tensor) -> None:
@@ -84,7 +84,8 @@ def write(target: torch.Tensor, result: torch.Tensor) -> None:
         target.copy_(result)
 
 
-def _tuple(results: Any) -> tuple[Any, ...]:
+def as_tuple(results: Any) -> tuple[Any, ...]:
+    """Return the results of a formula as a tuple, one alone too."""
     return results if isinstance(results, tuple) else (results,)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_bp.kernels import engine, native
 from torch_bp.kernels.plain import PLAIN_TYPES
 from torch_bp.kernels.program import PLAIN_NUMBERS
-from torch_bp.optim.plan import FLAGS, Bucket, Share
+from torch_bp.optim.plan import FLAGS, Bucket, Share, but_step
 
 _is = operator.is_
 _grad_of = operator.attrgetter("grad")
@@ -85,8 +85,7 @@ class Again:
             return False
         try:
             counts = bucket.advanced(optimizer, group)
-            more = {name: value for name, value in counts.items() if name != "step"} if len(counts) > 1 else {}
-            scalars = optimizer.scalars(group, counts.get("step", 0), False, **more)
+            scalars = optimizer.scalars(group, counts.get("step", 0), False, **but_step(counts))
             if not PLAIN_NUMBERS.issuperset(map(type, scalars.values())):
                 return False
             if not all(map(_is, map(scalars.get, self._names), self._static)):

@@ -193,7 +193,7 @@ class Bucket:
             lists = [None if row is None else shards.locals_of(row) for row in lists]
         scalars = UNKNOWN
         try:
-            given = scalars = optimizer.scalars(group, counts.get("step", 0), self.fresh, **_but_step(counts))
+            given = scalars = optimizer.scalars(group, counts.get("step", 0), self.fresh, **but_step(counts))
             if extras is not None:
                 rule, given = extras.extend(rule, given, self.params[0].device)
             totals = rule.launch(lists, self.table, given)
@@ -226,7 +226,8 @@ class Bucket:
         return after
 
 
-def _but_step(counts: Mapping[str, Any]) -> dict[str, Any]:
+def but_step(counts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of an optimizer that are not its step count."""
     return {name: value for name, value in counts.items() if name != "step"} if len(counts) > 1 else {}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch_bp.kernels import Formula
-from torch_bp.kernels.formula import in_quotes, is_number, why_no_number
+from torch_bp.kernels.number import in_quotes, is_number, why_no_number
 
 UNKNOWN: Any = object()  # in place of what `scalars` returned, where it is `scalars` that has failed
 
