@@ -129,7 +129,7 @@ class Line:
     ) -> None:
         self.unchanged = Unchanged(modules, leaves)
         self.plan = Plan()
-        inputs, batch = _apart(inputs, modules)
+        inputs, batch = apart(inputs, modules)
         with Recorder(batch) as recorder:
             loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of))
         if not self.unchanged.holds():
@@ -179,6 +179,11 @@ class Line:
         self._deliver(own, self._made)
         return self.loss
 
+    @property
+    def bytes(self) -> int:
+        """Of the arena."""
+        return self.program.arena.size
+
     def intact(self) -> bool:
         """True unless somebody has moved the memory of a gradient, and with it the arena, as `share_memory_` does."""
         return self.program.arena.storage.data_ptr() == self._at
@@ -210,7 +215,7 @@ def _made_of(output: Any) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
-def _apart(inputs: Any, modules: Sequence[torch.nn.Module]) -> tuple[Any, list[Tensor]]:
+def apart(inputs: Any, modules: Sequence[torch.nn.Module]) -> tuple[Any, list[Tensor]]:
     """Return the inputs with no two tensors in one memory, nor in a parameter's, and those tensors."""
     taken = {t.untyped_storage()._cdata for m in modules for t in (*m.parameters(), *m.buffers())}
     batch = []
