@@ -27,10 +27,13 @@ from torch_bp.kernels import capture
 from torch_bp.kernels.norm import ratio
 from torch_bp.optim.captured import CapturedStep
 from torch_bp.step.line import Passes, apart
+from torch_bp.step.loss_scale import LossScale
 from torch_bp.step.plan import Plan
 from torch_bp.step.recorder import NotCapturableError, Recorder, tensors_in
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm, Update, values_of
+
+TAKEN, NOT_FINITE, OVERFLOWED = 0, 1, 2  # what became of a step; the last for the scale of its loss alone
 
 
 class Graph:
@@ -69,7 +72,7 @@ class Outcomes:
         self._waiting: collections.deque[tuple[Any, Tensor, Any]] = collections.deque()
 
     def note(self, bad: Tensor, about: Any) -> None:
-        """Send for `bad`, an int32 on the device that is not 0 after a step that was not taken.
+        """Send for `bad`, an int32 on the device: TAKEN, NOT_FINITE or OVERFLOWED.
 
         The oldest is waited for where there is no room: call `found` before.
         """
@@ -81,8 +84,8 @@ class Outcomes:
             event.record()
         self._waiting.append((event, slot, about))
 
-    def found(self, wait: bool = False) -> list[Any]:
-        """Return what was said about the steps that were not taken, of those that the device is done with.
+    def found(self, wait: bool = False) -> list[tuple[int, Any]]:
+        """Return what became of steps that were not taken and what was said about them, where the device is done.
 
         Args:
             wait: for all of them.
@@ -96,8 +99,8 @@ class Outcomes:
                 event.synchronize()
             self._waiting.popleft()
             self._slots.append(slot)
-            if int(slot):
-                bad.append(about)
+            if int(slot) != TAKEN:
+                bad.append((int(slot), about))
         return bad
 
 
@@ -107,8 +110,9 @@ class DeviceLine:
     Args:
         passes, modules, inputs, leaves, scale, add: as of `Line`. Constructing it runs the pass, eagerly.
         update: clips and steps. None for a pass after which there is no update.
+        loss_scale: that gradients are divided by before the update. None for none.
         pool: memory that the graphs of one step share.
-        bad: an int32 on the device, not 0 once a pass of the window was not finite.
+        bad: an int32 on the device, what became of the window so far.
 
     Attributes:
         updates: True if the update is in the graph.
@@ -124,6 +128,7 @@ class DeviceLine:
         scale: float,
         add: bool,
         update: Update | None,
+        loss_scale: LossScale | None,
         pool: Any,
         bad: Tensor,
     ) -> None:
@@ -137,7 +142,7 @@ class DeviceLine:
             raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
         self._passes, self._inputs, self._leaves, self._scale, self._add = passes, inputs, list(leaves), scale, add
         self._batch = batch
-        self._update, self._pool, self._bad = update, pool, bad
+        self._update, self._loss_scale, self._pool, self._bad = update, loss_scale, pool, bad
         self._limits: tuple[float | None, float | None] = (None, None)
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
         reached = set(self.reached)
@@ -245,15 +250,22 @@ class DeviceLine:
             targets = [p.grad for p in self.reached if p.grad is not None]
             torch._foreach_add_(targets, held)
             held = targets
-        bad = ~loss.isfinite().all()
-        if self._step is not None:
-            total = _total_norm(held)
-            bad = bad | ~total.isfinite()
-        self._bad.copy_(bad | (self._bad != 0) if self._add else bad)
+        bad = torch.where(loss.isfinite().all(), TAKEN, NOT_FINITE)
+        bad = torch.where(self._bad == NOT_FINITE, NOT_FINITE, bad) if self._add else bad
         if self._step is None:
+            self._bad.copy_(bad)
             return
+        if self._loss_scale is not None:
+            self._loss_scale.unscale_(held)
+        total = _total_norm(held)
+        of_gradients: Any = NOT_FINITE
+        if self._loss_scale is not None:
+            of_gradients = torch.where(self._loss_scale.value > 1, OVERFLOWED, NOT_FINITE)
+        self._bad.copy_(torch.where((bad == TAKEN) & ~total.isfinite(), of_gradients, bad))
+        if self._loss_scale is not None:
+            self._loss_scale.update_(self._bad == OVERFLOWED)
         for tensor, before in zip(self.written, self._before):
-            tensor.copy_(torch.where(self._bad != 0, before, tensor))
+            tensor.copy_(torch.where(self._bad == NOT_FINITE, before, tensor))
         max_norm, max_value = self._limits
         if max_value is not None:
             torch._foreach_clamp_max_(held, max_value)

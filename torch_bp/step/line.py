@@ -23,7 +23,7 @@ from torch_bp.step.recorder import NotCapturableError, Place, Recorder
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
 
-_DTYPES = {"bf16": torch.bfloat16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Passes:
@@ -34,7 +34,10 @@ class Passes:
         loss_fn: called with what the model returns and the targets; gives a number.
         fallback: let autograd do what has no explicit backward.
         keep_output: keep what the model returns.
-        precision: None, or "bf16".
+        precision: None, "bf16" or "fp16".
+
+    Attributes:
+        loss_scale: multiplies the error signal at the loss besides, None for 1.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Passes:
         self.model, self.loss_fn, self.fallback, self._keep_output = model, loss_fn, fallback, keep_output
         self._precision = precision
         self.path = Paths({"": model, "loss": loss_fn})
+        self.loss_scale: Tensor | None = None
         self.output: Any = None  # what the model returned last, if it is kept
 
     def run(
@@ -84,6 +88,8 @@ class Passes:
                     'reduction="mean" or "sum".'
                 )
             dy = torch.ones_like(loss) if scale == 1 else torch.full_like(loss, scale)
+            if self.loss_scale is not None:
+                dy = dy * self.loss_scale
             return loss, tape.backward(loss, dy, seen)
 
     def _autocast(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.step import device_line
 from torch_bp.step.arguments import Inputs, as_inputs, at, check, kind_of
-from torch_bp.step.device_line import DeviceLine, Outcomes
+from torch_bp.step.device_line import NOT_FINITE, DeviceLine, Outcomes
 from torch_bp.step.line import Line, Passes
+from torch_bp.step.loss_scale import LossScale
 from torch_bp.step.origin import origin
 from torch_bp.step.plan import Plan
 from torch_bp.step.record import record
@@ -57,7 +58,9 @@ class TrainStep:
             backward.
         keep_output: let `output` give what the model returned, for metrics. Default: False.
         precision: "bf16": products in bfloat16, as under `torch.autocast`, while parameters, gradients and the
-            optimizer stay in float32. Default: None, the precision of the model, which may be float64.
+            optimizer stay in float32. "fp16": the same in float16, with a loss scale that finds its size as
+            `torch.amp.GradScaler`'s does: a step whose gradients overflow is left out, without an error, and the scale
+            halved. Default: None, the precision of the model, which may be float64.
 
     Raises:
         TypeError, ValueError: an argument is none of these, or the optimizer holds no parameter of the model.
@@ -89,8 +92,8 @@ class TrainStep:
         precision: str | None = None,
     ) -> None:
         check(model, loss_fn, optimizer, clip_grad_norm, clip_grad_value, accumulate, capture, fallback)
-        if precision not in (None, "bf16"):
-            raise ValueError(f"TrainStep: precision must be None or 'bf16', got {precision!r}.")
+        if precision not in (None, "bf16", "fp16"):
+            raise ValueError(f"TrainStep: precision must be None, 'bf16' or 'fp16', got {precision!r}.")
         self._arguments = {
             "clip_grad_norm": clip_grad_norm,
             "clip_grad_value": clip_grad_value,
@@ -103,6 +106,7 @@ class TrainStep:
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.accumulate, self.capture = accumulate, capture
         self.steps = 0
+        self._loss_scale = LossScale() if precision == "fp16" else None
         self._passes = Passes(model, loss_fn, fallback == "autograd", keep_output, precision)
         self._keep_output = keep_output
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
@@ -119,14 +123,24 @@ class TrainStep:
         self._outcomes: Outcomes | None = None  # of steps that a device may still be at
         self._replayed: DeviceLine | None = None  # the line of the last pass, if it was a graph
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a step knows that neither model nor optimizer do: how many there were, and the loss scale."""
+        return {"steps": self.steps, "loss_scale": None if self._loss_scale is None else self._loss_scale.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` has returned."""
+        self.steps = state["steps"]
+        if self._loss_scale is not None and state["loss_scale"] is not None:
+            self._loss_scale.load_state_dict(state["loss_scale"])
+
     def __getstate__(self) -> dict[str, Any]:
         """What it was made of: buffers and what was captured belong to this object alone."""
         made = (self.model, self.loss_fn, self.optimizer)
-        return {"made": made, "arguments": self._arguments, "steps": self.steps}
+        return {"made": made, "arguments": self._arguments, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["made"], **state["arguments"])  # type: ignore[misc]
-        self.steps = state["steps"]
+        self.load_state_dict(state["state"])
 
     def __call__(self, x: Any, y: Any) -> Tensor:
         """Do one step on a batch.
@@ -152,7 +166,7 @@ class TrainStep:
 
         Args:
             x, y: as of a call.
-            scale: multiplies the gradients.
+            scale: multiplies the gradients. With `precision="fp16"` they are scaled by nothing else here.
 
         Returns:
             The loss (), in memory of its own.
@@ -310,6 +324,8 @@ class TrainStep:
 
     def _one(self, inputs: Inputs) -> Tensor:
         self._raise_found()
+        if not self._waiting:  # gradients by hand are replaced
+            self._by_hand = False
         final = self._waiting + 1 >= self.accumulate
         loss, norm = self._pass(inputs, self._waiting > 0, 1 / self.accumulate, final=final)
         if self._replayed is not None and (self._replayed.updates or not final):  # whether it is finite, it will tell
@@ -321,21 +337,39 @@ class TrainStep:
             return loss
         size = norm()
         # a norm can overflow where no number does
-        if not math.isfinite(loss) or not (math.isfinite(size) or all(map(_finite, self._gradients))):
+        finite = math.isfinite(size) or all(map(_finite, self._gradients))
+        earlier = self._replayed is not None and self.accumulate > 1 and int(self._device[1]) == NOT_FINITE  # type: ignore[index]
+        if earlier or not math.isfinite(loss) or not (finite or self._can_scale_down()):
             self._refuse(inputs, loss, size)
+        if not finite:
+            self._leave_out()
+            return loss
         self._waiting += 1
         if final:
             self._finish(size if self.accumulate == 1 else None)
         return loss
 
+    def _can_scale_down(self) -> bool:
+        """True if gradients may have overflowed for their scale alone."""
+        return self._loss_scale is not None and float(self._loss_scale.value) > 1
+
+    def _leave_out(self) -> None:
+        """Drop a window whose scaled gradients have overflowed."""
+        self._waiting = 0
+        for p in self._parameters():
+            p.grad = None
+        self._loss_scale.update_(torch.ones(()))  # type: ignore[union-attr]
+
     def _raise_found(self, wait: bool = False) -> None:
         """Raise if a device has come upon a step that was not finite, which it has not taken."""
         found = [] if self._outcomes is None else self._outcomes.found(wait)
-        for _, _, line in found:
+        for _, (_, _, line) in found:
             line.take_back()
-        if found:
-            step, inputs, _ = found[0]
-            more = f", as at {len(found) - 1} later" * (len(found) > 1)
+        self.steps -= len(found)
+        refused = [about for code, about in found if code == NOT_FINITE]
+        if refused:
+            step, inputs, _ = refused[0]
+            more = f", as at {len(refused) - 1} later" * (len(refused) > 1)
             where = origin(self._passes, inputs, self._parameters(), self._modules)
             raise FloatingPointError(
                 f"TrainStep: at step {step}{more} the loss or the norm of the gradients was not finite: {where}. The "
@@ -345,12 +379,15 @@ class TrainStep:
             )
 
     def _finish(self, norm: float | None) -> None:
-        self._waiting, self._by_hand = 0, False
+        by_hand, self._waiting, self._by_hand = self._by_hand, 0, False
         gradients = self._gradients
         if norm is None:  # other batches of the window may have reached others
             gradients = [p.grad for p in self._parameters() if p.grad is not None]
-            norm = Norm(gradients)()
-        self._update(gradients, norm)
+        if self._loss_scale is not None and not by_hand:
+            self._loss_scale.unscale_(gradients)
+            self._loss_scale.update_(torch.zeros(()))
+            norm = None
+        self._update(gradients, Norm(gradients)() if norm is None else norm)
         self.steps += 1
 
     def _refuse(self, inputs: Inputs, loss: Tensor, norm: float) -> NoReturn:
@@ -379,6 +416,12 @@ class TrainStep:
             final: an update follows at once.
         """
         inputs, batch, kind = kind_of(inputs, add, scale)
+        self._passes.loss_scale = None
+        if self._loss_scale is not None and not own and batch:
+            self._loss_scale.to_(batch[0].device)
+            self._passes.loss_scale = self._loss_scale.value
+        if kind is not None and self._loss_scale is not None:
+            kind = (*kind, own)
         if kind is not None and batch and device_line.serves(batch[0]):
             kind = (*kind, own, final)
         recording = torch.is_grad_enabled()
@@ -442,8 +485,9 @@ class TrainStep:
         line: Line | DeviceLine
         if device_line.serves(leaves[0]):
             update = self._update if final else None
+            scales = None if own else self._loss_scale
             line = DeviceLine(
-                self._passes, self._modules, inputs, leaves, scale, add, update, *self._on_device(leaves[0])
+                self._passes, self._modules, inputs, leaves, scale, add, update, scales, *self._on_device(leaves[0])
             )
         else:
             line = Line(self._passes, self._modules, inputs, leaves, scale, add, own)
