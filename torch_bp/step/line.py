@@ -20,6 +20,7 @@ from torch_bp.step.explicit import Explicit, Paths
 from torch_bp.step.plan import Plan
 from torch_bp.step.program import Program
 from torch_bp.step.recorder import NotCapturableError, Place, Recorder
+from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
 
@@ -74,7 +75,7 @@ class Passes:
         Raises:
             TypeError, ValueError: the loss is no tensor, or no number.
         """
-        with torch.no_grad(), Tape(leaves, noted) as tape:
+        with torch.no_grad(), Tape(leaves, noted, whole=seen is not None) as tape:
             # As in training through autograd, for what asks, and for no_grad inside.
             with torch.enable_grad(), Explicit(tape, self.fallback, self.path), self._autocast(leaves):
                 output = self.model(*inputs[0])
@@ -103,12 +104,13 @@ class Line:
     """A captured pass.
 
     Args:
-        passes: what to capture. It runs once, as a step like any other.
+        passes: what to capture. It runs once, to be noted, and what it did is taken back.
         modules: whose state decides what it does.
         inputs: the arguments of the model, and the targets.
         leaves: the tensors that gradients are for.
         scale: the error signal at the loss.
         add: add to the gradients that are there.
+        before: brings back what a pass changes besides.
         own: give the first gradients memory of their own.
 
     Attributes:
@@ -131,25 +133,31 @@ class Line:
         leaves: Sequence[Tensor],
         scale: float,
         add: bool,
+        before: Snapshot,
         own: bool = False,
     ) -> None:
         self.unchanged = Unchanged(modules, leaves)
         self.plan = Plan()
         inputs, batch = apart(inputs, modules)
         with Recorder(batch) as recorder:
-            loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of))
+            try:
+                loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of))
+            except NotCapturableError:
+                recorder.rewind()
+                raise
         if not self.unchanged.holds():
             raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
-        made = [gradient for gradient in found if gradient is not None]
-        places = [recorder.place(gradient) for gradient in made]
-        given = _made_of(passes.output)
-        output = tree_map_only(Tensor, recorder.place, passes.output)
-        passes.output = None
-        self.program = Program(recorder, [recorder.place(loss), *places, *tree_leaves(output)])
+        places = [recorder.place(gradient) for gradient in found if gradient is not None]
+        output, loss_at = tree_map_only(Tensor, recorder.place, passes.output), recorder.place(loss)
+        # What was noted ran for its notes alone: its memory is given back before that of the program is asked for.
+        passes.output = found = loss = None  # type: ignore[assignment]
+        before.restore()
+        recorder.rewind()
+        self.program = Program(recorder, [loss_at, *places, *tree_leaves(output)])
         self.output = tree_map_only(Place, self.program.tensor, output)
         self._made = [self.program.tensor(place) for place in places]
-        self.loss = self.program.tensor(recorder.place(loss))
+        self.loss = self.program.tensor(loss_at)
         self.written = self.program.written
         self._before = [torch.empty_like(t) for t in self.written]
         self._add = add
@@ -159,20 +167,14 @@ class Line:
             self.program.owns(place) and taken.count(place.memory) == 1 and t.stride() == p.stride()
             for p, t, place in zip(self.reached, self._made, places)
         ]
-        handed = [(t, g) for t, g, as_it_is in zip(self._made, made, self._handed_out) if as_it_is]
-        for target, value in [(self.loss, loss), *zip(_made_of(self.output), given), *handed]:
-            target.copy_(value)
-        # of this run, where a gradient is not handed out from where the pass makes it: that may be in one place several
-        # times, as of a sum
-        first = [t if as_it_is else g for t, g, as_it_is in zip(self._made, made, self._handed_out)]
         self.gradients: list[Tensor] = []
         reached = set(self.reached)
         self._others = [p for p in dict.fromkeys(p for m in modules for p in m.parameters()) if p not in reached]
-        self._deliver(own, first)
         self._at = self.program.arena.storage.data_ptr()
         names = {id(p): name for module in modules for name, p in module.named_parameters()}
         self.plan.parameters = [names.get(id(p), "?") for p in self.reached]
         self.plan.bytes, self.plan.apart = self.program.arena.size, self.program.arena.total
+        self.run(batch, own)
 
     def run(self, batch: Sequence[Tensor], own: bool = False) -> Tensor:
         """Run the pass again on another batch of the same kind; return the loss, which the next run overwrites.
@@ -215,10 +217,6 @@ class Line:
         """Take back what the last run wrote to the model's own tensors."""
         for tensor, before in zip(self.written, self._before):
             tensor.copy_(before)
-
-
-def _made_of(output: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
 def apart(inputs: Any, modules: Sequence[torch.nn.Module]) -> tuple[Any, list[Tensor]]:

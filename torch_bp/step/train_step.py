@@ -463,7 +463,7 @@ class TrainStep:
         try:
             if self.capture and kind not in self._never:
                 try:
-                    return self._captured(inputs, kind, add, scale, own, final)
+                    return self._captured(inputs, kind, add, scale, own, final, before)
                 except NotCapturableError:
                     before.restore()
                     self._cannot(kind)
@@ -473,7 +473,7 @@ class TrainStep:
             raise
 
     def _captured(
-        self, inputs: Inputs, kind: Any, add: bool, scale: float, own: bool, final: bool
+        self, inputs: Inputs, kind: Any, add: bool, scale: float, own: bool, final: bool, before: Snapshot
     ) -> tuple[Tensor, Callable[[], float]]:
         if kind is None:
             raise NotCapturableError(
@@ -490,7 +490,7 @@ class TrainStep:
                 self._passes, self._modules, inputs, leaves, scale, add, update, scales, *self._on_device(leaves[0])
             )
         else:
-            line = Line(self._passes, self._modules, inputs, leaves, scale, add, own)
+            line = Line(self._passes, self._modules, inputs, leaves, scale, add, before, own)
         self._lines.setdefault(kind, []).append(line)
         while sum(map(len, self._lines.values())) > _LINES:
             oldest = next(iter(self._lines))
