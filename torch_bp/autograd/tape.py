@@ -95,8 +95,8 @@ class Tape:
     Args:
         leaves: the tensors that gradients are for.
         noted: called with each entry as it is noted.
-        whole: let entries keep their inputs and outputs, for those who look at them later. Default: what no backward
-            needs is freed, as by autograd.
+        whole: for those who look at everything: entries keep their inputs and outputs, and what runs as one node where
+            it can runs in parts. Default: what no backward needs is freed, as by autograd.
 
     Example:
         >>> import torch
@@ -114,7 +114,7 @@ class Tape:
         self, leaves: Iterable[Tensor], noted: Callable[[Entry], None] | None = None, whole: bool = False
     ) -> None:
         self.leaves = list(leaves)
-        self._whole = whole
+        self.whole = whole
         self.entries: list[Entry] = []
         self._noted = noted
         self._numbers: dict[int, int] = {}
@@ -251,7 +251,7 @@ class Tape:
         self.entries.append(entry)
         if self._noted is not None:
             self._noted(entry)
-        if not self._whole:
+        if not self.whole:
             entry.inputs, entry.outputs = (), outputs if len(outputs) > 1 else ()
         return entry
 

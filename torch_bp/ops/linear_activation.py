@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, connected, overridden, tangents_possible, under_autocast
+from torch_bp.autograd.function import Function, connected, in_parts, overridden, tangents_possible, under_autocast
 from torch_bp.kernels import engine
 from torch_bp.kernels.extension import with_column_sum
 from torch_bp.kernels.plain import eager, reusable
@@ -157,6 +157,7 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
             or weight.is_complex()
             or (bias is not None and bias.dim() != 1)
             or input.is_nested
+            or in_parts()
             or under_autocast(input)  # which may want the activation in another dtype
         ):
             return activation(linear(input, weight, bias), *values)
