@@ -11,10 +11,12 @@ P = max(0, first - lowest) what the run has gained so far, between medians of `B
   that is: far out by the spread, by the largest that was seen lately, and by what there is to lose. One batch may be
   odd, so it takes `patience` spikes in a row to be a divergence; a single one joins the window afterwards, so that what
   comes again and again, such as a hard batch among many easy ones, is no spike for long.
+- *What was gained is lost*: the median of the last `BLOCK` losses is above the lowest ever by more than 4 `rise` times
+  G = max(P, 4 s, |first| / 10), where s is now the spread of losses within their blocks.
 - *A steady rise*: the medians of the last `BLOCKS` blocks of `BLOCK` losses rise by the test of Mann (1945) and
   Kendall: S = sum_{i<j} sign(x_j - x_i) is so large that an order by chance has it with a probability of at most 1e-5
-  (the exact distribution, no normal one); in the window they have risen by more than twice the spread s of losses
-  within their blocks; and the last is above the lowest ever by more than `rise` times max(P, 4 s, |first| / 10).
+  (the exact distribution, no normal one); they have risen by more than 2 s; and the last is above the lowest ever by
+  more than `rise` times G.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ BLOCK, BLOCKS = 20, 10
 _FEW = 16  # losses with which a spread begins to mean something
 _NORMAL = 1.4826  # standard deviations in a median absolute deviation
 _CHANCE = 1e-5
+_ALL_LOST = 4  # times `rise`
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class LossTest:
         self._block: list[float] = []
         self._blocks: deque[tuple[float, float]] = deque(maxlen=BLOCKS)  # median and spread of each
         self._first: float | None = None
+        self._scale = math.inf  # what losses are compared with when they rise
         self._lowest, self._since = math.inf, 0  # the lowest median of a block, and how many losses ago it was
 
     def threshold(self) -> float:
@@ -112,9 +116,12 @@ class LossTest:
             self._block.append(each)
         self._held.clear()
         self._since += 1
-        return self._close_block() if len(self._block) >= BLOCK else None
+        if len(self._block) >= BLOCK:
+            self._close_block()
+            return self._rising()
+        return self._lost(loss)
 
-    def _close_block(self) -> Finding | None:
+    def _close_block(self) -> None:
         median = statistics.median(self._block)
         self._blocks.append((median, _spread(self._block, median)))
         self._block.clear()
@@ -122,15 +129,24 @@ class LossTest:
             self._first = median
         if median <= self._lowest:
             self._lowest, self._since = median, 0
-        medians = [each for each, _ in self._blocks]
+        gained = self._first - self._lowest
+        self._scale = max(gained, 4 * statistics.median(each for _, each in self._blocks), abs(self._first) / 10)
+
+    def _lost(self, loss: float) -> Finding | None:
+        if self.rise is None or loss <= (threshold := self._lowest + _ALL_LOST * self.rise * self._scale):
+            return None
+        median = statistics.median(list(self._losses)[-BLOCK:])
+        return Finding("rise", median, threshold, since=self._since) if median > threshold else None
+
+    def _rising(self) -> Finding | None:
+        medians = [median for median, _ in self._blocks]
         if self.rise is None or len(medians) < BLOCKS or concordance(medians) < _SIGNIFICANT:
             return None
         spread = statistics.median(each for _, each in self._blocks)
-        gained = self._first - self._lowest
-        threshold = self._lowest + self.rise * max(gained, 4 * spread, abs(self._first) / 10)
-        if median <= threshold or median - medians[0] <= 2 * spread:
+        threshold = self._lowest + self.rise * self._scale
+        if medians[-1] <= threshold or medians[-1] - medians[0] <= 2 * spread:
             return None
-        return Finding("rise", median, threshold, since=self._since)
+        return Finding("rise", medians[-1], threshold, since=self._since)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen, in numbers."""
@@ -140,6 +156,7 @@ class LossTest:
             "block": list(self._block),
             "blocks": list(self._blocks),
             "first": self._first,
+            "scale": self._scale,
             "lowest": self._lowest,
             "since": self._since,
         }
@@ -149,7 +166,8 @@ class LossTest:
         self._losses = deque(state["losses"], maxlen=self.window)
         self._held, self._block = list(state["held"]), list(state["block"])
         self._blocks = deque(map(tuple, state["blocks"]), maxlen=BLOCKS)  # type: ignore[arg-type]
-        self._first, self._lowest, self._since = state["first"], state["lowest"], state["since"]
+        self._first, self._scale = state["first"], state["scale"]
+        self._lowest, self._since = state["lowest"], state["since"]
 
 
 def _spread(losses: Sequence[float] | deque[float], median: float) -> float:
