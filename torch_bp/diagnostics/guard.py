@@ -291,7 +291,7 @@ class DivergenceGuard:
         squares = total_of_squares(gradients, self._tables)
         if not late.asynchronous(loss):
             scale = self._scaler.get_scale() if self._scaler else 0.0
-            self._judge(self._key, math.inf, loss.item(), squares.item(), scale)
+            self._judge(self._key, None, loss.item(), squares.item(), scale)
             return
         threshold = self._tests[self._key].threshold()
         squares = squares.to(loss.device)
@@ -310,11 +310,13 @@ class DivergenceGuard:
         for key, threshold, numbers in out:
             if self._found is None or not self._found.certain:
                 self._judge(key, threshold, *numbers.read())
+                if self._found is not None:
+                    self._ring.doubt()
 
-    def _judge(self, key: int | None, threshold: float, loss: float, squares: float, scale: float) -> None:
+    def _judge(self, key: int | None, threshold: float | None, loss: float, squares: float, scale: float) -> None:
         self._key = key
         finite = not math.isfinite(loss) or math.isfinite(squares)
-        self._found = self._tests[key].judge(loss) if finite else Finding("gradient", squares, math.inf)
+        self._found = self._tests[key].judge(loss, threshold) if finite else Finding("gradient", squares, math.inf)
         self._overflows = self._overflows + 1 if scale < self._scale else 0
         self._scale = scale
         if self._overflows >= _OVERFLOWS and self._found is None:

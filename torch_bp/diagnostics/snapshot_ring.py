@@ -57,6 +57,11 @@ class SnapshotRing:
         for slot in self._slots:
             slot.healthy += 1
 
+    def doubt(self) -> None:
+        """Take back that the last step was healthy."""
+        for slot in self._slots:
+            slot.healthy -= 1
+
     def due(self, position: int) -> bool:
         """Whether it is time for the next snapshot."""
         return not self._slots or position - self._slots[-1].position >= self.every
