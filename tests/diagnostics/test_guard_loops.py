@@ -417,12 +417,15 @@ def test_halves():
     loss = loss_of(model)
     loss.backward()
     assert guard.before_update(loss) is True
-    with pytest.raises(RuntimeError, match="after_update must follow before_update"):
-        guard.before_update(loss)
     optimizer.step()
     assert guard.after_update() is True
     assert guard.before_update(loss * NAN) is False
+    assert guard.before_update(loss) is False  # the same step of the loop goes on
     assert guard.after_update() is False
+    assert guard.before_update(loss) is True
+    assert guard.before_update(loss) is True
+    assert guard.after_update() is True
+    assert guard.steps == 3
 
 
 GOOD = torch.nn.Linear(2, 1)

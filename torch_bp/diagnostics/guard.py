@@ -139,7 +139,6 @@ class DivergenceGuard:
         self._found: Finding | None = None
         self._out: list[tuple[int | None, float, late.Late]] = []  # what is on its way to the host
         self._marked: list[Optimizer] = []  # that have been told on the device
-        self._open = False
 
     def step(self, loss: Tensor | Callable[[], Tensor], optimizer: Optimizer | None = None) -> bool:
         """Step the optimizers, if nothing is wrong; gradients must be there. In the place of `optimizer.step()`.
@@ -196,19 +195,24 @@ class DivergenceGuard:
         return None if went else loss
 
     def before_update(self, loss: Tensor, optimizer: Optimizer | None = None) -> bool:
-        """The first half of `step`, for loops that others run: return whether the update may be made."""
-        if self._open:
-            raise RuntimeError("DivergenceGuard: after_update must follow before_update, got another one; call it.")
-        chosen, loss = self._chosen(optimizer), _one(loss)
+        """The first half of `step`, for loops that others run: return whether the update may be made.
+
+        Once for each update, where a step of the loop has several; `after_update` comes at its end.
+        """
+        chosen, loss, before = self._chosen(optimizer), _one(loss), self._found
+        if before is not None and before.certain:
+            return False
         self._recovery.start(self._notes)
         self._settle()
-        if self._found is None:
+        if self._found is before:
+            self._found = None
             self._key = None if optimizer is None else self._optimizers.index(optimizer)
             groups = [] if self._scaler else [group for each in chosen for group in each.param_groups]
             gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             self._look(loss, gradients, chosen)
-        self._open = True
-        return self._found is None
+        proceeds = self._found is None
+        self._found = self._found or before
+        return proceeds
 
     def after_update(self, *, acted: bool = False) -> bool:
         """The second half of `step`: note a healthy step, or go back. `acted`: the update was made, spike or not.
@@ -310,8 +314,8 @@ class DivergenceGuard:
         for key, threshold, numbers in out:
             if self._found is None or not self._found.certain:
                 self._judge(key, threshold, *numbers.read())
-                if self._found is not None:
-                    self._ring.doubt()
+        if out and self._found is not None:
+            self._ring.doubt()
 
     def _judge(self, key: int | None, threshold: float | None, loss: float, squares: float, scale: float) -> None:
         self._key = key
@@ -365,7 +369,7 @@ class DivergenceGuard:
 
     def _close(self) -> None:
         """Whatever comes next is another step."""
-        self._open, self._found = False, None
+        self._found = None
         for optimizer in self._marked:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         self._marked = []
