@@ -12,6 +12,8 @@ from typing import Any
 from torch_bp._version import __version__
 
 _FUNCTIONS = {  # and the modules they are in
+    "DivergenceError": "diagnostics",
+    "DivergenceGuard": "diagnostics",
     "TrainStep": "step",
     "conversion": "nn.convert",
     "convert": "nn.convert",
@@ -19,12 +21,15 @@ _FUNCTIONS = {  # and the modules they are in
     "verify": "certificate",
 }
 __all__ = [
+    "DivergenceError",
+    "DivergenceGuard",
     "TrainStep",
     "__version__",
     "autograd",
     "certificate",
     "conversion",
     "convert",
+    "diagnostics",
     "kernels",
     "nn",
     "ops",

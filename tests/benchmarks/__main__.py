@@ -14,6 +14,7 @@ from tests.benchmarks import (
     cross_entropy,
     exactness,
     fusion,
+    guard,
     honesty,
     loops,
     network,
@@ -45,6 +46,7 @@ BENCHMARKS: dict[str, dict[str, Callable[[str, int], Iterator[Result]]]] = {
         "C9": both,
         "C12": train_step.growth,
         "R5": exactness.measure,
+        "guard": guard.measure,
         "start": start.measure,
     },
     "cuda": {

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_bp.kernels import Formula, Table
+from torch_bp.kernels import Formula
 from torch_bp.kernels.extension import SCALE, extended
-from torch_bp.kernels.norm import ratio, sum_of_squares
+from torch_bp.kernels.norm import ratio, squares, total_of_squares
 
 Totals = tuple[Tensor, ...]
 
@@ -89,34 +89,6 @@ class Extras:
         return tuple(torch.cat([t.to(device) for t in of_one])[index].sqrt() for of_one in zip(*self._totals))
 
 
-def squares(x: Tensor) -> Tensor:
-    """The sum of squares of any tensor there is: sparse, complex, distributed."""
-    x = _values(x.detach())
-    x = x.double().square().sum()
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def _values(x: Tensor) -> Tensor:
-    x = x.coalesce().values() if x.layout is torch.sparse_coo else x
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def _total_norm(gradients: Sequence[Tensor], tables: dict[Any, Table]) -> Tensor:
-    """The norm of all gradients together: those of one kind by one call of a list kernel, over a table that is kept."""
-    kinds: dict[Any, list[Tensor]] = {}
-    for gradient in map(_values, gradients):
-        kinds.setdefault((type(gradient), gradient.device, gradient.dtype), []).append(gradient)
-    sums = []
-    for key, alike in kinds.items():
-        if key[0] in (Tensor, torch.nn.Parameter):
-            sums.append(sum_of_squares.foreach_(alike, table=tables.setdefault(key, Table())).sum())
-        else:
-            sums += map(squares, alike)
-    if not sums:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack([s.to(sums[0].device) for s in sums]).sum().sqrt()
-
-
 def _with_gradient(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
 
@@ -177,7 +149,8 @@ def fused_step(
     with torch.no_grad():
         if max_norm is not None:
             tables = optimizer.__dict__.setdefault("_norm_tables", {})
-            total_norm = _total_norm([p.grad for p in _with_gradient(optimizer)], tables)  # type: ignore[misc]
+            gradients = [p.grad for p in _with_gradient(optimizer)]
+            total_norm = total_of_squares(gradients, tables).sqrt()  # type: ignore[arg-type]
             scale = ratio(max_norm, total_norm).clamp(max=1.0)
     extras = Extras(scale.reshape(()) if isinstance(scale, Tensor) else scale, zero_grad, norms)
     optimizer._extras = extras  # type: ignore[attr-defined]

@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.kernels import capture
-from torch_bp.kernels.norm import ratio
+from torch_bp.kernels.norm import ratio, values_of
 from torch_bp.optim.captured import CapturedStep
 from torch_bp.step.line import Passes, apart
 from torch_bp.step.loss_scale import LossScale
 from torch_bp.step.plan import Plan
 from torch_bp.step.recorder import NotCapturableError, Recorder, tensors_in
 from torch_bp.step.unchanged import Unchanged
-from torch_bp.step.update import Norm, Update, values_of
+from torch_bp.step.update import Norm, Update
 
 TAKEN, NOT_FINITE, OVERFLOWED = 0, 1, 2  # what became of a step; the last for the scale of its loss alone
 

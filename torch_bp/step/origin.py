@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from torch_bp.autograd.tape import Entry
+from torch_bp.kernels.norm import values_of
 from torch_bp.step.line import Passes
-from torch_bp.step.update import values_of
 
 
 class _FoundError(Exception):

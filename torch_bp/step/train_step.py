@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torch_bp.kernels.norm import values_of
 from torch_bp.step import device_line
 from torch_bp.step.arguments import Inputs, as_inputs, at, check, kind_of
 from torch_bp.step.device_line import NOT_FINITE, DeviceLine, Outcomes
@@ -23,7 +24,7 @@ from torch_bp.step.recorder import NotCapturableError
 from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.table import Trace
 from torch_bp.step.unchanged import hooked, refuse_backward_hooks
-from torch_bp.step.update import Norm, Update, values_of
+from torch_bp.step.update import Norm, Update
 
 _set_recording = torch._C._set_grad_enabled
 _LINES = 16  # that are kept, each with buffers of its own
@@ -265,6 +266,12 @@ class TrainStep:
         """
         return record(self._passes, self._modules, as_inputs(x, y), check)
 
+    def drop(self) -> None:
+        """Forget the gradients of a window that is not full, and those in `p.grad`; a new window begins."""
+        self._waiting, self._by_hand = 0, False
+        for p in self._parameters():
+            p.grad = None
+
     def reset(self) -> None:
         """Forget what was captured; the next step is captured anew."""
         self._lines.clear()
@@ -355,9 +362,7 @@ class TrainStep:
 
     def _leave_out(self) -> None:
         """Drop a window whose scaled gradients have overflowed."""
-        self._waiting = 0
-        for p in self._parameters():
-            p.grad = None
+        self.drop()
         self._loss_scale.update_(torch.ones(()))  # type: ignore[union-attr]
 
     def _raise_found(self, wait: bool = False) -> None:
@@ -394,9 +399,7 @@ class TrainStep:
         """Leave everything as it was before the batch, but for the gradients of its window, and say what is wrong."""
         value = loss.item()
         self._restore()
-        self._waiting = 0
-        for p in self._parameters():
-            p.grad = None
+        self.drop()
         where = origin(self._passes, inputs, self._parameters(), self._modules)
         raise FloatingPointError(
             f"TrainStep: at step {self.steps + 1} the loss is {value:.4g} and the norm of the gradients {norm:.4g}: "
