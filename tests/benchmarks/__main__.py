@@ -17,6 +17,7 @@ from tests.benchmarks import (
     guard,
     honesty,
     loops,
+    mnist,
     network,
     normalised,
     operations,
@@ -45,13 +46,15 @@ BENCHMARKS: dict[str, dict[str, Callable[[str, int], Iterator[Result]]]] = {
         "C8": normalised.measure,
         "C9": both,
         "C12": train_step.growth,
+        "epoch": mnist.measure,
         "R5": exactness.measure,
         "guard": guard.measure,
         "start": start.measure,
     },
     "cuda": {
+        "G1": train_step.measure_on_device,
         "G2": network.measure,
-        "G4": honesty.measure,
+        "G4": both,
         "G5": optimizers.measure,
         "G6": optimizers.measure,
         "G7": cross_entropy.measure,
@@ -60,7 +63,9 @@ BENCHMARKS: dict[str, dict[str, Callable[[str, int], Iterator[Result]]]] = {
 
 
 def _value(result: Result, value: float) -> str:
-    return {"us": f"{value:.0f} us", "bytes": size(value), "ulp": f"{value:.2g} ulp"}[result.unit]
+    return {"us": f"{value:.0f} us", "s": f"{value:.2f} s", "bytes": size(value), "ulp": f"{value:.2g} ulp"}[
+        result.unit
+    ]
 
 
 def _spread(result: Result) -> str:

@@ -26,7 +26,7 @@ class Result:
     ours_value: float
     peer_value: float
     target: float | None = None
-    unit: str = "us"  # of the two values: microseconds, bytes or units in the last place
+    unit: str = "us"  # of the two values: microseconds, seconds, bytes or units in the last place
     working_set: int | None = None  # bytes; small ones may stay in a cache
     most: float | None = None  # target of `high`, where that is the worst of many
 

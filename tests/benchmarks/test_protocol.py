@@ -121,7 +121,7 @@ def test_without_a_gpu_one_line_says_so(names, monkeypatch, capsys):
     [
         (["C3000"], "unknown benchmark 'C3000' for cpu, expected one of C1, "),
         (["G2"], "unknown benchmark 'G2' for cpu"),
-        (["--device", "cuda", "C5"], "unknown benchmark 'C5' for cuda, expected one of G2, G4, G5, G6, G7"),
+        (["--device", "cuda", "C5"], "unknown benchmark 'C5' for cuda, expected one of G1, G2, G4, G5, G6, G7"),
         (["--pairs", "0"], "--pairs must be at least 1, got 0"),
     ],
 )
