@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -54,9 +53,8 @@ def _like(direction: Tensor, tensor: Tensor) -> Tensor:
 def _pushed(passes: Passes, name: str, tangent: Tensor) -> tuple[Tensor, ...]:
     """Return the tangents of the outputs inside a dual level; zeros where forward mode gives none."""
     subject = passes.subject
-    dual = forward_ad.make_dual(subject.tensors[name].detach(), tangent)
-    frozen = {n: t if n == name else t.detach() for n, t in subject.tensors.items()}
-    unpacked = [forward_ad.unpack_dual(t) for t in subject.outputs(frozen | {name: dual})]
+    dual = forward_ad.make_dual(subject.tensors[name], tangent)  # may have to be differentiated backward, too
+    unpacked = [forward_ad.unpack_dual(t) for t in subject.outputs(subject.tensors | {name: dual})]
     return tuple(torch.zeros_like(u.primal) if u.tangent is None else u.tangent for u in unpacked)
 
 
