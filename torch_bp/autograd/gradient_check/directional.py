@@ -244,13 +244,11 @@ def _row(
         error = abs(analytic - value) / scale if scale > 0 else 0.0
         if not math.isfinite(error):
             error = math.inf
-        if 4 * rounding > rtol * scale and factor != 1:
-            break
         resolved = 4 * rounding <= rtol * scale or scale == 0
+        if factor != 1 and not resolved:
+            break
         if not best.resolved or error < best.error:
-            """Compare at some steps; an error is relative to the terms of the slope where these cancel."""
-    analytic, norm = sum(t.sum().item() for t in terms), _norm(terms)
-    best = DirectionalRow(name, error, analytic, value, resolved)
+            best = DirectionalRow(name, error, analytic, value, resolved)
         if error <= rtol:
             break
     return best
