@@ -194,10 +194,8 @@ class _Live:
     def layer_row(self, layer: str, names: list[str], rtol: float, generator: torch.Generator) -> DirectionalRow:
         """One layer along a direction of all its parameters."""
         directions = {name: _direction(self.gradients[name], generator) for name in names}
-        analytic = sum((self.gradients[name] * d).sum().item() for name, d in directions.items())
-        size = math.sqrt(
-            sum((s.double() * t.double()).square().sum().item() for s, t in zip(self.signals, self.points))
-        )
+        terms = [self.gradients[name] * d for name, d in directions.items()]
+        size = _norm([s.double() * t.double() for s, t in zip(self.signals, self.points)])
 
         def numeric(h: float) -> tuple[float, float]:
             ends = []
