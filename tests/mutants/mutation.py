@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import copy
 import importlib
 import sys
 import types
@@ -29,6 +28,16 @@ class Mutant:
     after: str
     line: str
     tree: ast.Module
+    place: tuple
+
+    def code(self) -> types.CodeType:
+        """Compile the module with the change."""
+        holder, field, index, node, changed = self.place
+        _put(holder, field, index, changed)
+        try:
+            return compile(ast.fix_missing_locations(self.tree), self.path, "exec")
+        finally:
+            _put(holder, field, index, node)
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -49,12 +58,9 @@ def mutants(path: str, functions: set[str]) -> Iterator[Mutant]:
             for changed in _faults(node):
                 ast.copy_location(changed, node)
                 ast.fix_missing_locations(changed)
-                _put(holder, field, index, changed)
-                mutated = copy.deepcopy(tree)
-                _put(holder, field, index, node)
-                yield Mutant(
-                    path, name, ast.unparse(node), ast.unparse(changed), lines[node.lineno - 1].strip(), mutated
-                )
+                line = lines[node.lineno - 1].strip()
+                place = holder, field, index, node, changed
+                yield Mutant(path, name, ast.unparse(node), ast.unparse(changed), line, tree, place)
 
 
 def _functions(node, prefix=""):
@@ -154,9 +160,7 @@ class Namespace:
         with self._in_place():
             for path in paths:
                 changed = mutant is not None and path == mutant.path
-                self._make(
-                    path, compile(ast.fix_missing_locations(mutant.tree), path, "exec") if changed else _code(path)
-                )
+                self._make(path, mutant.code() if changed else _code(path))
 
     def __getattr__(self, name):
         for module in reversed(self.modules.values()):
