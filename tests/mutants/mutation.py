@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Mutant:
     before: str
     after: str
     line: str
+    number: int  # among those of the same text
     tree: ast.Module
     place: tuple
 
@@ -44,13 +46,16 @@ class Mutant:
         return self.path.rsplit(".", 1)[-1], self.function, self.before, self.after
 
     def __str__(self) -> str:
-        return f"{'.'.join(self.key[:2])}: {self.before}  ->  {self.after}  in  {self.line}"
+        return f"{'.'.join(self.key[:2])}: {self.before}  ->  {self.after}  in  {self.line}" + f"  #{self.number}" * (
+            self.number > 0
+        )
 
 
 def mutants(path: str, functions: set[str]) -> Iterator[Mutant]:
     """Yield every fault in these functions of a module, "name" or "Class.name"; in a factory, "factory.Class.name"."""
     source = Path(sys.modules[path].__file__ if path in sys.modules else importlib.import_module(path).__file__)
     tree = ast.parse(source.read_text(encoding="utf-8"))
+    seen: Counter[tuple[str, ...]] = Counter()
     found, lines = dict(_functions(tree)), source.read_text(encoding="utf-8").splitlines()
     assert functions <= found.keys(), f"{path} has no {functions - found.keys()}"
     for name in sorted(functions):
@@ -60,7 +65,9 @@ def mutants(path: str, functions: set[str]) -> Iterator[Mutant]:
                 ast.fix_missing_locations(changed)
                 line = lines[node.lineno - 1].strip()
                 place = holder, field, index, node, changed
-                yield Mutant(path, name, ast.unparse(node), ast.unparse(changed), line, tree, place)
+                text = name, ast.unparse(node), ast.unparse(changed), line
+                yield Mutant(path, *text, seen[text], tree, place)
+                seen[text] += 1
 
 
 def _functions(node, prefix=""):

@@ -248,7 +248,7 @@ def _row(
         error = abs(analytic - value) / scale if scale > 0 else 0.0
         error = error if math.isfinite(error) else math.inf
         resolved = 4 * rounding <= rtol * scale or scale == 0
-        if not values or error < best.error:
+        if not values or (resolved and error < best.error) or error <= rtol:
             best = DirectionalRow(name, error, analytic, value, resolved)
         values.append(value)
         if error <= rtol or (len(values) > 1 and not resolved):
