@@ -171,3 +171,74 @@ def test_asking_for_help_loads_no_torch(models):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+CHECKED = """
+import torch
+
+
+class Off(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+def layer():
+    return torch.nn.Linear(3, 2), torch.randn(4, 3)
+
+
+def named():
+    return torch.nn.Bilinear(3, 2, 2), {"input1": torch.randn(4, 3), "input2": torch.randn(4, 2)}
+
+
+class Halved(torch.nn.Linear):
+    def forward(self, x):
+        return Off.apply(super().forward(x))
+
+
+def wrong():
+    return Halved(3, 2), torch.randn(4, 3)
+
+
+def numbers():
+    return torch.randn(4)
+"""
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch):
+    (tmp_path / "checked_models.py").write_text(CHECKED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "checked_models", raising=False)
+    return "checked_models"
+
+
+def test_gradcheck(checked, capsys):
+    assert main(["gradcheck", f"{checked}:layer", "--second"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("gradcheck passed: relative errors are below 1e-07")
+    assert "second derivatives: gradcheck passed" in printed
+    assert main(["gradcheck", f"{checked}:named", "--full"]) == 0
+    assert "parameter weight" in capsys.readouterr().out
+    assert main(["gradcheck", f"{checked}:layer", "--as-is", "--rtol", "0.05"]) == 0
+    assert "below 5e-02, with eps 1e-03" in capsys.readouterr().out
+
+
+def test_gradcheck_finds(checked, capsys):
+    assert main(["gradcheck", f"{checked}:wrong", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["gradcheck"]
+    assert not found["passed"]
+    assert "it is 0.5 times the numeric gradient" in found["failure"]
+    assert {row["name"] for row in found["rows"]} == {"input 0", "parameter weight", "parameter bias"}
+    assert main(["gradcheck", f"{checked}:Off", "--function", "--inputs", f"{checked}:numbers"]) == 1
+
+
+@pytest.mark.parametrize("arguments", [["nowhere:x"], ["torch.nn:Tanh"], ["torch.nn:Tanh", "--inputs", "torch:pi"]])
+def test_gradcheck_cannot_load(arguments, capsys):
+    assert main(["gradcheck", *arguments]) == 2
+    assert "torch-bp gradcheck: " in capsys.readouterr().err

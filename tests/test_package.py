@@ -25,6 +25,7 @@ ROOMS = {
     "diagnostics": {"autograd", "ops", "kernels"},
     "lightning": {"optim", "config", "chart", "step", "diagnostics"},
     "lr_commands": {"cli", "chart", "config", "optim", "lightning"},
+    "pytest_plugin": {"autograd"},
     "chart": set(),
     "config": set(),
 }
@@ -36,6 +37,7 @@ ONLY_IN = {
     "jsonargparse": "lightning/",
     "matplotlib": ("chart.py", "optim/range_test.py", "step/figure.py"),
     "yaml": "config.py",
+    "pytest": "pytest_plugin.py",
     "tensorboard": "diagnostics/writers.py",
 }
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))

@@ -120,17 +120,17 @@ def test_single_precision_does_not_cry_wolf(activation):
     for seed in range(50):
         torch.manual_seed(seed)
         net = nn.Sequential(ours.Linear(2, 3), activation(), ours.Linear(3, 2))
-        assert largest_error(gradcheck(net, draw(2, 2, dtype=torch.float32))) < 5e-3
+        assert largest_error(gradcheck(net, draw(2, 2, dtype=torch.float32), precise=False, full=True)) < 5e-3
 
 
 def test_single_precision_steps_as_far_as_it_can():
     x = torch.tensor([3000.5], requires_grad=True)  # 1e-3 is four units in the last place, and some
-    assert gradcheck(lambda x: x - 3000, x).rows[0].error < 1e-6
+    assert gradcheck(lambda x: x - 3000, x, precise=False).rows[0].error < 1e-6
 
 
 def test_single_precision_in_normalisation():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
-    assert gradcheck(net, draw(8, 3, dtype=torch.float32)).rtol == 1e-2
+    assert gradcheck(net, draw(8, 3, dtype=torch.float32), precise=False).rtol == 1e-2
 
 
 LAYOUTS = {
@@ -227,7 +227,9 @@ def test_an_entry_lost_in_the_rounding_of_others():
 def test_double_mixed_with_single_takes_the_defaults_of_single():
     report = gradcheck(lambda x: x.sin().float(), draw(4))
     assert (report.eps, report.rtol) == (1e-3, 1e-2)
-    assert gradcheck(lambda x, y: x.double() * y, (draw(3, dtype=torch.float32), draw(3))).rtol == 1e-2
+    mixed = draw(3, dtype=torch.float32), draw(3)
+    assert gradcheck(lambda x, y: x.double() * y, mixed, precise=False).rtol == 1e-2
+    assert gradcheck(lambda x, y: x.double() * y, mixed).rtol == 1e-7
 
 
 # Wrong gradients: forward, right backward, wrong backward, shapes, the tensor to be named, words of the report
@@ -332,16 +334,17 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["direction", "entries"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_wrong_backward(fault):
+def test_wrong_backward(fault, full):
     forward, right, wrong, shapes, name, words = FAULTS[fault]
     inputs = tuple(draw(*shape) for shape in shapes)
-    assert gradcheck(function(forward, right), inputs)
+    assert gradcheck(function(forward, right), inputs, full=full)
     with pytest.raises(GradcheckError, match=words) as error:
-        gradcheck(function(forward, wrong), inputs)
+        gradcheck(function(forward, wrong), inputs, full=full)
     verdict = str(error.value).splitlines()[0]
     assert name in verdict
-    report = gradcheck(function(forward, wrong), inputs, raise_exception=False)
+    report = gradcheck(function(forward, wrong), inputs, raise_exception=False, full=full)
     assert not report
     assert report.failure in verdict
     wrong_rows = {row.name for row in report.rows if row.failure}
@@ -399,7 +402,8 @@ def test_wrong_function(fault):
 def test_a_small_entry_is_no_factor():
     scale = torch.tensor([1.0, 0.01]).double()
     off = function(lambda x: x * scale, lambda dy, x: dy * (scale + torch.tensor([0.0, 2e-8])))
-    assert "correct backward" in gradcheck(off, draw(2), raise_exception=False).failure
+    report = gradcheck(off, draw(2), raise_exception=False, full=True)
+    assert "correct backward" in report.failure
 
 
 def test_a_failing_backward_is_not_blamed_on_an_unused_input():
@@ -410,15 +414,9 @@ def test_a_failing_backward_is_not_blamed_on_an_unused_input():
 
 def test_the_end_of_a_domain_within_eps():
     x = torch.tensor([1.0, 1e-9], dtype=torch.float64, requires_grad=True)
-    with pytest.raises(GradcheckError, match=r"at index \(1,\) is .* but should be nan .*an end within eps"):
+    assert gradcheck(torch.sqrt, x.detach().mul(1e4).requires_grad_())  # smaller steps stay inside
+    with pytest.raises(GradcheckError, match=r"input 0 .*but should be nan .*an end .*within eps|could not be checked"):
         gradcheck(torch.sqrt, x)
-
-
-def test_a_kink_within_eps_is_a_false_alarm_and_says_so():
-    x = torch.tensor([1.0, 1e-6], dtype=torch.float64, requires_grad=True)
-    with pytest.raises(GradcheckError, match="if the function has a kink"):
-        gradcheck(torch.relu, x)
-    assert gradcheck(torch.relu, x, eps=1e-7)
 
 
 class Wrong(Function):
@@ -518,17 +516,9 @@ ONES = torch.ones(2, dtype=torch.float64)
     [
         (torch.sin, torch.ones(2), {}, "gradcheck expects at least one input tensor to require gradient, but none"),
         (torch.sin, (), {}, "at least one input tensor to require gradient"),
-        (
-            torch.sin,
-            ONES.cdouble(),
-            {},
-            r"input 0 must be .*complex128.*use torch\.autograd\.gradcheck",
-        ),
-        (lambda x: torch.complex(x, x), ONES, {}, r"output 0 must be .*complex128"),
-        (nn.Linear(2, 2, dtype=torch.complex64), torch.ones(2), {}, "parameter weight must be dense and of"),
-        (torch.sin, ONES.half(), {}, r"float16.*\.double\(\)"),
-        (lambda x: x.bfloat16(), ONES, {}, "output 0 must be dense and of"),
-        (torch.sin, torch.eye(2).to_sparse().requires_grad_(), {}, r"input 0 must be dense.*torch\.sparse_coo"),
+        (lambda x: x.to(torch.float8_e5m2), ONES, {}, "output 0 must be dense, real or complex"),
+        (torch.sin, ONES, {"full": True, "fast_mode": True}, "full must be False with fast_mode=True"),
+        (torch.sin, ONES, {"check_backward_ad": False}, "one of check_backward_ad and check_forward_ad must be True"),
         (torch.argmax, ONES, {}, "func must return a floating-point tensor, got none"),
         (lambda x: None, ONES, {}, "func must return a floating-point tensor, got none"),
         (torch.sin, ONES, {"eps": 0}, "eps, atol and rtol must be > 0, got 0, None and None"),

@@ -8,6 +8,7 @@ from tests.benchmarks import (
     cross_entropy,
     exactness,
     fusion,
+    gradient_check,
     guard,
     honesty,
     loops,
@@ -213,3 +214,10 @@ def test_lines_of_the_table(group, monkeypatch, uncompiled):
         if result.what == "kept for backward":
             assert result.unit == "bytes"
             assert result.ratio <= 0.53
+
+
+def test_gradient_checks_check_the_same_layer():
+    for fast in (True, False):
+        mine, peer = gradient_check.sides((5, 3), fast)
+        assert [row.shape for row in mine().rows] == [(32, 5), (3, 5), (3,)]
+        assert peer() is True

@@ -24,10 +24,11 @@ from torch_bp.ops.pointwise import saves_output
 _Optional = torch.Tensor | None
 
 
-def _in_one_pass(dy: torch.Tensor) -> bool:
+def _in_one_pass(dy: torch.Tensor, ctx: Any) -> bool:
     """True where a kernel that multiplies by a derivative may add up the columns as well: on the CPU torch's own sum,
     which reads what is in the cache, is as fast."""
-    return eager() and not torch.is_grad_enabled() and dy.dim() == 2 and engine.serving(dy) == "triton"
+    plain = eager() and not torch.is_grad_enabled() and dy.dim() == 2
+    return plain and ctx.needs_input_grad[2] and engine.serving(dy) == "triton"
 
 
 def relu_in_epilogue(a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -82,6 +83,10 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
             return in_place(z)
         return compute(z, **dict(zip(parameters, values))) if by_name else compute(z, *values)
 
+    def at_once(ctx: Any, dy: torch.Tensor, a: Any, weight: Any, kept: torch.Tensor) -> tuple[_Optional, ...]:
+        dz, db = both(dy, kept, **dict(zip(parameters, ctx.values)))
+        return *linear_backward(dz, a, weight, (*ctx.needs_input_grad[:2], False))[:2], db
+
     class LinearActivation(Function):
         equations = (
             f"y = {name}(a W^T + b), eq. 1 and 2",
@@ -122,12 +127,10 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
             # To be differentiated again, in either mode: z depends on a, W and b
             if not from_output and (torch.is_grad_enabled() or tangents_possible()):
                 kept = linear(a, weight, bias)
-            needed = ctx.needs_input_grad[:3]
-            if needed[2] and _in_one_pass(dy):
-                dz, db = both(dy, kept, **dict(zip(parameters, ctx.values)))
-                return *linear_backward(dz, a, weight, (*needed[:2], False))[:2], db, *nothing
+            if _in_one_pass(dy, ctx):
+                return *at_once(ctx, dy, a, weight, kept), *nothing
             dz = derivative(dy, kept, **dict(zip(parameters, ctx.values)))
-            return *linear_backward(connected(dz, kept), a, weight, needed), *nothing
+            return *linear_backward(connected(dz, kept), a, weight, ctx.needs_input_grad[:3]), *nothing
 
         @staticmethod
         def jvp(ctx: Any, da: _Optional, dw: _Optional, db: _Optional, *_: None) -> Any:

@@ -1,0 +1,104 @@
+"""Other ways to the same derivatives: forward mode, and gradients of many signals at once by `vmap`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.gradcheck import GradcheckError
+
+from torch_bp.autograd.gradient_check.passes import Passes, signals_like
+from torch_bp.autograd.gradient_check.slope import Slopes, covector_like
+from torch_bp.autograd.gradient_check.subject import flat, real
+
+
+def check_forward(passes: Passes, slopes: Slopes) -> None:
+    """Raise unless forward mode gives the slope of differences along a direction of each tensor."""
+    subject, covector = passes.subject, passes.covector
+    for name in subject.checked:
+        if not subject.tensors[name].numel():
+            continue
+        direction = slopes.random(name)
+        difference = slopes.difference(name, direction, slopes.eps)
+        tangent = _tangents(passes, name, difference.moved)
+        terms = covector * tangent
+        numeric = covector * (difference.above - difference.below) / (2 * difference.step)
+        size = max((covector * difference.above).norm().item() / 20, numeric.norm().item())
+        error = abs(terms.sum() - numeric.sum()).item() / max(size, 1e-300)
+        if not error <= slopes.rtol:
+            sharper = slopes.difference(name, direction, slopes.eps / 256)
+            numeric = covector * (sharper.above - sharper.below) / (2 * sharper.step)
+            if abs(terms.sum() - numeric.sum()).item() <= 300 * slopes.rtol * max(size, 1e-300):
+                continue  # a kink within eps
+            raise GradcheckError(
+                f"forward mode along a direction of {name} gives {terms.sum().item():.6g} but should give "
+                f"{numeric.sum().item():.6g} (numeric); correct jvp, or move the point if it is at a kink."
+            )
+
+
+def _tangents(passes: Passes, name: str, direction: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return flat([*_pushed(passes, name, _like(direction, passes.subject.tensors[name]))])
+
+
+def _like(direction: Tensor, tensor: Tensor) -> Tensor:
+    d = direction.view(real(tensor).shape).to(tensor.device, tensor.dtype.to_real())
+    return torch.view_as_complex(d.clone()) if tensor.is_complex() else d.clone()
+
+
+def _pushed(passes: Passes, name: str, tangent: Tensor) -> tuple[Tensor, ...]:
+    """Return the tangents of the outputs inside a dual level; zeros where forward mode gives none."""
+    subject = passes.subject
+    dual = forward_ad.make_dual(subject.tensors[name], tangent)  # may have to be differentiated backward, too
+    unpacked = [forward_ad.unpack_dual(t) for t in subject.outputs(subject.tensors | {name: dual})]
+    return tuple(torch.zeros_like(u.primal) if u.tangent is None else u.tangent for u in unpacked)
+
+
+def check_batched_forward(passes: Passes, slopes: Slopes) -> None:
+    """Raise unless `vmap` over tangents gives what one tangent after the other gives."""
+    for name in passes.subject.checked:
+        tensor = passes.subject.tensors[name]
+        if not tensor.numel():
+            continue
+        tangents = torch.stack([_like(slopes.random(name) * k, tensor) for k in (1, -2)])
+        with forward_ad.dual_level():
+            single = [[t.clone() for t in _pushed(passes, name, tangent)] for tangent in tangents]
+            batched = _batched(
+                lambda t, name=name: tuple(_pushed(passes, name, t)), tangents, f"forward mode of {name}"
+            )
+        _same(single, batched, f"forward mode of {name}")
+
+
+def check_batched(passes: Passes) -> None:
+    """Raise unless the gradients of several signals at once are those of one after the other."""
+    subject, outputs = passes.subject, passes.outputs
+    tensors = [subject.tensors[name] for name in subject.checked]
+    signals = [signals_like(outputs, covector_like(len(passes.values), passes.dtype, seed)) for seed in (0, 1)]
+
+    def pull(*dy: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(outputs, tensors, dy, allow_unused=True, retain_graph=True)
+        return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors))
+
+    single = [list(pull(*dy)) for dy in signals]
+    stacked = [torch.stack(pair) for pair in zip(*signals)]
+    _same(single, _batched(pull, *stacked, "backward"), "backward")
+
+
+def _batched(function: Callable[..., Any], *arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, what = arguments
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        try:
+            return torch._vmap_internals._vmap(function, allow_none_pass_through=True)(*tensors)
+        except RuntimeError as error:
+            raise GradcheckError(f"{what} under vmap raised: {error}") from error
+
+
+def _same(single: list[list[Tensor]], batched: tuple[Tensor, ...], what: str) -> None:
+    for i, expected in enumerate(zip(*single)):
+        if not torch.allclose(flat([torch.stack(expected)]), flat([batched[i]]), rtol=1e-6, atol=1e-9):
+            raise GradcheckError(f"{what} under vmap differs from one call after the other in result {i}.")

@@ -1,0 +1,123 @@
+"""Runs of a subject, forward and backward, each watched for what a backward must not do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+from torch_bp.autograd.gradient_check.slope import PRECISION, Signal, covector_like
+from torch_bp.autograd.gradient_check.subject import Subject, Tensors, flat, real
+
+
+class Passes:
+    """The first pass of a subject, and others to compare with it.
+
+    Attributes:
+        outputs: of the first pass, with its graph.
+        values: the same, flat.
+        dtype: the coarsest of the outputs and of what is checked; real.
+        signal: a co-vector at random, and the gradients that the first backward makes of it.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.outputs = subject.forward()
+        if not self.outputs:
+            raise ValueError("gradcheck: func must return a floating-point tensor, got none.")
+        for i, output in enumerate(self.outputs):
+            require_supported(f"output {i}", output)
+            if not real(output).isfinite().all():
+                count = int((~real(output).isfinite()).sum())
+                raise GradcheckError(f"output {i} is NaN or infinite in {count} entries.")
+        tensors = [*self.outputs, *(subject.tensors[name] for name in subject.checked)]
+        self.dtype = min((t.dtype.to_real() for t in tensors), key=lambda dtype: (dtype.itemsize, str(dtype)))
+        self.values = flat(self.outputs)
+        self.covector = covector_like(len(self.values), self.dtype)
+
+    def signal(self) -> Signal:
+        return Signal(self.covector, self.backward(self.outputs, self.covector))
+
+    def masked(self, mask: Tensor) -> Signal:
+        """Return a signal from some of the outputs alone."""
+        covector = self.covector * mask
+        return Signal(covector, self.backward(self.outputs, covector))
+
+    def backward(
+        self, outputs: list[Tensor], covector: Tensor, names: Sequence[str] | None = None, layout: str = "dense"
+    ) -> Tensors:
+        """Return the gradients of <covector, outputs>, flat in float64, zeros where autograd gives None.
+
+        Raises:
+            GradcheckError: backward fails, or alters the outputs or what it is given.
+        """
+        names = self.subject.checked if names is None else names
+        tensors = [self.subject.tensors[name] for name in names]
+        dy = signals_like(outputs, covector, layout)
+        found: Any = [None] * len(tensors)
+        try:
+            if any(t.requires_grad for t in outputs):
+                found = torch.autograd.grad(outputs, tensors, dy, allow_unused=True, retain_graph=True)
+        except RuntimeError as error:
+            raise GradcheckError(self._blame(names, layout, error)) from error
+        self.subject.require_unaltered("its backward")
+        if not torch.equal(flat(dy), covector):
+            raise GradcheckError("backward altered the gradient it was given in place; compute out of place.")
+        return {
+            name: torch.zeros(real(t).numel(), dtype=torch.float64) if g is None else flat([g])
+            for name, t, g in zip(names, tensors, found)
+        }
+
+    def _blame(self, names: Sequence[str], layout: str, error: RuntimeError) -> str:
+        if layout != "dense":
+            return f"backward raised for a {layout} gradient from above: {error}; use reshape, not view, or contiguous."
+        culprits = [name for name in names if self._fails_alone(name)] or names
+        return f"backward to {', '.join(culprits)} raised: {error}"
+
+    def _fails_alone(self, name: str) -> bool:
+        """True if backward raises where no other tensor requires grad."""
+        with contextlib.suppress(RuntimeError):
+            outputs = self.subject.outputs(self.frozen([name]))
+            found = [t for t in outputs if t.requires_grad]
+            torch.autograd.grad(found, self.subject.tensors[name], signals_of_ones(found), allow_unused=True)
+            return False
+        return True
+
+    def frozen(self, names: Sequence[str]) -> Tensors:
+        """Return the tensors, of which these alone require grad."""
+        others = {n: self.subject.tensors[n].detach() for n in self.subject.checked if n not in names}
+        return self.subject.tensors | others
+
+
+def signals_like(outputs: list[Tensor], covector: Tensor, layout: str = "dense") -> list[Tensor]:
+    """Cut a flat co-vector into gradients for the outputs: "dense", or "non-contiguous"."""
+    dy = []
+    sizes = [real(t).numel() for t in outputs]
+    for part, output in zip(covector.split(sizes), outputs):
+        shape = real(output).shape
+        part = part.view(shape).to(output.device, output.dtype.to_real())
+        part = torch.view_as_complex(part.clone()) if output.is_complex() else part.clone()
+        if layout == "non-contiguous":
+            wide = torch.empty(*output.shape, 2, dtype=output.dtype, device=output.device)
+            wide[..., 0] = part
+            part = wide[..., 0].transpose(0, -1).contiguous().transpose(0, -1) if output.dim() > 1 else wide[..., 0]
+        dy.append(part)
+    return dy
+
+
+def signals_of_ones(outputs: list[Tensor]) -> list[Tensor]:
+    """Return for each output the gradient that `.sum()` hands down: a single 1, expanded."""
+    return [torch.ones((), dtype=t.dtype, device=t.device).expand(t.shape) for t in outputs]
+
+
+def require_supported(name: str, tensor: Tensor) -> None:
+    """Refuse what has no slopes of its own here."""
+    if tensor.dtype.to_real() not in PRECISION or tensor.layout is not torch.strided:
+        raise ValueError(
+            f"gradcheck: {name} must be dense, real or complex, of half to double precision, got {tensor.dtype} and "
+            f"{tensor.layout}; use torch.autograd.gradcheck."
+        )
