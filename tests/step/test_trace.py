@@ -412,3 +412,18 @@ def test_figure(model, tmp_path):
         assert len(parts) == 1 + 8 + 1
     figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_kink_is_no_wrong_gradient():
+    """A unit whose bias is 0, and whose inputs are: ReLU is asked for its slope at 0."""
+    torch.manual_seed(0)
+    model = nn.MLP([4, 3, 3, 2])
+    with torch.no_grad():
+        model[0].weight.fill_(-1.0)
+        model[0].bias.fill_(0.0)
+        model[2].bias.fill_(0.0)
+    step = TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters()))
+    trace = step.trace(torch.rand(5, 4), torch.randint(2, (5,)), check=True)
+    assert trace.passed
+    assert max(trace.against_differences.values()) < 1e-6
+    assert "check passed" in str(trace)

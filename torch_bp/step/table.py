@@ -130,7 +130,7 @@ class Trace:
         gradients: by name, the gradients of parameters that the loss depends on.
         trained: names of the parameters that are trained.
         against_autograd, against_differences: by name, the relative error; empty if not checked.
-        remark: why there are no central differences.
+        remark: why there are no central differences, or not for all.
     """
 
     model: str
