@@ -25,6 +25,7 @@ __all__ = [
     "certificate",
     "conversion",
     "convert",
+    "diagnostics",
     "kernels",
     "nn",
     "ops",

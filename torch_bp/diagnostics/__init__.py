@@ -1,0 +1,25 @@
+"""Watching training: what a step says (`Reading`), measured and written at next to no cost."""
+
+from torch_bp.diagnostics.reading import (
+    DeadUnit,
+    Finiteness,
+    Histogram,
+    Labels,
+    LayerReading,
+    Reading,
+    Spread,
+    read_readings,
+    write_readings,
+)
+
+__all__ = [
+    "DeadUnit",
+    "Finiteness",
+    "Histogram",
+    "Labels",
+    "LayerReading",
+    "Reading",
+    "Spread",
+    "read_readings",
+    "write_readings",
+]
