@@ -1,0 +1,95 @@
+"""NaN and infinities, sec. 10.2, item 2: where the first one came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch_bp.diagnostics.finding import Finding
+from torch_bp.diagnostics.history import History, optional
+from torch_bp.diagnostics.rate_rules import lower
+from torch_bp.diagnostics.reading import Finiteness, Reading
+from torch_bp.diagnostics.thresholds import Thresholds
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    layer: str
+    what: str  # "input", "weight", "forward", "loss", "backward"
+    found: Finiteness | None
+
+
+def nonfinite(history: History, limit: Thresholds) -> Iterator[Finding]:
+    """The first origin; what it spreads to later is not named again."""
+    del limit
+    for reading in history.latest[:-1][::-1]:
+        if first_origin(reading) is None:
+            break
+    else:
+        reading = None  # type: ignore[assignment]
+    run = [r for r in history.latest if reading is None or r.step > reading.step]
+    origin = first_origin(run[0]) if run and first_origin(history.now) is not None else None
+    if origin is None:
+        return
+    skipped = origin.what == "backward" and all(x.update_norm == 0 for x in run[0].layers.values())
+    cause, cure, action = _explain(origin, history)
+    if skipped:
+        cause, cure, action = (
+            f"{cause}; the step was skipped",
+            "none needed, unless it goes on: GradScaler does this",
+            "",
+        )
+    count = float(origin.found.nan + origin.found.inf) if origin.found is not None else 1.0
+    yield Finding(
+        *("NaN or Inf", origin.layer, run[0].step, count, 0.0, cause, cure, "info" if skipped else "error"),
+        last_step=history.now.step,
+        action=action,
+    )
+
+
+def first_origin(reading: Reading) -> _Origin | None:
+    """Where the first NaN or infinity of this step is: in the order in which a step computes."""
+    values = reading.input
+    finite = optional(reading, "input_finite")
+    if finite is not None and not finite.ok:
+        return _Origin("", "input", finite)
+    if finite is None and values is not None and not math.isfinite(values.mean + values.std):
+        return _Origin("", "input", None)
+    for what in ("weight", "forward"):
+        for layer in reading.layers.values():
+            found = getattr(layer, what)
+            if found is not None and not found.ok:
+                return _Origin(layer.name, what, found)
+    if reading.loss is not None and not math.isfinite(reading.loss):
+        return _Origin("", "loss", None)
+    for layer in list(reading.layers.values())[::-1]:
+        if layer.backward is not None and not layer.backward.ok:
+            return _Origin(layer.name, "backward", layer.backward)
+    norm = reading.grad_norm
+    return _Origin("", "backward", None) if norm is not None and not math.isfinite(norm) else None
+
+
+def _explain(origin: _Origin, history: History) -> tuple[str, str, str]:
+    """Cause, cure and what can be tried."""
+    found, which = origin.found, "values"
+    if found is not None:
+        which = " and ".join(f"{n} {what}" for n, what in ((found.nan, "NaN"), (found.inf, "infinite")) if n)
+        which += f" of {found.count}"
+        if examples := optional(found, "examples"):
+            which += f" (examples {', '.join(map(str, examples))} of the batch)"
+    if origin.what == "input":
+        return f"the input has {which}: not a fault of the model", "x = torch.nan_to_num(x), or drop such examples", ""
+    if origin.what == "weight":
+        before = len(history.latest) > 1
+        why = "the step before made them" if before else "the run began with them"
+        cure = lower(history) if before else "load another checkpoint, or torch_bp.nn.init.auto_(model)"
+        return f"the weights have {which}: {why}", cure, "lr*0.1" if before else "init"
+    if origin.what == "forward":
+        why = "it overflows" if found is not None and found.inf else "its input and weights are finite"
+        return f"the forward pass first has {which} here, {why}", lower(history), "lr*0.1"
+    if origin.what == "loss":
+        cure = "check the targets, and take a loss on logits: it has no log of 0"
+        return "the loss is not finite while all activations are: its targets, or a logarithm of 0", cure, ""
+    cure = "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), and no sqrt or log of 0 behind this layer"
+    return f"the backward pass first has {which} here, all before it is finite", cure, "clip"
