@@ -11,6 +11,7 @@ from torch_bp.diagnostics.reading import (
     read_readings,
     write_readings,
 )
+from torch_bp.diagnostics.watch import Monitor, watch
 
 __all__ = [
     "DeadUnit",
@@ -18,8 +19,10 @@ __all__ = [
     "Histogram",
     "Labels",
     "LayerReading",
+    "Monitor",
     "Reading",
     "Spread",
     "read_readings",
+    "watch",
     "write_readings",
 ]

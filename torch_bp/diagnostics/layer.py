@@ -76,7 +76,9 @@ def layers_of(model: nn.Module, which: Which = None) -> list[Layer]:
         if params and chosen(name, module):
             layers.append(Layer(name, module, len(layers), params=params))
     if not layers:
-        names = ", ".join(repr(name) for name, module in model.named_modules() if list(module.parameters(recurse=False)))
+        names = ", ".join(
+            repr(name) for name, module in model.named_modules() if list(module.parameters(recurse=False))
+        )
         raise ValueError(
             f"watch: layers must name at least one module with parameters, got {which!r}. "
             + (f"There are {names}." if names else f"{type(model).__name__} has no parameters.")

@@ -137,12 +137,12 @@ class Measurements:
             return
         pending, self._pending, self._bytes = self._pending, [], 0
         # memory that has been written to since does not hold the signal any more
-        pending = [(slot, t) for slot, t, version in pending if version < 0 or t._version == version]
-        slots = tuple(slot for slot, _ in pending)
+        unchanged = [(slot, t) for slot, t, version in pending if version < 0 or t._version == version]
+        slots = tuple(slot for slot, _ in unchanged)
         if not slots:
             return
-        found = quantities.sums([t for _, t in pending], self._tables.setdefault(slots, Table())).to(self.device)
-        counts = torch.tensor([t.numel() for _, t in pending], dtype=torch.float64)
+        found = quantities.sums([t for _, t in unchanged], self._tables.setdefault(slots, Table())).to(self.device)
+        counts = torch.tensor([t.numel() for _, t in unchanged], dtype=torch.float64)
         found = torch.cat([counts.to(self.device)[:, None], found], dim=1)
         self.values.index_add_(0, torch.tensor(slots, device=self.device), found)
 
@@ -171,12 +171,12 @@ class Measurements:
         with torch.no_grad():
             a = layer.activation(alone.clone())  # type: ignore[misc]
         free = active_counts(layer.activation, a if from_output(layer.activation) else alone, self.threshold)  # type: ignore[arg-type]
-        weight = layer.module.weight.detach()
+        weight: Tensor = layer.module.weight.detach()  # type: ignore[operator,assignment]
         transposed = getattr(layer.module, "transposed", False)
         norms = (weight.transpose(0, 1) if transposed else weight).flatten(1).norm(dim=1)
-        found = [z.amax(0), alone.abs().amax(0), free]
+        rows = [z.amax(0), alone.abs().amax(0), free]
         if norms.numel() == z.shape[-1]:
-            found.append(norms)
-        found = torch.stack([t.double() for t in found])
+            rows.append(norms)
+        found = torch.stack([t.double() for t in rows])
         known = self.causes.get(layer.index)
         self.causes[layer.index] = found if known is None else torch.maximum(known, found)

@@ -43,6 +43,7 @@ class EagerProbe:
         self.measurements, self._model = measurements, model
         layers = {id(layer.module): layer for layer in measurements.layers}
         self.order: list[Layer] = []  # in which they have run
+        self.widths: dict[int, int] = {}
         self._hooks: list[Any] = []
         self._seen: set[int] = set()
         self._layers = [(layer.module, partial(self._layer_ran, layer)) for layer in measurements.layers]
@@ -110,8 +111,9 @@ class EagerProbe:
         z = tensor_in(output)
         if z is None:
             return
-        if layer not in self.order:
+        if layer.index not in self.widths:
             self.order.append(layer)
+            self.widths[layer.index] = z.shape[layer.unit_dim] if z.dim() > 1 else z.numel()
         x = args[0] if args and isinstance(args[0], Tensor) else None
         if is_norm(layer.module) and not layer.chained:
             self.measurements.observe_forward(layer, x, z, z)
@@ -121,6 +123,8 @@ class EagerProbe:
             z.register_hook(partial(self._signal_came, layer))
 
     def _signal_came(self, layer: Layer, dz: Tensor) -> None:
+        if self._open is not None and self._open[0] is layer:
+            self._close()
         self.measurements.observe_backward(layer, dz)
 
     def _passed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -134,7 +138,8 @@ class EagerProbe:
             return
         layer, x, z = self._open
         layer.activation = module
-        self._open, before = None, args[0]
+        before: Tensor = args[0]
+        self._open = None
         self.measurements.observe_forward(layer, x, before, output)
         if output.requires_grad:
             output.register_hook(partial(self._gradient_came, layer, AFTER))
@@ -198,6 +203,8 @@ class CompiledProbe:
         self.measurements, self._model = measurements, model
         linked(model, list(measurements.layers))
         self.order: list[Layer] = list(measurements.layers)
+        sizes = ((layer, getattr(layer.module, "out_features", None)) for layer in measurements.layers)
+        self.widths = {layer.index: size for layer, size in sizes if size is not None}
         self._hooks: list[Any] = []
         self.batch = 0
 
