@@ -17,6 +17,7 @@ _FUNCTIONS = {  # and the modules they are in
     "convert": "nn.convert",
     "to_torch": "nn.convert",
     "verify": "certificate",
+    "watch": "diagnostics.watch",
 }
 __all__ = [
     "TrainStep",
@@ -33,6 +34,7 @@ __all__ = [
     "step",
     "to_torch",
     "verify",
+    "watch",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Watching training: what a step says (`Reading`), measured and written at next to no cost."""
+"""Watching training: what a step says (`Reading`), measured at next to no cost, and what is wrong with it (`Finding`)."""
 
 from torch_bp.diagnostics.diagnosis import Diagnosis, diagnose
 from torch_bp.diagnostics.finding import Finding, markdown
@@ -14,6 +14,7 @@ from torch_bp.diagnostics.reading import (
     write_readings,
 )
 from torch_bp.diagnostics.thresholds import Thresholds
+from torch_bp.diagnostics.watch import Monitor, watch
 
 __all__ = [
     "DeadUnit",
@@ -23,11 +24,13 @@ __all__ = [
     "Histogram",
     "Labels",
     "LayerReading",
+    "Monitor",
     "Reading",
     "Spread",
     "Thresholds",
     "diagnose",
     "markdown",
     "read_readings",
+    "watch",
     "write_readings",
 ]

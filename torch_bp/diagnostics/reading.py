@@ -25,7 +25,7 @@ _Read = TypeVar("_Read")
 
 @dataclass(frozen=True, slots=True)
 class Finiteness:
-    """How many numbers there were, and how many of them are NaN or infinite."""
+    """How many numbers there were, and how many of them are NaN or infinite; of weights 1 stands for at least one."""
 
     count: int
     nan: int
@@ -82,7 +82,10 @@ class DeadUnit:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Numbers of which only this is kept: norms of single examples' gradients, or values of an input."""
+    """Numbers of which only this is kept: norms of single examples' gradients, or values of an input.
+
+    `min` and `max` are NaN where they have not been measured, as for inputs.
+    """
 
     count: int
     mean: float
@@ -148,7 +151,9 @@ class LayerReading:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Targets of the step that are class indices: how many, how many different ones, and the share of the commonest.
+    """Targets that are class indices, of the step's last micro-batch.
+
+    `count` of them, `classes` different ones, and the share of the commonest.
 
     Attributes:
         changes: share of neighbours in the batch with different labels; near 0 the data is sorted, not shuffled.

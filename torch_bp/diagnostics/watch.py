@@ -1,0 +1,403 @@
+"""`watch`: a monitor of any training loop."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_bp.diagnostics.assembly import Assembly
+from torch_bp.diagnostics.layer import Which, compiled, device_of, layers_of
+from torch_bp.diagnostics.loss import Losses
+from torch_bp.diagnostics.measurements import Detail, Measurements
+from torch_bp.diagnostics.parameters import ParameterSums
+from torch_bp.diagnostics.probe import CompiledProbe, EagerProbe, Probe
+from torch_bp.diagnostics.reading import Reading
+from torch_bp.diagnostics.recorder import Cadence, signals
+from torch_bp.diagnostics.snapshot import Snapshot
+from torch_bp.diagnostics.writers import Output, open_output
+
+Level = Literal["summary", "layers", "full"]
+_LEVELS: dict[str, Detail] = {
+    "summary": Detail(),
+    "layers": Detail(units=True),
+    "full": Detail(units=True, causes=True, histograms=True, per_example=True),
+}
+
+
+class Monitor:
+    """What `watch` returns: it listens until it is closed, or its `with` block is left.
+
+    Attributes:
+        step: optimizer steps so far.
+        epoch: set it, and readings have it.
+        last: the latest reading, or None.
+        unknown: layers of which only parameters and output are watched, with the reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        output: Output,
+        detail: Detail,
+        cadence: Cadence,
+        losses: Losses,
+        measurements: Measurements,
+        probe: Probe,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.step = 0
+        self.epoch: int | None = None
+        self._model, self._optimizer, self._output, self._cadence = model, optimizer, output, cadence
+        self._losses, self._measurements, self._probe = losses, measurements, probe
+        self._scaler, self._reduce = options["scaler"], options["reduce"]
+        self._mean, self._write_every = options["reduction"] == "mean", options["write_every"]
+        self._on_reading: Callable[[Reading], None] | None = options["on_reading"]
+        self._parameters = ParameterSums(measurements.layers, detail.per_example)
+        self._assembly = Assembly(measurements.layers, self._parameters.rows)
+        self.unknown = {layer.name: layer.unknown for layer in measurements.layers if layer.unknown}
+        self._waiting: deque[Snapshot] = deque()
+        self._kept: deque[Snapshot | Reading] = deque(maxlen=options["keep"])
+        self._latest: Tensor | None = None  # loss of the last step, if that was recorded
+        self._now: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._began, self._writing, self._closed = time.perf_counter(), 0.0, False
+        if optimizer is not None:
+            self._hooks.append(optimizer.register_step_pre_hook(self._step_begins))
+            self._hooks.append(optimizer.register_step_post_hook(self._step_ended))
+        self._recording = False
+        self._next()
+
+    # --- what loops may tell
+
+    def loss(self, loss: Any) -> Any:
+        """Note the loss of the step, and return it: `monitor.loss(criterion(model(x), y)).backward()`."""
+        if self._recording:
+            self._losses.add(loss)
+        return loss
+
+    def validation(self, loss: Any) -> None:
+        """Note a loss of the validation set."""
+        self._losses.validation.append(torch.as_tensor(loss).detach().mean())
+
+    def clipped(self, total_norm: Any, max_norm: float) -> Any:
+        """Note what `clip_grad_norm_` returned, and return it; `max_norm` is what it was given."""
+        if self._recording:
+            norm = torch.as_tensor(total_norm).detach().double()
+            self._now["before"] = norm
+            self._now["clipped norm"] = norm.clamp(max=max_norm)
+        return total_norm
+
+    def loss_after(self, loss: Any) -> None:
+        """Note the loss of the last step's batch after the step: its achieved decrease is in the next reading."""
+        self._now["after"] = torch.as_tensor(loss).detach().double().mean()
+
+    def step_done(self, loss: Any = None) -> None:
+        """A step is over; for loops without an optimizer that was given to `watch`."""
+        if self._optimizer is not None:
+            raise RuntimeError(
+                "watch: step_done must be called where no optimizer is given, got one, whose steps are counted by "
+                "themselves. Leave the call out."
+            )
+        if loss is not None:
+            self.loss(loss)
+        rows, sums = self._parameters.gradients() if self._recording else ([], torch.zeros(0, 4))
+        self._end(rows, sums)
+
+    # --- what is read
+
+    @property
+    def readings(self) -> list[Reading]:
+        """All readings that are kept, the latest last. It waits for those that are on their way to the host."""
+        self._read(wait=True)
+        for place, kept in enumerate(self._kept):
+            if isinstance(kept, Snapshot):
+                self._kept[place] = self._assembly.reading(kept, remember=False)
+        return list(self._kept)  # type: ignore[arg-type]
+
+    @property
+    def last(self) -> Reading | None:
+        self._read(wait=True)
+        if not self._kept:
+            return None
+        if isinstance(self._kept[-1], Snapshot):
+            self._kept[-1] = self._assembly.reading(self._kept[-1], remember=False)
+        return self._kept[-1]  # type: ignore[return-value]
+
+    def close(self, metrics: Mapping[str, float] | None = None, hparams: Mapping[str, Any] | None = None) -> None:
+        """Read and write what is left, and leave the model as it was.
+
+        Args:
+            metrics, hparams: what came out, and what went in, for TensorBoard's table of runs.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._probe.detach()
+        self._losses.close()
+        for hook in self._hooks:
+            hook.remove()
+        if self._optimizer is not None:
+            self._parameters.abandon(self._optimizer)
+        self._read(wait=True)
+        if hparams is not None or metrics is not None:
+            self._output.hparams(dict(hparams or {}), dict(metrics or {}))
+        self._output.close()
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Write a text, such as a verdict."""
+        self._output.text(tag, markdown, self.step)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on: the count of steps, and since when units are dead."""
+        return {"step": self.step, "every": self._cadence.every, "since": self._assembly.ledger.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = state["step"]
+        self._cadence.every = state["every"]
+        self._assembly.ledger.load_state_dict(state["since"])
+        self._next()
+
+    # --- the course of a step
+
+    def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closure = args[1:] or kwargs.get("closure")  # which computes the gradients in the step
+        if self._recording and not closure:
+            self._parameters.before(optimizer)
+
+    def _step_ended(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows, sums = self._parameters.after(optimizer) if self._recording else ([], torch.zeros(0, 4))
+        self._end(rows, sums)
+
+    @torch.no_grad()
+    def _end(self, rows: list[int], sums: Tensor) -> None:
+        if self._recording:
+            self._record(rows, sums)
+        now = time.perf_counter()
+        if not self._probe.compiled and not self._reduce:
+            self._cadence.tell(self.step, self._recording, now - self._began, self._writing)
+        self.step += 1
+        self._read(wait=False)
+        self._writing = time.perf_counter() - now
+        self._next()
+        self._began = time.perf_counter()
+
+    def _next(self) -> None:
+        """Listen to the next step, or do not."""
+        self._recording = self._losses.wanted = self._cadence.records(self.step)
+        self._measurements.begin()
+        self._probe.forget()
+        self._losses.forget()
+        if self._recording or self._probe.compiled:
+            self._probe.attach()
+        else:
+            self._probe.detach()
+
+    def _record(self, rows: list[int], sums: Tensor) -> None:
+        probe, measurements = self._probe, self._measurements
+        probe.finish()
+        named = signals(measurements, self._reduce)
+        if rows:
+            named["params"] = sums
+        labels = self._losses.labels
+        loss, validation = self._losses.take()
+        for name, value in (("loss", loss), ("validation_loss", validation), ("labels", labels)):
+            if value is not None:
+                named[name] = value
+        if self._reduce and loss is not None:
+            named["loss"] = _mean_of_processes(loss)
+        if (after := self._now.pop("after", None)) is not None and self._latest is not None:
+            named["achieved_decrease"] = self._latest.double() - after
+        self._latest = named.get("loss")
+        if self._scaler is not None and (scale := getattr(self._scaler, "_scale", None)) is not None:
+            named["scale"] = scale
+        facts: dict[str, Any] = {
+            "rows": rows,
+            "updated": self._optimizer is not None,
+            "order": tuple(probe.order),
+            "epoch": self.epoch,
+        }
+        facts["batch"] = probe.batch or None
+        facts["divisor"] = None if self._mean else 1
+        facts["examples"] = list(measurements.examples)
+        facts["widths"] = dict(probe.widths)
+        facts["seconds"], facts["share"] = self._cadence.seconds, self._cadence.share
+        if "before" in self._now:
+            named["before"], named["clipped norm"] = self._now.pop("before"), self._now.pop("clipped norm")
+        if self._optimizer is not None:
+            rates = [group["lr"] for group in self._optimizer.param_groups]
+            named["lr"] = torch.stack([torch.as_tensor(rate, dtype=torch.float64).reshape(()) for rate in rates])
+        snapshot = Snapshot(self.step, facts)
+        snapshot.take(named)
+        self._waiting.append(snapshot)
+
+    def _read(self, wait: bool) -> None:
+        """Read the records that have come to the host, and write those whose turn it is."""
+        while self._waiting and (wait or self._waiting[0].ready):
+            snapshot = self._waiting.popleft()
+            due = self._write_every is None or snapshot.step % self._write_every == 0
+            if not (due or snapshot.nonfinite):
+                self._kept.append(snapshot)
+                continue
+            reading = self._assembly.reading(snapshot)
+            self._kept.append(reading)
+            self._output.write(reading)
+            if self._on_reading is not None:
+                self._on_reading(reading)
+
+
+def _mean_of_processes(loss: Tensor) -> Tensor:
+    loss = loss.double() / distributed.get_world_size()
+    distributed.all_reduce(loss)
+    return loss
+
+
+def watch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    output: str | Path | Any = None,
+    *,
+    level: Level = "layers",
+    every: int = 10,
+    budget: float | None = 0.02,
+    write_every: int | None = None,
+    layers: Which = None,
+    loss_fn: nn.Module | None = None,
+    scaler: Any = None,
+    per_example: bool | None = None,
+    histograms: bool | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    reduce: bool | None = None,
+    keep: int = 1000,
+    tags: Mapping[str, str] | None = None,
+    on_reading: Callable[[Reading], None] | None = None,
+) -> Monitor:
+    """Watch the training of a model in any loop, at next to no cost.
+
+    With `optimizer` a step is over when `optimizer.step()` is, and a loop needs no other line. What happens between two
+    steps belongs to the later one: all micro-batches of an accumulation. Losses come from the calls of `loss_fn`, which
+    is listened to, or from `monitor.loss(...)`; those computed without gradients are of the validation set. Watching
+    changes no weight and draws no random number. Nothing is attached to the model in steps that are not recorded,
+    unless it is compiled: then `watch` it before it first runs.
+
+    Of layers that are not known, such as an `LSTM`, parameters and output are watched, and `monitor.unknown` says so.
+
+    Args:
+        model: of any modules.
+        optimizer: whose steps are counted and measured. Default: none, the loop calls `monitor.step_done(loss)`.
+        output: a folder for TensorBoard's events and `readings.jsonl`, or an object with `add_scalar`. Default: none,
+            readings are kept in memory.
+        level: "summary" for norms and counts of NaN and infinities, "layers" (default) for saturation and dead units
+            too, "full" for histograms, norms of single examples, the noise scale and causes of dead units besides.
+        every: steps from one record to the next, at least 1.
+        budget: largest share of the time, 0.02 for 2 %. If a record costs more, records get rarer, and it is said once.
+            None for `every` steps, whatever it costs. Of a compiled model, and of several processes, the cost is not
+            measured.
+        write_every: write only those records whose step it divides. Default: all.
+        layers: the layers to watch, a regular expression that is searched for in the names, or a function of name and
+            module. Default: all.
+        loss_fn: the module that computes the loss.
+        scaler: the `torch.amp.GradScaler` of the loop, without whose factor error signals are reported.
+        per_example, histograms: measure them, at any level. Default: as the level has it.
+        reduction: "mean" if the loss is a mean over examples, of the batch, or "sum".
+        reduce: sum error signals over the processes of `torch.distributed`, each of which must watch. Default: if the
+            model is `DistributedDataParallel`.
+        keep: readings that are kept in memory.
+        tags: other names for tags, as {"loss/train": "train_loss"}.
+        on_reading: called with each reading that is written.
+
+    Returns:
+        A `Monitor`, to be closed, or used in a `with` statement.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be. Nothing has been attached then.
+
+    Example:
+        >>> from torch_bp import nn, optim
+        >>> model, loss_fn = nn.MLP([4, 8, 2]), nn.CrossEntropyLoss()
+        >>> optimizer = optim.Adam(model.parameters())
+        >>> x, y = torch.randn(16, 4), torch.randint(2, (16,))
+        >>> with watch(model, optimizer, loss_fn=loss_fn, every=1, budget=None) as monitor:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         loss_fn(model(x), y).backward()
+        ...         optimizer.step()
+        >>> [reading.step for reading in monitor.readings], list(monitor.last.layers)
+        ([0, 1, 2], ['0', '2'])
+    """
+    _check(model, optimizer, level, every, budget, write_every, loss_fn, reduction, keep, on_reading)
+    detail = _LEVELS[level]
+    detail = replace(
+        detail,
+        per_example=detail.per_example if per_example is None else per_example,
+        histograms=detail.histograms if histograms is None else histograms,
+    )
+    reduce = isinstance(model, DistributedDataParallel) if reduce is None else reduce
+    if reduce and not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError("watch: reduce must be False where torch.distributed is not initialised, got True.")
+    measured = layers_of(model, layers)
+    is_compiled = compiled(model)
+    leads = not reduce or distributed.get_rank() == 0
+    destination = open_output(output if leads else None, dict(tags or {}))
+    measurements = Measurements(measured, detail, device_of(model), batched=not is_compiled)
+    probe: Probe = (CompiledProbe if is_compiled else EagerProbe)(model, measurements)
+    losses = Losses(loss_fn, labels=detail.units)
+    options = {"scaler": scaler, "reduce": reduce, "reduction": reduction, "write_every": write_every, "keep": keep}
+    options["on_reading"] = on_reading
+    cadence = Cadence(every, None if is_compiled or reduce else budget)
+    return Monitor(model, optimizer, destination, detail, cadence, losses, measurements, probe, options)
+
+
+def _check(
+    model: Any,
+    optimizer: Any,
+    level: str,
+    every: Any,
+    budget: Any,
+    write_every: Any,
+    loss_fn: Any,
+    reduction: str,
+    keep: Any,
+    on_reading: Any,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"watch: model must be a torch.nn.Module, got {type(model).__name__}.")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"watch: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; a wrapper has it as "
+            "`.optimizer`, and a log folder is `output=`."
+        )
+    if level not in _LEVELS:
+        raise ValueError(f"watch: level must be one of {', '.join(map(repr, _LEVELS))}, got {level!r}.")
+    for name, value in (("every", every), ("keep", keep), ("write_every", write_every)):
+        if value is None and name == "write_every":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"watch: {name} must be a whole number of 1 or more, got {value!r}.")
+    if budget is not None and not (isinstance(budget, int | float) and 0 < budget <= 1):
+        raise ValueError(
+            f"watch: budget must be in (0, 1], a share of the time, got {budget!r}. None sets no limit, 0.02 is 2 %."
+        )
+    if loss_fn is not None and not isinstance(loss_fn, nn.Module):
+        raise TypeError(
+            f"watch: loss_fn must be a torch.nn.Module, got {type(loss_fn).__name__}; of a function, tell the loss by "
+            "monitor.loss(loss)."
+        )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"watch: reduction must be 'mean' or 'sum', got {reduction!r}.")
+    if on_reading is not None and not callable(on_reading):
+        raise TypeError(f"watch: on_reading must be callable, got {type(on_reading).__name__}.")
