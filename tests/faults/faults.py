@@ -77,10 +77,6 @@ def shuffled_labels(x, y):
     return x, y[torch.randperm(len(y), generator=torch.Generator().manual_seed(5))]
 
 
-def few(x, y):
-    return x[:40], y[:40]
-
-
 def labels_of_the_next(x, y):
     return x, y.roll(1)
 
@@ -153,7 +149,7 @@ FAULTS = {
         Recipe(optimizer=SGD, options={"lr": 0.05, "maximize": True}), ("divergence",), 12
     ),
     # The step at which the example comes.
-    "NaN: an input": Fault(Recipe(data_of=one_bad_example, shuffle=False), ("NaN or Inf",), 3, "", "input"),
+    "NaN: an input": Fault(Recipe(data_of=one_bad_example, shuffle=False), ("NaN or Inf",), 3, words="input"),
     "NaN: a weight": Fault(Recipe(prepare=weight_of_nan), ("NaN or Inf",), 0, "2", "weights"),
     "NaN: a target": Fault(
         Recipe(diabetes, (10, 32, 1), loss=nn.MSELoss(), data_of=bad_target, shuffle=False),
@@ -168,11 +164,9 @@ FAULTS = {
     "plateau: noisy labels": Fault(
         Recipe(data_of=noisy_labels, widths=(64, 4, 10), steps=480, options={"lr": 3e-3}), ("plateau",), 450
     ),
-    # The third validation in a row.
+    # The third validation in a row that is beyond the threshold.
     "overfitting": Fault(
-        Recipe(diabetes, (10, 256, 256, 1), loss=nn.MSELoss(), data_of=few, options={"lr": 2e-3}, steps=200),
-        ("overfitting",),
-        150,
+        Recipe(diabetes, (10, 256, 256, 1), loss=nn.MSELoss(), options={"lr": 2e-3}, steps=240), ("overfitting",), 219
     ),
     "softmax before cross-entropy": Fault(Recipe(last=lambda: nn.Softmax(1)), ("softmax before its loss",)),
     "softmax before NLL": Fault(

@@ -1,6 +1,7 @@
 """Healthy runs of every kind: widths, depths, activations, optimizers, usual rates, seeds, batch sizes."""
 
 import random
+from statistics import median
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ RATES = {
     torch.optim.Adagrad: (5e-3, 5e-2),
     torch.optim.SGD: (1e-2, 1e-1),
 }
+EPOCHS = 10  # at most: small data is soon learned by heart
 DATA = {digits: (64, 10), blobs: (20, 4), diabetes: (10, 1), sines: (8, 1)}
 INIT = {
     nn.ReLU: nn.init.kaiming_normal_,
@@ -25,6 +27,12 @@ INIT = {
     nn.Sigmoid: nn.init.xavier_uniform_,
     nn.ELU: nn.init.kaiming_normal_,
 }
+
+
+def learned(readings):
+    """A run was healthy if its loss has fallen by a tenth: what is said of it has no part in this."""
+    losses = [reading.loss for reading in readings]
+    return median(losses[-20:]) < 0.9 * median(losses[:5])
 
 
 def healthy(seed):
@@ -42,6 +50,7 @@ def healthy(seed):
         options["lr"] *= 0.3 if options["momentum"] else 1.0
         if activation is nn.Sigmoid:
             options["lr"] *= 3
+    batch = draw.choice([16, 32, 64, 128])
     return Recipe(
         data=data,
         widths=(features, *(draw.choice([16, 32, 64, 128]) for _ in range(depth)), outputs),
@@ -51,8 +60,8 @@ def healthy(seed):
         loss=nn.CrossEntropyLoss() if outputs > 1 else draw.choice([nn.MSELoss, nn.SmoothL1Loss])(),
         optimizer=optimizer,
         options=options,
-        batch=draw.choice([16, 32, 64, 128]),
-        steps=draw.choice([100, 200, 400]) if data is not diabetes else 100,  # 353 examples are soon learned by heart
+        batch=batch,
+        steps=min(draw.choice([100, 200, 400]), EPOCHS * len(data()[0]) // batch),
         seed=seed,
         clip=draw.choice([None, None, None, 5.0]),
     )

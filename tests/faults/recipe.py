@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
 
+import torch_bp
 from tests.faults.observe import Observed, spread
 
 
@@ -158,6 +159,29 @@ class Recipe:
         more |= {"unused": tuple(sorted(names)), "frozen": tuple(sorted(frozen))}
         more |= {"loss_function": type(self.loss).__name__}
         return seen.reading(step, loss.detach(), optimizer, before, y, **more)
+
+    def watched(self, level="full"):
+        """Train as users do, and return the readings of `torch_bp.watch`."""
+        model = self.model()
+        optimizer = self.optimizer(self.parameters(model), **self.options)
+        *_, valid_x, valid_y = self.data()
+        loss_fn = self.loss if isinstance(self.loss, nn.Module) else None
+        with torch_bp.watch(
+            model, optimizer, loss_fn=loss_fn, level=level, every=self.every, budget=None, keep=self.steps
+        ) as monitor:
+            for step, (x, y) in zip(range(self.steps), self.batches()):
+                if self.zero_grad:
+                    optimizer.zero_grad()
+                loss = self.loss(model(x), y)
+                if loss_fn is None:
+                    monitor.loss(loss)
+                if step % 20 == 19:
+                    self._validate(model, valid_x, valid_y)
+                loss.backward()
+                if self.clip is not None:
+                    monitor.clipped(nn.utils.clip_grad_norm_(model.parameters(), self.clip), self.clip)
+                optimizer.step()
+            return monitor.readings
 
     def _validate(self, model, x, y):
         model.eval()

@@ -1,4 +1,4 @@
-"""Watching training: what a step says (`Reading`), measured at next to no cost, and what is wrong with it (`Finding`)."""
+"""Watching training: what a step says (`Reading`) at next to no cost, and what is wrong with it (`Finding`)."""
 
 from torch_bp.diagnostics.diagnosis import Diagnosis, diagnose
 from torch_bp.diagnostics.finding import Finding, markdown

@@ -21,14 +21,13 @@ def unscaled_input(history: History, limit: Thresholds) -> Iterator[Finding]:
     if not math.isfinite(size) or limit.input_low <= size <= limit.input_high:
         return
     high = size > limit.input_high
-    cause = f"inputs have mean {values.mean:.3g} and standard deviation {values.std:.3g}, from {values.min:.3g} to "
     yield Finding(
         "unscaled input",
         layers[0].name,
         history.now.step,
         size,
         limit.input_high if high else limit.input_low,
-        f"{cause}{values.max:.3g}",
+        f"inputs have mean {values.mean:.3g} and standard deviation {values.std:.3g}",
         "standardize them by the training data: x = (x - x.mean(0)) / x.std(0)",
         action="standardize",
     )

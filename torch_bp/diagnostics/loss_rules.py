@@ -56,7 +56,7 @@ def unrelated_labels(history: History, limit: Thresholds) -> Iterator[Finding]:
         return
     cause = (
         f"after {history.span} steps the loss, {latest:.3g}, is that of chance, log({number}) = {math.log(number):.3g}"
-        ", though weights move"
+        ", though weights move: labels do not belong to their inputs, or say nothing that this model could learn"
     )
     cure = "check that x[i] belongs to y[i]: index both with the same permutation"
     yield Finding("labels unrelated to inputs", "", history.now.step, level, limit.chance, cause, cure)
@@ -92,7 +92,8 @@ def overfitting(history: History, limit: Thresholds) -> Iterator[Finding]:
     if len(losses) < 4 or history.now.validation_loss is None:
         return
     best = min(losses)
-    if best <= 0 or min(losses[-3:]) <= limit.overfitting * best:
+    rise = limit.overfitting_rise * history.median_loss(5)  # against what a model has that knows nothing
+    if best <= 0 or not min(losses[-3:]) > max(limit.overfitting * best, best + rise):
         return
     step = next(step for step, loss in history.validations if loss == best)
     before = [r.loss for r in history.latest if r.loss is not None and r.step <= step][-10:]

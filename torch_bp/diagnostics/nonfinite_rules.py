@@ -7,10 +7,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch_bp.diagnostics.finding import Finding
-from torch_bp.diagnostics.history import History, optional
+from torch_bp.diagnostics.history import SATURATING, History, optional
 from torch_bp.diagnostics.rate_rules import lower
 from torch_bp.diagnostics.reading import Finiteness, Reading
 from torch_bp.diagnostics.thresholds import Thresholds
+
+# Activations that make no NaN of a finite number.
+_SAFE = (
+    None,
+    *SATURATING,
+    "ReLU",
+    "ReLU6",
+    "LeakyReLU",
+    "PReLU",
+    "ELU",
+    "SELU",
+    "CELU",
+    "GELU",
+    "SiLU",
+    "Mish",
+    "Softplus",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +74,12 @@ def first_origin(reading: Reading) -> _Origin | None:
     if finite is None and values is not None and not math.isfinite(values.mean + values.std):
         return _Origin("", "input", None)
     for what in ("weight", "forward"):
-        for layer in reading.layers.values():
+        for number, layer in enumerate(reading.layers.values()):
             found = getattr(layer, what)
             if found is not None and not found.ok:
-                return _Origin(layer.name, what, found)
+                # finite inputs and weights can overflow in a linear map, and give infinities; not NaN alone
+                taken_in = what == "forward" and number == 0 and finite is None and found.nan and not found.inf
+                return _Origin(layer.name, "input" if taken_in and layer.activation in _SAFE else what, found)
     if reading.loss is not None and not math.isfinite(reading.loss):
         return _Origin("", "loss", None)
     for layer in list(reading.layers.values())[::-1]:
@@ -79,7 +98,11 @@ def _explain(origin: _Origin, history: History) -> tuple[str, str, str]:
         if examples := optional(found, "examples"):
             which += f" (examples {', '.join(map(str, examples))} of the batch)"
     if origin.what == "input":
-        return f"the input has {which}: not a fault of the model", "x = torch.nan_to_num(x), or drop such examples", ""
+        if origin.layer:
+            cause = f"the first layer's outputs have {which} and its weights none: they come with the input"
+        else:
+            cause = f"the input has {which}"
+        return cause, "x = torch.nan_to_num(x), or drop such examples", ""
     if origin.what == "weight":
         before = len(history.latest) > 1
         why = "the step before made them" if before else "the run began with them"

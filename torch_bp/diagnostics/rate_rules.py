@@ -40,8 +40,10 @@ def rate_too_low(history: History, limit: Thresholds) -> Iterator[Finding]:
     rates = [max(reading.lr, default=0.0) for reading in history.latest[-3:]]
     if not ratios or len(rates) < 3 or history.span > START or history.now.step > 2 * START:
         return
+    # a loss that is next to nothing leaves no gradient to move by
+    learned = history.median_loss(-3) < 0.5 * history.median_loss(3)
     warming, decayed = rates[-1] > rates[0], rates[-1] < history.top_lr / 2
-    if warming or decayed or max(ratios.values()) >= limit.update_ratio_low:
+    if learned or warming or decayed or max(ratios.values()) >= limit.update_ratio_low:
         return
     cause = f"no layer changes by more than {max(ratios.values()):.1g} of its weights a step, lr={rates[-1]:g}"
     if rates[-1] == 0:

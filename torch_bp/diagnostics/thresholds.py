@@ -30,6 +30,7 @@ class Thresholds:
         plateau_steps, plateau_decrease, plateau_level: steps in which the loss must fall by this share, while it is
             above this share of its first value.
         overfitting: validation loss over the least one so far, at three validations in a row.
+        overfitting_rise: between these two, as a share of the first training loss.
         input_low, input_high: root of the mean square of the inputs.
         clip_rate, clip_steps: share of clipped steps, after so many steps.
     """
@@ -41,7 +42,7 @@ class Thresholds:
     activation_ratio: float = 100.0
     weight_factor_low: float = 0.05
     weight_factor_high: float = 10.0
-    initial_loss: float = 3.0
+    initial_loss: float = 4.0
     update_ratio_low: float = 1e-4
     update_ratio_high: float = 1.0
     divergence: float = 4.0
@@ -51,7 +52,8 @@ class Thresholds:
     plateau_steps: int = 200
     plateau_decrease: float = 0.01
     plateau_level: float = 0.7
-    overfitting: float = 1.5
+    overfitting: float = 1.2
+    overfitting_rise: float = 0.1
     input_low: float = 0.01
     input_high: float = 4.0
     clip_rate: float = 0.95
