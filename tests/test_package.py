@@ -25,6 +25,7 @@ ROOMS = {
     "diagnostics": {"autograd", "ops", "kernels"},
     "lightning": {"optim", "config", "chart", "step"},
     "lr_commands": {"cli", "chart", "config", "optim", "lightning"},
+    "doctor_command": {"cli", "diagnostics"},
     "chart": set(),
     "config": set(),
 }
@@ -36,7 +37,7 @@ ONLY_IN = {
     "jsonargparse": "lightning/",
     "matplotlib": ("chart.py", "optim/range_test.py", "step/figure.py"),
     "yaml": "config.py",
-    "tensorboard": "diagnostics/writers.py",
+    "tensorboard": ("diagnostics/writers.py", "diagnostics/event_file.py"),
 }
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 

@@ -1,6 +1,7 @@
 """Watching training: what a step says (`Reading`) at next to no cost, and what is wrong with it (`Finding`)."""
 
 from torch_bp.diagnostics.diagnosis import Diagnosis, diagnose
+from torch_bp.diagnostics.doctor import Examination, examine
 from torch_bp.diagnostics.finding import Finding, markdown
 from torch_bp.diagnostics.reading import (
     DeadUnit,
@@ -19,6 +20,7 @@ from torch_bp.diagnostics.watch import Monitor, watch
 __all__ = [
     "DeadUnit",
     "Diagnosis",
+    "Examination",
     "Finding",
     "Finiteness",
     "Histogram",
@@ -29,6 +31,7 @@ __all__ = [
     "Spread",
     "Thresholds",
     "diagnose",
+    "examine",
     "markdown",
     "read_readings",
     "watch",
