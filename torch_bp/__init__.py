@@ -16,6 +16,7 @@ _FUNCTIONS = {  # and the modules they are in
     "conversion": "nn.convert",
     "convert": "nn.convert",
     "to_torch": "nn.convert",
+    "try_cure": "cure",
     "verify": "certificate",
     "watch": "diagnostics.watch",
 }
@@ -33,6 +34,7 @@ __all__ = [
     "optim",
     "step",
     "to_torch",
+    "try_cure",
     "verify",
     "watch",
 ]

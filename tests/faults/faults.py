@@ -188,6 +188,6 @@ FAULTS = {
     ),
     # The second backward pass adds to the first one's gradients.
     "gradient not zeroed": Fault(Recipe(zero_grad=False), ("gradient not zeroed",), 1),
-    # Twenty steps: clipping at the start is usual.
-    "always clipped": Fault(Recipe(clip=1e-3), ("always clipped",), 20),
+    # A hundred steps: clipping at the start is usual.
+    "always clipped": Fault(Recipe(clip=1e-3, steps=110), ("always clipped",), 100),
 }

@@ -3,6 +3,7 @@
 from torch_bp.diagnostics.diagnosis import Diagnosis, diagnose
 from torch_bp.diagnostics.doctor import Examination, examine
 from torch_bp.diagnostics.finding import Finding, markdown
+from torch_bp.diagnostics.origin import find_origin
 from torch_bp.diagnostics.reading import (
     DeadUnit,
     Finiteness,
@@ -32,6 +33,7 @@ __all__ = [
     "Thresholds",
     "diagnose",
     "examine",
+    "find_origin",
     "markdown",
     "read_readings",
     "watch",

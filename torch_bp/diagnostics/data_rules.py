@@ -93,16 +93,16 @@ def output_of_loss(history: History, limit: Thresholds) -> Iterator[Finding]:
         return
     if loss_function in ("NLLLoss", "nll_loss") or now.loss < 0:
         cause = "the loss takes log-probabilities and is given probabilities, eq. 4"
-        cure = "nn.LogSoftmax(dim=1) instead of nn.Softmax(dim=1)"
+        cure, action = "nn.LogSoftmax(dim=1) instead of nn.Softmax(dim=1)", "log softmax"
     elif loss_function in ("CrossEntropyLoss", "cross_entropy") or _of_probabilities(now.loss, number):
         cause = "cross-entropy applies softmax a second time, so that no loss below "
         cause += f"{_least(number):.2f} can be reached, eq. 4"
-        cure = "leave the softmax out: nn.CrossEntropyLoss()(logits, target)"
+        cure, action = "leave the softmax out: nn.CrossEntropyLoss()(logits, target)", "no softmax"
     else:
         return
     yield Finding(
         *("softmax before its loss", layer, now.step, now.loss, _least(number), cause, cure, "error"),
-        action="no softmax",
+        action=action,
     )
 
 

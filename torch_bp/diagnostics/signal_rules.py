@@ -31,8 +31,8 @@ def vanishing(history: History, limit: Thresholds) -> Iterator[Finding]:
         worst = min(layers[:-1], key=lambda x: x.derivative_factor or math.inf)
         flat = f", {worst.saturated:.0%} of it saturated" if worst.saturated else ""
         cause = f"{text}; the derivative of {worst.activation} is to blame (layer {worst.name}{flat})"
-        better = "nn.ReLU()" if worst.activation in SATURATING else "nn.LeakyReLU(0.01)"
-        remedy, action = f"use {better} instead of nn.{worst.activation}()", "activation"
+        better = "ReLU" if worst.activation in SATURATING else "LeakyReLU"
+        remedy, action = f"use nn.{better}() instead of nn.{worst.activation}(), and {INIT}", "activation"
     else:
         cause, remedy, action = f"{text}; small weights are to blame", INIT, "init"
     yield Finding(

@@ -48,7 +48,7 @@ class Thresholds:
     divergence: float = 4.0
     stuck_steps: int = 50
     stuck_decrease: float = 0.02
-    chance: float = 0.97
+    chance: float = 0.985
     plateau_steps: int = 200
     plateau_decrease: float = 0.01
     plateau_level: float = 0.7
@@ -57,7 +57,7 @@ class Thresholds:
     input_low: float = 0.01
     input_high: float = 4.0
     clip_rate: float = 0.95
-    clip_steps: int = 20
+    clip_steps: int = 100
 
     def __post_init__(self) -> None:
         for each in fields(self):
