@@ -134,11 +134,13 @@ class EagerProbe:
                 self._open[0].norm = module
 
     def _activation_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._open is None or not args or args[0] is not self._tail or not isinstance(output, Tensor):
+        if self._open is None or not args or not isinstance(args[0], Tensor):
+            return
+        if args[0] is not self._tail or not isinstance(output, Tensor):
             return
         layer, x, z = self._open
         layer.activation = module
-        before: Tensor = args[0]
+        before = args[0]
         self._open = None
         self.measurements.observe_forward(layer, x, before, output)
         if output.requires_grad:
