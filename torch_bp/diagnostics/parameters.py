@@ -83,10 +83,9 @@ class ParameterSums:
         params = [p for p in self.params if p.grad is not None]
         if not params:
             return [], torch.zeros(0, len(COLUMNS), dtype=torch.float64)
-        grad, weight = (
-            self._squares("grad", [plain(p.grad) for p in params]),
-            self._squares("weight", list(map(plain, params))),
-        )  # type: ignore[arg-type]
+        gradients: list[Any] = [p.grad for p in params]
+        grad = self._squares("grad", list(map(plain, gradients)))
+        weight = self._squares("weight", list(map(plain, params)))
         unknown = torch.full_like(grad, float("nan"))
         return [self.rows[id(p)] for p in params], torch.stack([grad, weight, unknown, unknown], dim=1)
 

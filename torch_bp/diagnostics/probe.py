@@ -41,6 +41,9 @@ class EagerProbe:
 
     def __init__(self, model: nn.Module, measurements: Measurements) -> None:
         self.measurements, self._model = measurements, model
+        self.anew: Callable[[], None] = measurements.begin  # called where a step begins that no optimizer's step ended
+        self._params = [p for layer in measurements.layers for p in layer.params]
+        self._answered = False  # an error signal has come
         layers = {id(layer.module): layer for layer in measurements.layers}
         self.order: list[Layer] = []  # in which they have run
         self.widths: dict[int, int] = {}
@@ -79,6 +82,7 @@ class EagerProbe:
         """The step is over."""
         self._seen.clear()
         self._open = self._tail = None
+        self._answered = False
         self.batch = 0
 
     def finish(self) -> None:
@@ -92,6 +96,10 @@ class EagerProbe:
     def _model_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not self._recorded():
             return
+        # After a step that a GradScaler has skipped, gradients have been cleared with nothing between.
+        if self._answered and _in_backward() == -1 and all(p.grad is None for p in self._params):
+            self.forget()
+            self.anew()
         x = tensor_in(args)
         first = x if x is not None else next((a for a in args if isinstance(a, Tensor)), None)
         if first is not None:
@@ -107,7 +115,9 @@ class EagerProbe:
             return
         if not again:
             self._seen.add(layer.index)
-        self._close()
+        between = is_norm(module) and self._open is not None and bool(args) and args[0] is self._tail
+        if not between:
+            self._close()
         z = tensor_in(output)
         if z is None:
             return
@@ -115,7 +125,7 @@ class EagerProbe:
             self.order.append(layer)
             self.widths[layer.index] = z.shape[layer.unit_dim] if z.dim() > 1 else z.numel()
         x = args[0] if args and isinstance(args[0], Tensor) else None
-        if is_norm(layer.module) and not layer.chained:
+        if is_norm(module):
             self.measurements.observe_forward(layer, x, z, z)
         else:
             self._open, self._tail = (layer, x, z), z
@@ -125,6 +135,7 @@ class EagerProbe:
     def _signal_came(self, layer: Layer, dz: Tensor) -> None:
         if self._open is not None and self._open[0] is layer:
             self._close()
+        self._answered = True
         self.measurements.observe_backward(layer, dz)
 
     def _passed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -134,11 +145,13 @@ class EagerProbe:
                 self._open[0].norm = module
 
     def _activation_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._open is None or not args or args[0] is not self._tail or not isinstance(output, Tensor):
+        if self._open is None or not args or not isinstance(args[0], Tensor):
+            return
+        if args[0] is not self._tail or not isinstance(output, Tensor):
             return
         layer, x, z = self._open
         layer.activation = module
-        before: Tensor = args[0]
+        before = args[0]
         self._open = None
         self.measurements.observe_forward(layer, x, before, output)
         if output.requires_grad:
@@ -207,6 +220,7 @@ class CompiledProbe:
         self.widths = {layer.index: size for layer, size in sizes if size is not None}
         self._hooks: list[Any] = []
         self.batch = 0
+        self.anew: Callable[[], None] = measurements.begin  # what a skipped step leaves stays, as nobody sees it end
 
     def attach(self) -> None:
         if self._hooks:

@@ -116,7 +116,8 @@ class LayerReading:
         activation_mean, activation_var: over all examples and units of a, or of z where `activation` is None.
         dead_units: units whose derivative was 0, or below the threshold, for all examples of the step.
         saturated: share of all units of all examples whose derivative was so; ReLU's is about a half.
-        dead: the dead units one by one, at level "full", at most 32 of them.
+        dead: the dead units one by one, at level "full", at most 32 of them; none after an activation that has written
+            over z.
         histogram: of a.
         signal_histogram: of dz.
         forward, backward, weight: finite values of a, of dz, and of the parameters.

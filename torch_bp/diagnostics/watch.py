@@ -74,6 +74,7 @@ class Monitor:
             self._hooks.append(optimizer.register_step_pre_hook(self._step_begins))
             self._hooks.append(optimizer.register_step_post_hook(self._step_ended))
         self._recording = False
+        probe.anew = self._anew
         self._next()
 
     # --- what loops may tell
@@ -206,6 +207,11 @@ class Monitor:
             self._probe.attach()
         else:
             self._probe.detach()
+
+    def _anew(self) -> None:
+        """The last step was skipped: what it left is no part of this one."""
+        self._measurements.begin()
+        self._losses.forget()
 
     def _record(self, rows: list[int], sums: Tensor) -> None:
         probe, measurements = self._probe, self._measurements
