@@ -16,6 +16,7 @@ from torch_bp.diagnostics.reading import (
     write_readings,
 )
 from torch_bp.diagnostics.thresholds import Thresholds
+from torch_bp.diagnostics.verdicts import Verdicts
 from torch_bp.diagnostics.watch import Monitor, watch
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Reading",
     "Spread",
     "Thresholds",
+    "Verdicts",
     "diagnose",
     "examine",
     "find_origin",

@@ -9,6 +9,7 @@ from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import History, classes, optional
 from torch_bp.diagnostics.thresholds import Thresholds
 
+_CHANCE = 1e-6
 _DEVIATIONS = 5.0  # by which the changes of labels must fall short: once in millions of shuffled batches
 
 
@@ -39,28 +40,35 @@ def not_shuffled(history: History, limit: Thresholds) -> Iterator[Finding]:
     """
     del limit  # by chance alone
     found, number = history.now.labels, classes(history.now)
-    if found is None or number is None or found.count < 8:
+    if found is None or number is None:
         return
-    changes, share = found.changes * (found.count - 1), found.largest_share
-    expected = 2 * share * (1 - share) * (found.count - 1)
-    one_class = found.classes == 1 and found.count >= 2 * number
-    if not one_class and changes > expected - _DEVIATIONS * math.sqrt(expected):
-        return
-    cause = (
-        f"all {found.count} labels of the batch are the same"
-        if found.classes == 1
-        else (f"labels of the batch change {changes:.0f} times from one to the next, not {expected:.0f} times")
-    )
+    if found.classes == 1:
+        changes, least = 0.0, 1.0
+        if not _all_alike(history, number):
+            return
+        cause = f"all {found.count} labels of the batch are the same: the data is sorted, or nearly all of one class"
+    else:
+        changes, share = found.changes * (found.count - 1), found.largest_share
+        expected = 2 * share * (1 - share) * (found.count - 1)
+        least = expected - _DEVIATIONS * math.sqrt(expected)
+        if changes >= least:
+            return
+        cause = f"labels of the batch change {changes:.0f} times from one to the next, not {expected:.0f} times: "
+        cause += "the data is sorted"
     yield Finding(
-        "data not shuffled",
-        "",
-        history.now.step,
-        changes,
-        max(1.0, expected - _DEVIATIONS * math.sqrt(expected)),
-        f"{cause}: the data is sorted by label" + (", or nearly all of it is of one class" if one_class else ""),
+        *("data not shuffled", "", history.now.step, changes, least, cause),
         "DataLoader(dataset, batch_size, shuffle=True)",
         action="shuffle",
     )
+
+
+def _all_alike(history: History, number: int) -> bool:
+    """Whether all batches so far are of one class each, and too many for it to be chance, were they shuffled."""
+    readings = {reading.step: reading for reading in (*history.start, history.now)}
+    batches = [reading.labels for reading in readings.values() if reading.labels is not None]
+    largest = 0.8 if number == 2 else 0.5  # a class as large as that is nothing unusual
+    count = sum(labels.count for labels in batches)
+    return all(labels.classes == 1 for labels in batches) and largest**count < _CHANCE
 
 
 def output_of_loss(history: History, limit: Thresholds) -> Iterator[Finding]:
