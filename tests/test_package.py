@@ -23,7 +23,7 @@ ROOMS = {
     "optim": {"kernels"},
     "step": {"nn", "ops", "autograd", "kernels", "optim"},
     "diagnostics": {"autograd", "ops", "kernels"},
-    "lightning": {"optim", "config", "chart", "step"},
+    "lightning": {"optim", "config", "chart", "step", "diagnostics"},
     "lr_commands": {"cli", "chart", "config", "optim", "lightning"},
     "doctor_command": {"cli", "diagnostics"},
     "chart": set(),

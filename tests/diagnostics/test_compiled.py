@@ -5,6 +5,8 @@ import torch
 
 from torch_bp import nn, optim, watch
 
+# Dynamo makes an object of each autograd Function that it traces
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 X, Y = torch.randn(12, 5), torch.randint(0, 3, (12,))
 
 
@@ -21,12 +23,12 @@ def test_one_graph_and_the_same_readings(backend, room):
             p.requires_grad_(False)
         optimizer = optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         run = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
-        with watch(run, optimizer, loss_fn=loss_fn, level="summary", every=2, budget=None) as monitor:
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                for _ in range(3):
-                    optimizer.zero_grad()
-                    loss_fn(run(X), Y).backward()
-                    optimizer.step()
+        watched = watch(run, optimizer, loss_fn=loss_fn, level="summary", every=2, budget=None)
+        with watched as monitor, torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss_fn(run(X), Y).backward()
+                optimizer.step()
         assert [r.step for r in monitor.readings] == [0, 2]
         found.append(monitor.last)
     for (name, layer), (other_name, other) in zip(found[0].layers.items(), found[1].layers.items(), strict=True):

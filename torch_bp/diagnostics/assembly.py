@@ -215,7 +215,8 @@ def _spread(row: Sequence[float], facts: Mapping[str, Any], scale: float) -> Spr
     count, total, square, low, high = row
     if not count:
         return None
-    factor = (facts["divisor"] or count) / scale
+    share = facts["mean over"]
+    factor = (1 if share is None else count * share) / scale
     mean, variance = mean_and_variance(count, total * factor, square * factor**2)
     return Spread(int(count), mean, math.sqrt(variance), low * factor, high * factor)
 

@@ -21,6 +21,11 @@ from torch_bp.kernels.norm import sum_of_squares
 COLUMNS = ("grad", "weight", "update", "product")
 
 
+def measures_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """True for optimizers of torch_bp, which find what is to be measured in `_extras`."""
+    return hasattr(getattr(optimizer, "rule", None), "formula") and "_applied_in_backward" not in vars(optimizer)
+
+
 class ParameterSums:
     """Sums of squares of each parameter's gradient, weight and update, and gradient times update.
 
@@ -42,7 +47,7 @@ class ParameterSums:
         """The step is about to run."""
         self.abandon(optimizer)  # what a step that has raised has left
         inside = vars(optimizer).get("_extras")
-        if hasattr(getattr(optimizer, "rule", None), "formula") and "_applied_in_backward" not in vars(optimizer):
+        if measures_itself(optimizer):
             if inside is None:
                 self._extras = optimizer._extras = Extras(measured=True, projected=self._projected)  # type: ignore[attr-defined]
                 self._own = True

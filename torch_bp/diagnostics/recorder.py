@@ -152,7 +152,8 @@ def _reduce(found: dict[str, Tensor], layers: int) -> None:
     for name, part in zip(summed, flat.split([found[name].numel() for name in summed])):
         found[name] = part.view(found[name].shape)
     if "examples" in found:
-        examples = found["examples"]
-        distributed.all_reduce(examples[:, :3])
-        distributed.all_reduce(examples[:, 3], distributed.ReduceOp.MIN)
-        distributed.all_reduce(examples[:, 4], distributed.ReduceOp.MAX)
+        sums_, low, high = (part.contiguous() for part in found["examples"].split([3, 1, 1], dim=1))
+        distributed.all_reduce(sums_)
+        distributed.all_reduce(low, distributed.ReduceOp.MIN)
+        distributed.all_reduce(high, distributed.ReduceOp.MAX)
+        found["examples"] = torch.cat([sums_, low, high], dim=1)

@@ -17,7 +17,7 @@ from torch_bp.diagnostics.assembly import Assembly
 from torch_bp.diagnostics.layer import Which, compiled, device_of, layers_of
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
-from torch_bp.diagnostics.parameters import ParameterSums
+from torch_bp.diagnostics.parameters import ParameterSums, measures_itself
 from torch_bp.diagnostics.probe import CompiledProbe, EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.recorder import Cadence, signals
@@ -101,6 +101,11 @@ class Monitor:
         """Note the loss of the last step's batch after the step: its achieved decrease is in the next reading."""
         self._now["after"] = torch.as_tensor(loss).detach().double().mean()
 
+    def gradients_ready(self) -> None:
+        """Say, in a closure that `optimizer.step` calls, that gradients are there; torch_bp's optimizers can tell."""
+        if self._recording and self._optimizer is not None and not measures_itself(self._optimizer):
+            self._parameters.before(self._optimizer)
+
     def step_done(self, loss: Any = None) -> None:
         """A step is over; for loops without an optimizer that was given to `watch`."""
         if self._optimizer is not None:
@@ -177,7 +182,7 @@ class Monitor:
 
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = args[1:] or kwargs.get("closure")  # which computes the gradients in the step
-        if self._recording and not closure:
+        if self._recording and (not closure or measures_itself(optimizer)):
             self._parameters.before(optimizer)
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -238,7 +243,8 @@ class Monitor:
             "epoch": self.epoch,
         }
         facts["batch"] = probe.batch or None
-        facts["divisor"] = None if self._mean else 1
+        # each process takes a mean over its own examples
+        facts["mean over"] = (1 / distributed.get_world_size() if self._reduce else 1) if self._mean else None
         facts["examples"] = list(measurements.examples)
         facts["widths"] = dict(probe.widths)
         facts["seconds"], facts["share"] = self._cadence.seconds, self._cadence.share
