@@ -15,13 +15,21 @@ Adam, SGD = torch.optim.Adam, torch.optim.SGD
 
 @dataclass
 class Fault:
-    """`kinds`: names that are right. `step`: the first at which it can be told. `layer`, `words`: to be named, too."""
+    """A recipe with one fault, and what it must be called.
+
+    Attributes:
+        kinds: names that are right.
+        step: the first at which it can be told.
+        layer, words: to be named, too.
+        overflows: its numbers leave float32, and readings are made by plain autograd.
+    """
 
     recipe: Recipe
     kinds: tuple[str, ...]
     step: int = 0
     layer: str | None = None
     words: str = ""
+    overflows: bool = False
 
 
 def linear(model):
@@ -134,7 +142,7 @@ FAULTS = {
     # The second of two steps in a row.
     "rate too high: Adam": Fault(Recipe(options={"lr": 1.0}), ("rate too high",), 1),
     "rate too high: SGD": Fault(
-        Recipe(optimizer=SGD, options={"lr": 20.0}), ("rate too high", "divergence", "dead units", "NaN or Inf"), 2
+        Recipe(optimizer=SGD, options={"lr": 20.0}), ("rate too high", "divergence"), 2, overflows=True
     ),
     # Three steps tell a rate that stays from a warm-up.
     "rate too low: Adam": Fault(Recipe(options={"lr": 1e-7}), ("rate too low",), 2),
@@ -144,9 +152,10 @@ FAULTS = {
         Recipe(diabetes, (10, 64, 1), loss=nn.MSELoss(), optimizer=SGD, options={"lr": 1.0}),
         ("divergence", "NaN or Inf"),
         3,
+        overflows=True,
     ),
     "divergence: the wrong sign": Fault(
-        Recipe(optimizer=SGD, options={"lr": 0.05, "maximize": True}), ("divergence",), 12
+        Recipe(optimizer=SGD, options={"lr": 0.05, "maximize": True}), ("divergence",), 12, overflows=True
     ),
     # The step at which the example comes.
     "NaN: an input": Fault(Recipe(data_of=one_bad_example, shuffle=False), ("NaN or Inf",), 3, words="input"),

@@ -1,22 +1,11 @@
 """A `Reading` of one step of a `Sequential`, by plain autograd: what rules are judged on needs no hooks."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from torch_bp.diagnostics import Finiteness, Labels, LayerReading, Reading, Spread
 
 SATURATED = 0.01  # derivatives below this, as `torch_bp.diagnostics.derivative` has it
-
-
-@dataclass(frozen=True, slots=True)
-class Full(Reading):
-    output: Spread | None = None
-    carried: float | None = None
-    unused: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
-    loss_function: str | None = None
 
 
 class Observed:
@@ -42,7 +31,7 @@ class Observed:
         for entry, row, following, ahead in zip(self.layers, rows, rows[1:], self.layers[1:]):
             self._ratios(entry, row, following, ahead)
         layers = {row["name"]: LayerReading(**row) for row in rows}
-        return Full(
+        return Reading(
             step,
             loss=float(loss),
             lr=tuple(group["lr"] for group in optimizer.param_groups),

@@ -13,7 +13,8 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
 
 import torch_bp
-from tests.faults.observe import Observed, spread
+from tests.faults.observe import Observed
+from torch_bp.diagnostics import Circumstances, Verdicts
 
 
 @functools.cache
@@ -102,7 +103,6 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-3})
     batch: int = 32
     steps: int = 60
-    every: int = 1
     seed: int = 0
     shuffle: bool = True
     zero_grad: bool = True
@@ -128,7 +128,7 @@ class Recipe:
                 yield self.batch_of(x[chosen], y[chosen])
 
     def run(self):
-        """Train, and return the readings."""
+        """Train, and return the readings, made by plain autograd."""
         model = self.model()
         optimizer = self.optimizer(self.parameters(model), **self.options)
         *_, valid_x, valid_y = self.data()
@@ -136,7 +136,6 @@ class Recipe:
         for step, (x, y) in zip(range(self.steps), self.batches()):
             if self.zero_grad:
                 optimizer.zero_grad()
-            carried = gradient_norm(model)
             seen = Observed(model, x)
             loss = self.loss(seen.output, y)
             more = {"validation_loss": self._validate(model, valid_x, valid_y)} if step % 20 == 19 else {}
@@ -148,27 +147,18 @@ class Recipe:
                 more |= {"clip_rate": clipped / (step + 1)}
             before = {p: p.detach().clone() for p in model.parameters()}
             optimizer.step()
-            if step % self.every == 0:
-                readings.append(self._reading(seen, step, loss, optimizer, before, y, carried, model, more))
+            readings.append(seen.reading(step, loss.detach(), optimizer, before, y, **more))
         return readings
 
-    def _reading(self, seen, step, loss, optimizer, before, y, carried, model, more):
-        names = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        more |= {"output": spread(seen.output.detach()), "carried": carried if step else None}
-        more |= {"unused": tuple(sorted(names)), "frozen": tuple(sorted(frozen))}
-        more |= {"loss_function": type(self.loss).__name__}
-        return seen.reading(step, loss.detach(), optimizer, before, y, **more)
-
-    def watched(self, level="full"):
-        """Train as users do, and return the readings of `torch_bp.watch`."""
+    def watched(self, level="full", every=1):
+        """Train as users do, and return the readings and the verdicts of `torch_bp.watch`."""
         model = self.model()
         optimizer = self.optimizer(self.parameters(model), **self.options)
         *_, valid_x, valid_y = self.data()
         loss_fn = self.loss if isinstance(self.loss, nn.Module) else None
-        with torch_bp.watch(
-            model, optimizer, loss_fn=loss_fn, level=level, every=self.every, budget=None, keep=self.steps
-        ) as monitor:
+        verdicts = Verdicts(circumstances=Circumstances(model, optimizer, loss_fn), silent=True)
+        options = {"level": level, "every": every, "budget": None, "keep": self.steps, "on_reading": verdicts}
+        with torch_bp.watch(model, optimizer, loss_fn=loss_fn, **options) as monitor:
             for step, (x, y) in zip(range(self.steps), self.batches()):
                 if self.zero_grad:
                     optimizer.zero_grad()
@@ -181,7 +171,7 @@ class Recipe:
                 if self.clip is not None:
                     monitor.clipped(nn.utils.clip_grad_norm_(model.parameters(), self.clip), self.clip)
                 optimizer.step()
-            return monitor.readings
+        return monitor.readings, verdicts.findings
 
     def _validate(self, model, x, y):
         model.eval()
@@ -189,7 +179,3 @@ class Recipe:
             loss = self.loss(model(x), y)
         model.train()
         return float(loss)
-
-
-def gradient_norm(model):
-    return sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5

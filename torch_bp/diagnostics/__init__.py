@@ -1,5 +1,6 @@
 """Watching training: what a step says (`Reading`) at next to no cost, and what is wrong with it (`Finding`)."""
 
+from torch_bp.diagnostics.circumstances import Circumstances
 from torch_bp.diagnostics.diagnosis import Diagnosis, diagnose
 from torch_bp.diagnostics.doctor import Examination, examine
 from torch_bp.diagnostics.finding import Finding, markdown
@@ -20,6 +21,7 @@ from torch_bp.diagnostics.verdicts import Verdicts
 from torch_bp.diagnostics.watch import Monitor, watch
 
 __all__ = [
+    "Circumstances",
     "DeadUnit",
     "Diagnosis",
     "Examination",

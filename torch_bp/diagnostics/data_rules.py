@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
-from torch_bp.diagnostics.history import History, classes, optional
+from torch_bp.diagnostics.history import History, classes
 from torch_bp.diagnostics.thresholds import Thresholds
 
 _CHANCE = 1e-6
@@ -78,7 +78,7 @@ def output_of_loss(history: History, limit: Thresholds) -> Iterator[Finding]:
     last = list(now.layers.values())[-1] if now.layers else None
     probabilities = last is not None and last.activation == "Softmax"
     number = classes(now)
-    output, loss_function = optional(now, "output"), optional(now, "loss_function")
+    output, loss_function = history.fact("output"), history.fact("loss_function")
     if output is not None and number is not None:
         bounded = output.min >= 0 and output.max <= 1
         probabilities = bounded and abs(output.mean * number - 1) < 1e-3

@@ -7,8 +7,9 @@ continues it, so that noise around a threshold does not make a list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch_bp.diagnostics import (
     data_rules,
@@ -105,8 +106,12 @@ class Diagnosis:
     def findings(self) -> list[Finding]:
         return list(self._found.values())
 
-    def update(self, reading: Reading) -> list[Finding]:
+    def update(self, reading: Reading, facts: Mapping[str, Any] | None = None) -> list[Finding]:
         """Take one reading more, and return what is found for the first time.
+
+        Args:
+            reading: of a later step than the one before.
+            facts: what `Circumstances` knows of the same step.
 
         Raises:
             ValueError: its step is not after that of the reading before.
@@ -116,7 +121,7 @@ class Diagnosis:
                 f"Diagnosis: step must be above {self._history.now.step}, that of the reading before, got "
                 f"{reading.step}. Use a new Diagnosis for another run."
             )
-        self._history.add(reading)
+        self._history.add(reading, facts)
         spoken: dict[tuple[str, str], int] = {}
         new = []
         for rule, wanted in RULES.items():

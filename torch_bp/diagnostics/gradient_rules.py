@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
-from torch_bp.diagnostics.history import History, optional
+from torch_bp.diagnostics.history import History
 from torch_bp.diagnostics.thresholds import Thresholds
 
 
 def unused_parameters(history: History, limit: Thresholds) -> Iterator[Finding]:
     """Parameters that take part in no step: of a layer that is not called, or cut off from the loss."""
     del limit
-    unused = optional(history.now, "unused")
+    unused = history.fact("unused")
     if unused:
         names = ", ".join(unused[:4]) + (", ..." if len(unused) > 4 else "")
         yield Finding(
@@ -59,7 +59,7 @@ def not_zeroed(history: History, limit: Thresholds) -> Iterator[Finding]:
     """Gradients of the step before were still there when this step's were added."""
     del limit
     now = history.now
-    carried = optional(now, "carried")
+    carried = history.fact("carried")
     if carried:
         cause = f"gradients of the steps before, of norm {carried:.3g}, were there when backward began, and add up"
         yield Finding(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch_bp.diagnostics.reading import LayerReading, Reading
@@ -33,10 +33,13 @@ class History:
         self.best_loss = math.inf  # least median of three losses in a row
         self.validations: list[tuple[int, float]] = []
         self.top_lr = 0.0
+        self._facts: Mapping[str, Any] = {}
         for reading in readings:
             self.add(reading)
 
-    def add(self, reading: Reading) -> None:
+    def add(self, reading: Reading, facts: Mapping[str, Any] | None = None) -> None:
+        """Take one more, with what `Circumstances` knows of its step."""
+        self._facts = facts or {}
         if len(self.start) < FIRST:
             self.start.append(reading)
         self.latest.append(reading)
@@ -47,6 +50,10 @@ class History:
         if len(self.losses(-3)) == 3:
             self.best_loss = min(self.best_loss, self.median_loss(-3))
         self.top_lr = max(self.top_lr, *reading.lr, 0.0)
+
+    def fact(self, name: str) -> Any:
+        """What is known of the latest step beyond its reading; None if nothing is."""
+        return self._facts.get(name)
 
     @property
     def now(self) -> Reading:
@@ -103,8 +110,3 @@ def update_ratios(reading: Reading) -> dict[str, float]:
     """Those that are measured and finite, by layer."""
     ratios = {name: layer.update_ratio for name, layer in reading.layers.items()}
     return {name: ratio for name, ratio in ratios.items() if ratio is not None and math.isfinite(ratio)}
-
-
-def optional(reading: object, name: str) -> Any:
-    """A value that only some readings have; None, where there is none."""
-    return getattr(reading, name, None)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch_bp.diagnostics.finding import Finding
-from torch_bp.diagnostics.history import SATURATING, History, optional
+from torch_bp.diagnostics.history import SATURATING, History
 from torch_bp.diagnostics.rate_rules import lower
 from torch_bp.diagnostics.reading import Finiteness, Reading
 from torch_bp.diagnostics.thresholds import Thresholds
@@ -68,17 +68,14 @@ def nonfinite(history: History, limit: Thresholds) -> Iterator[Finding]:
 def first_origin(reading: Reading) -> _Origin | None:
     """Where the first NaN or infinity of this step is: in the order in which a step computes."""
     values = reading.input
-    finite = optional(reading, "input_finite")
-    if finite is not None and not finite.ok:
-        return _Origin("", "input", finite)
-    if finite is None and values is not None and not math.isfinite(values.mean + values.std):
+    if values is not None and not math.isfinite(values.mean + values.std):
         return _Origin("", "input", None)
     for what in ("weight", "forward"):
         for number, layer in enumerate(reading.layers.values()):
             found = getattr(layer, what)
             if found is not None and not found.ok:
                 # finite inputs and weights can overflow in a linear map, and give infinities; not NaN alone
-                taken_in = what == "forward" and number == 0 and finite is None and found.nan and not found.inf
+                taken_in = what == "forward" and number == 0 and found.nan and not found.inf
                 return _Origin(layer.name, "input" if taken_in and layer.activation in _SAFE else what, found)
     if reading.loss is not None and not math.isfinite(reading.loss):
         return _Origin("", "loss", None)
@@ -95,8 +92,6 @@ def _explain(origin: _Origin, history: History) -> tuple[str, str, str]:
     if found is not None:
         which = " and ".join(f"{n} {what}" for n, what in ((found.nan, "NaN"), (found.inf, "infinite")) if n)
         which += f" of {found.count}"
-        if examples := optional(found, "examples"):
-            which += f" (examples {', '.join(map(str, examples))} of the batch)"
     if origin.what == "input":
         if origin.layer:
             cause = f"the first layer's outputs have {which} and its weights none: they come with the input"

@@ -48,7 +48,7 @@ class Thresholds:
     divergence: float = 4.0
     stuck_steps: int = 50
     stuck_decrease: float = 0.02
-    chance: float = 0.975
+    chance: float = 0.98
     plateau_steps: int = 200
     plateau_decrease: float = 0.01
     plateau_level: float = 0.7
