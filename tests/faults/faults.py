@@ -139,19 +139,19 @@ FAULTS = {
     "initialization: one large layer": Fault(Recipe(prepare=large_weights), ("bad initialization",), layer="2"),
     "initialization: outputs": Fault(Recipe(prepare=large_output), ("bad initialization",), layer="4"),
     "initialization: constant": Fault(Recipe(init=lambda w: nn.init.constant_(w, 0.05)), ("bad initialization",)),
-    # The second of two steps in a row.
-    "rate too high: Adam": Fault(Recipe(options={"lr": 1.0}), ("rate too high",), 1),
+    # One step changes the weights more than fivefold.
+    "rate too high: Adam": Fault(Recipe(options={"lr": 1.0}), ("rate too high",), 0),
     "rate too high: SGD": Fault(
         Recipe(optimizer=SGD, options={"lr": 20.0}), ("rate too high", "divergence"), 2, overflows=True
     ),
     # Three steps tell a rate that stays from a warm-up.
     "rate too low: Adam": Fault(Recipe(options={"lr": 1e-7}), ("rate too low",), 2),
     "rate too low: zero": Fault(Recipe(options={"lr": 0.0}), ("rate too low",), 2, words="is 0"),
-    # The loss has to have risen in three steps.
+    # The loss has to have risen for five steps.
     "divergence: SGD": Fault(
         Recipe(diabetes, (10, 64, 1), loss=nn.MSELoss(), optimizer=SGD, options={"lr": 1.0}),
         ("divergence", "NaN or Inf"),
-        3,
+        4,
         overflows=True,
     ),
     "divergence: the wrong sign": Fault(

@@ -48,6 +48,7 @@ def healthy(seed):
     if optimizer is torch.optim.SGD:
         options |= {"momentum": draw.choice([0.0, 0.9])}
         options["lr"] *= 0.3 if options["momentum"] else 1.0
+        options["lr"] *= 0.3 if outputs == 1 else 1.0  # a squared error is steeper than a cross-entropy
         if activation is nn.Sigmoid:
             options["lr"] *= 3
     batch = draw.choice([16, 32, 64, 128])

@@ -39,9 +39,10 @@ def not_shuffled(history: History, limit: Thresholds) -> Iterator[Finding]:
     batch has at least 2 p (1 - p) (n - 1) neighbours that differ, in the mean.
     """
     del limit  # by chance alone
-    found, number = history.now.labels, classes(history.now)
-    if found is None or number is None:
+    found = history.now.labels
+    if found is None:
         return
+    number = classes(history.now) or 2
     if found.classes == 1:
         changes, least = 0.0, 1.0
         if not _all_alike(history, number):

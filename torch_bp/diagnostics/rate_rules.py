@@ -10,6 +10,7 @@ from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import History, update_ratios
 from torch_bp.diagnostics.thresholds import Thresholds
 
+BEYOND = 5.0  # times too high: one step replaces what was there
 HOPELESS = 100.0  # times worse than divergence: no second look is needed
 START = 100  # steps in which tiny updates are no success
 
@@ -22,9 +23,12 @@ def rate_too_high(history: History, limit: Thresholds) -> Iterator[Finding]:
     name = max(ratios, key=lambda each: ratios[each])
     ratio, risen = ratios[name], history.median_loss(-3) > 1.2 * history.median_loss(1)
     threshold = limit.update_ratio_high / 2 if risen and history.span > 1 else limit.update_ratio_high
-    before = max((update_ratios(r).get(name, 0.0) for r in history.latest[-2:-1]), default=0.0)
-    # one step that is too long is over after a step, unless it is far too long
-    if min(ratio, max(before, ratio / 3)) <= threshold or not (history.now.layers[name].weight_norm or 0) > 1e-3:
+    # the first steps of a run may be too long, for a step or two
+    lately = [max(update_ratios(reading).values(), default=0.0) for reading in history.latest[-3:]]
+    lasting = len(lately) == 3 and min(lately) > threshold
+    at_once = ratio > BEYOND * limit.update_ratio_high
+    # of weights that are next to nothing any step is a multiple
+    if not (lasting or at_once) or not (history.now.layers[name].weight_norm or 0.0) > 1e-3:
         return
     cause = f"one step changes layer {name} by {ratio:.0%} of its weights{', and the loss rises' if risen else ''}"
     yield Finding(
@@ -57,11 +61,11 @@ def rate_too_low(history: History, limit: Thresholds) -> Iterator[Finding]:
 
 def divergence(history: History, limit: Thresholds) -> Iterator[Finding]:
     """The loss has left its first value behind, upwards: sec. 9.4."""
-    first, losses = history.median_loss(1), history.losses(-3)
+    first, losses = history.median_loss(1), history.losses(-5)
     if not first > 0 or history.span < 1 or not losses:
         return
-    # odd batches, and a first step that is too long, are over after a step or two
-    latest = min(losses) if history.span > 2 else losses[-1] / HOPELESS
+    # odd batches, and first steps that are too long, are over after a few steps
+    latest = min(losses) if len(losses) == 5 else losses[-1] / HOPELESS
     if latest <= limit.divergence * first:
         return
     latest = losses[-1]
