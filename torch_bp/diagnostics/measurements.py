@@ -21,6 +21,7 @@ from torch_bp.kernels import Table
 FORWARD, BACKWARD, AFTER, BEFORE = range(4)  # a, dz, da, and the gradient at the input of the activation
 KINDS = 4
 HELD = 64 << 20  # bytes of signals that wait to be summed together
+TABLES = 16  # of addresses, kept for as many sets of sizes
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Measurements:
         self.inputs: dict[int, list[Tensor]] = {}  # that wait for their error signal
         self._pending: list[tuple[int, Tensor, int]] = []
         self._bytes = 0
-        self._tables: dict[tuple[int, ...], Table] = {}
+        # for signals of the same slots and sizes: the table of addresses, the rows, and how many numbers
+        self._tables: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Table, Tensor, Tensor]] = {}
 
     def begin(self) -> None:
         """Forget: a new step begins. Buffers keep their addresses."""
@@ -141,10 +143,15 @@ class Measurements:
         slots = tuple(slot for slot, _ in unchanged)
         if not slots:
             return
-        found = quantities.sums([t for _, t in unchanged], self._tables.setdefault(slots, Table())).to(self.device)
-        counts = torch.tensor([t.numel() for _, t in unchanged], dtype=torch.float64)
-        found = torch.cat([counts.to(self.device)[:, None], found], dim=1)
-        self.values.index_add_(0, torch.tensor(slots, device=self.device), found)
+        key = slots, tuple(t.numel() for _, t in unchanged)
+        if key not in self._tables:
+            if len(self._tables) >= TABLES:
+                self._tables.clear()
+            counts = torch.tensor(key[1], dtype=torch.float64, device=self.device)[:, None]
+            self._tables[key] = Table(), torch.tensor(slots, device=self.device), counts
+        table, where, counts = self._tables[key]
+        found = quantities.sums([t for _, t in unchanged], table).to(self.device)
+        self.values.index_add_(0, where, torch.cat([counts, found], dim=1))
 
     def _add(self, slot: int, x: Tensor) -> None:
         x = x.detach()

@@ -47,12 +47,12 @@ class Snapshot:
 
     @property
     def nonfinite(self) -> bool:
-        """Whether a signal or a sum of the parameters holds a NaN or an infinity."""
-        numbers = self.numbers()
-        params = numbers.get("params")
-        return bool(numbers["signals"][:, 3:].any()) or (
-            params is not None and not bool(params[:, :2].isfinite().all())
-        )
+        """Whether a signal holds a NaN or an infinity: the first of the tensors, whose last two columns count them."""
+        if self._event is not None:
+            self._event.synchronize()
+        assert self._vector is not None
+        rows, columns = self._shapes[0][1]
+        return bool(self._vector[: rows * columns].view(rows, columns)[:, 3:].any())
 
     def numbers(self) -> dict[str, Any]:
         """The tensors by name, on the host."""
