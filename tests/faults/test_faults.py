@@ -48,12 +48,19 @@ def test_readings_by_plain_autograd_say_the_same(name):
     assert named(fault, findings), [str(found) for found in findings]
 
 
-@pytest.mark.parametrize("name", ["vanishing: sigmoids", "dead units: biases", "unscaled input: bytes", "no shuffle"])
-@pytest.mark.parametrize("level", ["summary", "layers"])
-def test_less_detail_and_rarer_readings(name, level):
+@pytest.mark.parametrize(
+    ("level", "name"),
+    [
+        ("summary", "vanishing: sigmoids"),
+        ("summary", "unscaled input: bytes"),
+        ("layers", "dead units: biases"),
+        ("layers", "no shuffle"),
+    ],
+)
+def test_less_detail_and_rarer_readings(level, name):
     fault = FAULTS[name]
     _, findings = fault.recipe.watched(level, every=10)
-    assert named(fault, findings) or (level, name) == ("summary", "dead units: biases")
+    assert named(fault, findings)
 
 
 def test_few_healthy_runs_give_no_alarm():
