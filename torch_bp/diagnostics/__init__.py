@@ -1,24 +1,35 @@
-"""Watching training: what a step says (`Reading`), measured and written at next to no cost."""
+"""Watching training: `watch`, what it reads (`Reading`), and `DivergenceGuard`; loaded when they are first used."""
 
-from torch_bp.diagnostics.reading import (
-    DeadUnit,
-    Finiteness,
-    Histogram,
-    Labels,
-    LayerReading,
-    Reading,
-    Spread,
-    read_readings,
-    write_readings,
-)
-from torch_bp.diagnostics.watch import Monitor, watch
+import importlib
+from typing import Any
 
+_MODULES = {  # of each name
+    "DeadUnit": "reading",
+    "DivergenceError": "guard_event",
+    "DivergenceGuard": "guard",
+    "Event": "guard_event",
+    "Finiteness": "reading",
+    "Histogram": "reading",
+    "Labels": "reading",
+    "LayerReading": "reading",
+    "LossTest": "loss_test",
+    "Monitor": "monitor",
+    "Reading": "reading",
+    "Spread": "reading",
+    "read_readings": "reading_file",
+    "watch": "watching",
+    "write_readings": "reading_file",
+}
 __all__ = [
     "DeadUnit",
+    "DivergenceError",
+    "DivergenceGuard",
+    "Event",
     "Finiteness",
     "Histogram",
     "Labels",
     "LayerReading",
+    "LossTest",
     "Monitor",
     "Reading",
     "Spread",
@@ -26,3 +37,13 @@ __all__ = [
     "watch",
     "write_readings",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"torch_bp.diagnostics.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'torch_bp.diagnostics' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
