@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.plugins import MixedPrecision
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
@@ -267,6 +268,38 @@ def test_low_precision(precision):
     assert_same(by_autograd, by_step)
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}], ids=str)
+def test_float16_with_a_scaler(options):
+    """Lightning takes a scaler on the CPU from those who bring one."""
+    runs = []
+    for engine in ENGINES:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        runs.append(fit(engine, plugins=[plugin], of={"dropout": 0.0, "optimizer": SGD}, **options))
+        assert scaler.get_scale() < 2.0**24, "no step has overflowed"
+    torch.testing.assert_close(*(run.module.state_dict() for run in runs), rtol=1e-4, atol=1e-5)
+
+
+class Unknown(nn.Linear):
+    """Something that has no explicit backward."""
+
+    def forward(self, x):
+        return torch.special.expit(super().forward(x))
+
+
+def test_what_has_no_explicit_backward_goes_through_autograd_if_asked():
+    of = {"model": Unknown(64, 10), "optimizer": SGD}
+    with pytest.raises(RuntimeError, match="expit"):
+        fit("step", of=of)
+    runs = [fit(engine, of={**of, "model": copy.deepcopy(of["model"]), "fallback": "autograd"}) for engine in ENGINES]
+    torch.testing.assert_close(*(run.module.state_dict() for run in runs), rtol=1e-5, atol=1e-6)
+
+
+def test_without_capture_the_model_is_called_for_every_batch():
+    by_autograd, by_step = fit("autograd"), fit("step", of={"capture": False})
+    assert len(by_step.module.model.calls) == len(by_autograd.module.model.calls)
+
+
 @pytest.mark.parametrize("options", CLOSE.values(), ids=CLOSE)
 def test_engines_agree_closely(options):
     runs = [fit(engine, **options) for engine in ENGINES]
@@ -332,16 +365,9 @@ def test_refused_in_a_fit(of, error, message):
 def test_what_the_step_cannot_do():
     """Trainers that cannot be had on this machine."""
     module = make("step")
-    plugin = SimpleNamespace(scaler=object())
-    for strategy, message in [
-        (SimpleNamespace(model=module, precision_plugin=None), "strategy must be one device or DDPStrategy"),
-        (trainer().strategy, "precision must not scale the loss"),
-    ]:
-        if not isinstance(strategy, SimpleNamespace):
-            strategy.model, strategy.precision_plugin = module, plugin
-        module._trainer = SimpleNamespace(strategy=strategy)
-        with pytest.raises(RuntimeError, match=message):
-            module.training_step((torch.zeros(2, 64), torch.zeros(2)), 0)
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(model=module, precision_plugin=None))
+    with pytest.raises(RuntimeError, match="strategy must be one device or DDPStrategy"):
+        module.training_step((torch.zeros(2, 64), torch.zeros(2)), 0)
 
 
 @pytest.mark.parametrize(

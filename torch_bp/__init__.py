@@ -12,15 +12,19 @@ from typing import Any
 from torch_bp._version import __version__
 
 _FUNCTIONS = {  # and the modules they are in
+    "DivergenceError": "diagnostics",
+    "DivergenceGuard": "diagnostics",
     "TrainStep": "step",
     "conversion": "nn.convert",
     "convert": "nn.convert",
     "to_torch": "nn.convert",
     "try_cure": "cure",
     "verify": "certificate",
-    "watch": "diagnostics.watch",
+    "watch": "diagnostics",
 }
 __all__ = [
+    "DivergenceError",
+    "DivergenceGuard",
     "TrainStep",
     "__version__",
     "autograd",

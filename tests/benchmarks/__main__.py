@@ -14,6 +14,7 @@ from tests.benchmarks import (
     cross_entropy,
     exactness,
     fusion,
+    guard,
     honesty,
     loops,
     monitor,
@@ -47,6 +48,7 @@ BENCHMARKS: dict[str, dict[str, Callable[[str, int], Iterator[Result]]]] = {
         "C10": monitor.measure,
         "C12": train_step.growth,
         "R5": exactness.measure,
+        "guard": guard.measure,
         "start": start.measure,
     },
     "cuda": {

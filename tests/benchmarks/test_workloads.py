@@ -8,6 +8,7 @@ from tests.benchmarks import (
     cross_entropy,
     exactness,
     fusion,
+    guard,
     honesty,
     loops,
     network,
@@ -135,6 +136,7 @@ SMALL = {
     "C7": (cross_entropy, {"WORKLOADS": {"C7": {(64, 512): (0.8, 0.35)}}}),
     "C8": (normalised, {"WIDTH": 4, "BATCH": 2048}),
     "C9": (honesty, {"WORKLOADS": {"C9": ((2, 4, 3, "cpu", torch.float32), (None, None))}}),
+    "guard": (guard, {"SIZES": {"64-32-10, batch 32": ((4, 3, 2), 5)}, "STEPS": 4}),
     "R5": (exactness, {"ROWS": [row for row in exactness.ROWS if row.name == "silu"][:2]}),
     "G2": (network, {"WIDTHS": WIDTHS, "BATCH": 4, "DEVICE": "cpu"}),
     "G4": (honesty, {"WORKLOADS": {"G4": ((2, 4, 3, "cpu", torch.bfloat16), (1.08, 0.93))}}),
@@ -179,6 +181,11 @@ LINES = {  # what is printed: what is measured, against what, and the target
     ],
     "G2": [("forward, backward", "torch", 0.5), ("forward, backward", "best: compiled", 0.9)],
 }
+LINES["guard"] = [
+    ("4 steps, autograd", "no guard", None),
+    ("4 steps, TrainStep", "no guard", None),
+    ("memory of the snapshots", "model and Adam", None),
+]
 LINES["G5"] = [("Adagrad", "default", 0.53), ("Adagrad", "best", 1.0), ("Adagrad", "copy of its bytes", 1 / 0.88)]
 LINES["G6"] = [("Adam", "default", 0.25), ("Adam", "best", 0.67)]
 LINES["G4"] = [(what, peer, {0: 1.08, 3: 0.93}.get(number)) for number, (what, peer, _) in enumerate(LINES["C9"])]

@@ -6,6 +6,8 @@ import torch
 
 from tests.kernels.formulas import PURE, SIZES, averaged, hostile, lists, matrices, measured, rows, scaled
 from torch_bp.kernels import cuda, cuda_text, use
+from torch_bp.kernels.extension import with_column_sum
+from torch_bp.ops import pointwise
 
 TOLERANCE = {
     torch.float16: {"rtol": 1e-3, "atol": 1e-3},
@@ -40,6 +42,18 @@ def interpret():
             close = {"rtol": 20 * tolerance["rtol"], "atol": 60 * tolerance["atol"]}  # sums of many elements
             torch.testing.assert_close(actual, expected, equal_nan=True, **close)
             checked += 1
+        for slope in (pointwise.relu_backward, pointwise.gelu_backward):
+            for shape in ((5, 3), (40, 700)):
+                arguments = matrices(shape, dtype)[:2]
+                both = with_column_sum(slope)
+                with use("torch"):
+                    expected = both(*(t.double() for t in arguments))
+                with use("triton"):
+                    assert both.formula.by_kernel(arguments, {}) is not NotImplemented
+                    actual = both(*arguments)
+                rounding = {"rtol": 4 * tolerance["rtol"], "atol": 8 * tolerance["atol"]}
+                torch.testing.assert_close([t.double() for t in actual], [*expected], equal_nan=True, **rounding)
+                checked += 1
         for factor in (0.999, torch.tensor(0.999, dtype=torch.float64)):
             with use("triton"):
                 actual = scaled(torch.ones(9, dtype=dtype), factor=factor, offset=0.0)
@@ -107,7 +121,6 @@ def kernels():
     from torch_bp import optim
     from torch_bp.kernels.extension import SCALE, extended
     from torch_bp.kernels.norm import sum_of_squares
-    from torch_bp.ops import pointwise
     from torch_bp.ops.binary_cross_entropy import bce_backward, bce_logits_backward, bce_target_backward
     from torch_bp.ops.squared_error import squared_error_backward
 
@@ -157,6 +170,8 @@ def kernels():
         if kind in (optim.Adam, optim.Lion):
             more = extended(kind.rule.formula, scaled=True, cleared=True, measured=True)
             yield more, tensors, {**scalars, SCALE: 0.5}
+    for slope in (pointwise.relu_backward, pointwise.tanh_backward, pointwise.gelu_backward):
+        yield with_column_sum(slope).formula, [torch.ones(2, 2)] * 2, {}
     yield sum_of_squares.formula, [torch.ones(2)], {}
 
 
@@ -175,23 +190,29 @@ def compile_ahead():
         for dtype in pointers if number == 0 else (torch.float32, torch.float64 if number % 2 else torch.bfloat16):
             absent = tuple(name for name, tensor in zip(formula.tensors, tensors) if tensor is None)
             program = formula._program("triton", dtype, absent, keywords)
-            for kernel in (getattr(program, form, None) for form in ("kernel", "single", "list")):
+            forms = [("kernel",), ("single",), ("list",), *[("list", True)] * bool(formula.updates)]
+            for form, *guarded in forms:
+                kernel = getattr(program, form, None)
                 if kernel is None:
                     continue
-                run = kernel._run(dtype is torch.float64)
+                run = kernel._run(dtype is torch.float64 or bool(guarded), *guarded)
                 types = dict.fromkeys(run.arg_names, "fp32")
                 types |= {n: pointers[dtype] for n in run.arg_names if n.startswith("p_")}
                 types |= {n: "*fp64" for n in run.arg_names if n in ("scalars", "totals")}
                 kinds = getattr(formula, "kinds", {})
                 types |= {f"p_{n}": "*i64" for n, kind in kinds.items() if kind == "label" and f"p_{n}" in types}
+                types |= {"skip": "*i32"} if guarded else {}
                 types |= {n: "*i64" for n in ("addresses", "tensor", "start", "length") if n in types}
                 types |= {n: "i64" for n in ("count", "columns", "rows") if n in types}
                 types |= {
-                    f"p__result{i}": "*fp64"
+                    f"p__result{i}": pointers[program.sums]
                     for i, output in enumerate(program.expression.outputs)
                     if output.kind == "column sum"
                 }
-                sizes = {"BLOCK": cuda.BLOCK, "CHUNK": cuda_text.CHUNK}
+                sizes = {
+                    "BLOCK": cuda.COLUMNS if getattr(program, "by_columns", False) else cuda.BLOCK,
+                    "CHUNK": cuda_text.CHUNK,
+                }
                 sizes = {n: v for n, v in sizes.items() if n in run.arg_names}
                 types |= dict.fromkeys(sizes, "constexpr")
                 source = ASTSource(run, types, constexprs={(run.arg_names.index(n),): v for n, v in sizes.items()})

@@ -8,6 +8,7 @@ import torch
 import torch_bp
 import torch_bp.nn.functional as ours
 from tests.tables import ROWS, Maker
+from torch_bp.ops.linear_activation import relu_in_epilogue
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 TOLERANCE = {torch.float32: {"rtol": 2e-6, "atol": 2e-7}, torch.float64: {"rtol": 1e-13, "atol": 1e-14}}
@@ -173,3 +174,9 @@ def test_bytes_as_labels(ignored, smoothing):
         loss = module.cross_entropy(z, target, ignore_index=ignored, label_smoothing=smoothing)
         results.append((loss, torch.autograd.grad(loss, z)))
     assert_same(*results, torch.float64)
+
+
+def test_the_product_that_cuts_off_by_itself_is_relu_of_the_affine_map():
+    a, weight, bias = torch.randn(7, 5), torch.randn(3, 5), torch.randn(3)
+    expected = torch.relu(torch.nn.functional.linear(a, weight, bias))
+    torch.testing.assert_close(relu_in_epilogue(a, weight, bias), expected)

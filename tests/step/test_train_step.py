@@ -1,6 +1,7 @@
 """TrainStep against the same model trained through autograd."""
 
 import copy
+import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -641,9 +642,79 @@ def test_half_precision_is_that_of_autocast(model, capture):
     assert {p.dtype for p in mine.parameters()} == {p.grad.dtype for p in mine.parameters()} == {torch.float32}
 
 
+def by_scaler(model, loss_fn, optimizer, made, accumulate=1, clip=None, scale=2.0**16):
+    """Losses of training under autocast in float16 with torch's GradScaler."""
+    scaler, losses = torch.amp.GradScaler("cpu", init_scale=scale), []
+    for number, (x, y) in enumerate(made):
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_fn(model(x), y)
+        scaler.scale(loss / accumulate).backward()
+        losses.append(loss.detach())
+        if (number + 1) % accumulate == 0:
+            if clip is not None:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, None), (1, 0.1)])
+@pytest.mark.parametrize("model", ["fused", "layer norm", "torch's"])
+def test_float16_is_that_of_autocast_with_a_scaler(model, accumulate, clip, capture):
+    mine, theirs = pair(model)
+    theirs, loss_fn = torch_bp.convert(theirs), nn.CrossEntropyLoss()
+    options = {"accumulate": accumulate, "clip_grad_norm": clip, "capture": capture, "precision": "fp16"}
+    step = TrainStep(mine, loss_fn, optim.SGD(mine.parameters(), lr=0.1), **options)
+    made = list(batches("cross-entropy"))
+    made = made[: len(made) // 2 * 2]
+    torch.manual_seed(2)
+    got = torch.stack([step(x, y) for x, y in made])
+    torch.manual_seed(2)
+    expected = by_scaler(theirs, loss_fn, optim.SGD(theirs.parameters(), lr=0.1), made, accumulate, clip)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert_same_state(mine, theirs, 1e-5)
+    assert step.steps == len(made) // accumulate
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_that_overflow_for_their_scale_are_left_out(accumulate, capture):
+    mine, theirs = pair("linear")
+    loss_fn = nn.CrossEntropyLoss()
+    options = {"precision": "fp16", "capture": capture, "accumulate": accumulate}
+    step = TrainStep(mine, loss_fn, optim.SGD(mine.parameters(), lr=0.1), **options)
+    state = {"steps": 0, "loss_scale": {"scale": 2.0**24, "healthy": 0}}
+    step.load_state_dict(state)
+    assert step.state_dict() == state
+    made = list(batches("cross-entropy")) * 4
+    got = torch.stack([step(x, y) for x, y in made])
+    kept = step.state_dict()["loss_scale"]["scale"]
+    assert kept < 2.0**24
+    assert step.steps * accumulate == len(made) - round(math.log2(2.0**24 / kept))  # at the first batch of a window
+    if accumulate == 1:
+        theirs = torch_bp.convert(theirs)
+        scaled = by_scaler(theirs, loss_fn, optim.SGD(theirs.parameters(), lr=0.1), made, scale=2.0**24)
+        torch.testing.assert_close(got, scaled, rtol=1e-6, atol=1e-6)
+        assert_same_state(mine, theirs, 1e-5)
+
+
+def test_gradients_that_overflow_at_any_scale_are_an_error():
+    model, _ = pair("linear")
+    step = TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.1), precision="fp16")
+    x, y = next(iter(batches("cross-entropy")))
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="it is in a parameter"):
+        step(x, y)
+    assert step.state_dict()["loss_scale"]["scale"] == 2.0**16
+
+
 def test_precision_is_checked():
     model, _ = pair("linear")
-    with pytest.raises(ValueError, match="precision must be None or 'bf16', got 'fp8'"):
+    with pytest.raises(ValueError, match="precision must be None, 'bf16' or 'fp16', got 'fp8'"):
         TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters()), precision="fp8")
 
 

@@ -30,6 +30,11 @@ tapes: dict[int, Any] = {}  # that are open, by thread (`torch_bp.autograd.tape`
 _thread = threading.get_ident
 
 
+def in_parts() -> bool:
+    """True while somebody wants to see the parts of what otherwise runs as one node: a tape that keeps everything."""
+    return bool(tapes) and getattr(tapes.get(_thread()), "whole", False)
+
+
 class Function(torch.autograd.Function):
     """As `torch.autograd.Function` with a separate `setup_context`; call it with `apply(*args)`.
 

@@ -12,7 +12,9 @@ What is no Function of ours (views, sums, `cat`, a module of somebody else) can 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -93,6 +95,8 @@ class Tape:
     Args:
         leaves: the tensors that gradients are for.
         noted: called with each entry as it is noted.
+        whole: for those who look at everything: entries keep their inputs and outputs, and what runs as one node where
+            it can runs in parts. Default: what no backward needs is freed, as by autograd.
 
     Example:
         >>> import torch
@@ -106,13 +110,16 @@ class Tape:
         tensor([[2.]])
     """
 
-    def __init__(self, leaves: Iterable[Tensor], noted: Callable[[Entry], None] | None = None) -> None:
+    def __init__(
+        self, leaves: Iterable[Tensor], noted: Callable[[Entry], None] | None = None, whole: bool = False
+    ) -> None:
         self.leaves = list(leaves)
+        self.whole = whole
         self.entries: list[Entry] = []
         self._noted = noted
         self._numbers: dict[int, int] = {}
         self._count = 0
-        self._kept: dict[int, Tensor] = {}  # an address names a tensor while the tensor is there
+        self._there: dict[int, weakref.ref[Tensor]] = {}  # an address names a tensor while the tensor is there
         for leaf in self.leaves:
             self._track(leaf)
         self._leaf_numbers = [self._numbers[id(leaf)] for leaf in self.leaves]
@@ -149,8 +156,12 @@ class Tape:
     def _track(self, tensor: Tensor) -> int:
         self._count += 1
         self._numbers[id(tensor)] = self._count
-        self._kept[id(tensor)] = tensor
+        self._there[id(tensor)] = weakref.ref(tensor, functools.partial(self._forget, id(tensor)))
         return self._count
+
+    def _forget(self, address: int, _: Any) -> None:
+        self._numbers.pop(address, None)
+        self._there.pop(address, None)
 
     def apply(self, function: type[functions.Function], args: tuple[Any, ...]) -> Any:
         """Run a Function, and note it if a gradient goes through it."""
@@ -221,8 +232,10 @@ class Tape:
                 "a view must not be written to in place while a step is traced, since what it is a view of would not "
                 "notice; write to the whole, for example out[:, :2] = h instead of out[:, :2].copy_(h), or use cat."
             )
-        for other in self._kept.values():
-            if other is not target and other.layout is torch.strided and other.untyped_storage()._cdata == storage:
+        for other in [reference() for reference in self._there.values()]:
+            if other is None or other is target:
+                continue
+            if other.layout is torch.strided and other.untyped_storage()._cdata == storage:
                 raise RuntimeError(
                     "a tensor that shares its memory with another one must not be written to in place while a step "
                     "is traced; write out of place, for example y = y + 1 instead of y += 1."
@@ -238,6 +251,8 @@ class Tape:
         self.entries.append(entry)
         if self._noted is not None:
             self._noted(entry)
+        if not self.whole:
+            entry.inputs, entry.outputs = (), outputs if len(outputs) > 1 else ()
         return entry
 
     def backward(
@@ -270,7 +285,7 @@ class Tape:
             dys = [None if n is None else signals.pop(n, None) for n in entry.targets]
             if all(d is None for d in dys):
                 continue
-            if entry.materialize:
+            if entry.materialize and any(d is None for d in dys):  # of several outputs
                 dys = [
                     torch.zeros_like(t) if d is None and _differentiable(t) else d for d, t in zip(dys, entry.outputs)
                 ]

@@ -1,35 +1,52 @@
-"""Watching training: what a step says (`Reading`) at next to no cost, and what is wrong with it (`Finding`)."""
+"""Watching training: `watch`, what it reads (`Reading`) and what is wrong with it (`Finding`), and `DivergenceGuard`.
 
-from torch_bp.diagnostics.circumstances import Circumstances
-from torch_bp.diagnostics.diagnosis import Diagnosis, diagnose
-from torch_bp.diagnostics.doctor import Examination, examine
-from torch_bp.diagnostics.finding import Finding, markdown
-from torch_bp.diagnostics.origin import find_origin
-from torch_bp.diagnostics.reading import (
-    DeadUnit,
-    Finiteness,
-    Histogram,
-    Labels,
-    LayerReading,
-    Reading,
-    Spread,
-    read_readings,
-    write_readings,
-)
-from torch_bp.diagnostics.thresholds import Thresholds
-from torch_bp.diagnostics.verdicts import Verdicts
-from torch_bp.diagnostics.watch import Monitor, watch
+All of it is loaded when it is first used.
+"""
 
+import importlib
+from typing import Any
+
+_MODULES = {  # of each name
+    "Circumstances": "circumstances",
+    "DeadUnit": "reading",
+    "Diagnosis": "diagnosis",
+    "DivergenceError": "guard_event",
+    "DivergenceGuard": "guard",
+    "Event": "guard_event",
+    "Examination": "doctor",
+    "Finding": "finding",
+    "Finiteness": "reading",
+    "Histogram": "reading",
+    "Labels": "reading",
+    "LayerReading": "reading",
+    "LossTest": "loss_test",
+    "Monitor": "monitor",
+    "Reading": "reading",
+    "Spread": "reading",
+    "Thresholds": "thresholds",
+    "Verdicts": "verdicts",
+    "diagnose": "diagnosis",
+    "examine": "doctor",
+    "find_origin": "origin",
+    "markdown": "finding",
+    "read_readings": "reading_file",
+    "watch": "watching",
+    "write_readings": "reading_file",
+}
 __all__ = [
     "Circumstances",
     "DeadUnit",
     "Diagnosis",
+    "DivergenceError",
+    "DivergenceGuard",
+    "Event",
     "Examination",
     "Finding",
     "Finiteness",
     "Histogram",
     "Labels",
     "LayerReading",
+    "LossTest",
     "Monitor",
     "Reading",
     "Spread",
@@ -43,3 +60,13 @@ __all__ = [
     "watch",
     "write_readings",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"torch_bp.diagnostics.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'torch_bp.diagnostics' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 VERSION = 1  # of the lines that `to_json` writes
@@ -300,24 +299,3 @@ def _read_field(name: str, value: Any) -> Any:
 
 def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) else value
-
-
-def write_readings(path: str | Path, readings: Iterable[Reading]) -> None:
-    """Append readings to a `.jsonl` file, a line each."""
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.writelines(f"{reading.to_json()}\n" for reading in readings)
-
-
-def read_readings(path: str | Path) -> Iterator[Reading]:
-    """The readings of a `.jsonl` file, in order. A last line that was cut off, as by a kill, is left out.
-
-    Raises:
-        ValueError: another line holds no reading.
-        OSError: the file cannot be read.
-    """
-    lines: Sequence[str] = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        if number == len(lines) and not line.endswith("\n"):
-            return
-        if line.strip():
-            yield Reading.from_json(line)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from torch_bp.diagnostics.event_file import PATTERN, read_events
-from torch_bp.diagnostics.reading import Reading, read_readings
+from torch_bp.diagnostics.reading import Reading
+from torch_bp.diagnostics.reading_file import read_readings
 
 SUFFIX = ".jsonl"
 

@@ -23,6 +23,7 @@ from torch_bp.kernels.expression import Expression
 from torch_bp.kernels.table import Table
 
 BLOCK = 1024
+COLUMNS, ROWS = 256, 16  # that a program takes where columns are added up
 LAUNCH = {
     "num_warps": 4,
     "enable_fp_fusion": True,
@@ -56,7 +57,7 @@ class Kernel:
 
     def __init__(
         self,
-        text: Callable[[Expression, Sequence[str], torch.dtype, bool], str],
+        text: Callable[..., str],
         expression: Expression,
         targets: Sequence[str],
         dtype: torch.dtype,
@@ -64,18 +65,21 @@ class Kernel:
         self.expression = expression
         self._text = text
         self._arguments = (expression, tuple(targets), dtype)
-        self._runs: dict[bool, Any] = {}
+        self._runs: dict[tuple[bool, ...], Any] = {}
 
-    def _run(self, from_table: bool) -> Any:
-        if from_table not in self._runs:
+    def _run(self, from_table: bool, *guarded: bool) -> Any:
+        key = from_table, *guarded
+        if key not in self._runs:
             with _lock:
-                text = self._text(*self._arguments, from_table)
-                self._runs[from_table] = cache.load(f"{self.expression.name}_triton", text).run
-        return self._runs[from_table]
+                text = self._text(*self._arguments, *key)
+                self._runs[key] = cache.load(f"{self.expression.name}_triton", text).run
+        return self._runs[key]
 
-    def _scalars(self, values: Sequence[Any], device: torch.device) -> tuple[bool, list[Any]]:
+    def _scalars(self, values: Any, device: torch.device) -> tuple[bool, list[Any]]:
         """Return whether the scalars go through a table, and the arguments that carry them."""
         dtype = self._arguments[2]
+        if isinstance(values, torch.Tensor):
+            return True, [values]
         if not values:
             return False, []
         if any(isinstance(v, torch.Tensor) for v in values):
@@ -103,16 +107,36 @@ class Kernel:
             grid = (-(-count // rows),)
             self._run(from_table)[grid](count, columns, rows, *tensors, *scalars, BLOCK=BLOCK, **LAUNCH)
 
-    def run_list(self, table: Table, device: torch.device, values: Sequence[Any]) -> torch.Tensor | None:
-        """Run over the tensors of a table; return the totals of each chunk, if there are any."""
+    def run_columns(
+        self, count: int, columns: int, rows: int, tensors: Sequence[torch.Tensor], values: Sequence[Any]
+    ) -> None:
+        """As `run_rows`; a program takes COLUMNS columns of `rows` rows."""
+        device = tensors[0].device
+        with _device(device):
+            from_table, scalars = self._scalars(values, device)
+            grid = -(-columns // COLUMNS), -(-count // rows)
+            self._run(from_table)[grid](count, columns, rows, *tensors, *scalars, BLOCK=COLUMNS, **LAUNCH)
+
+    def run_list(
+        self, table: Table, device: torch.device, values: Any, skip: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Run over the tensors of a table; return the totals of each chunk, if there are any.
+
+        Args:
+            table: has looked at the tensors.
+            device: theirs.
+            values: the scalars, numbers or tensors of one element, or one float64 tensor on the device with all.
+            skip: one int32 on the device: where it is not 0 when the kernel runs, nothing is done.
+        """
         totals = self._totals(len(table.tensor), device)
         with _device(device):
             from_table, scalars = self._scalars(values, device)
             addresses, chunks, _ = table.on_device(device)
-            self._run(from_table)[(len(table.tensor),)](
+            self._run(from_table, *[True] * (skip is not None))[(len(table.tensor),)](
                 addresses,
                 addresses.shape[1],
                 *chunks,
+                *([] if skip is None else [skip]),
                 *([] if totals is None else [totals]),
                 *scalars,
                 CHUNK=cuda_text.CHUNK,

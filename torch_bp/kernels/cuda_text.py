@@ -211,15 +211,17 @@ def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dty
     return text + _body(expression, targets, "place", "inside", "    ")
 
 
-def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
-    """The module of a kernel `run(addresses, columns, tensor, start, length, totals, scalar...)` over a list.
+def text_list(
+    expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool, guarded: bool = False
+) -> str:
+    """The module of a kernel `run(addresses, columns, tensor, start, length, skip, totals, scalar...)` over a list.
 
-    Total j of chunk c goes to `totals[c, j]`.
+    Total j of chunk c goes to `totals[c, j]`. A `guarded` one does nothing where the number at `skip` is not 0.
     """
     stored, real = DTYPES[dtype]
     arguments, reading = _scalars(expression, from_table)
     spell, totals = Speller(expression, _SPELLING), expression.totals
-    given = ["addresses", "columns", "tensor", "start", "length", *["totals"] * bool(totals)]
+    given = ["addresses", "columns", "tensor", "start", "length", *["skip"] * guarded, *["totals"] * bool(totals)]
     text = _HEAD.format(
         name=expression.name,
         real=real,
@@ -230,6 +232,7 @@ def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype
     text += reading
     text += "    chunk = tl.program_id(0)\n    k = tl.load(tensor + chunk)\n"
     text += "    first = tl.load(start + chunk)\n    count = tl.load(length + chunk)\n"
+    text += "    count = tl.where(tl.load(skip) == 0, count, 0)\n" * guarded
     for row, name in enumerate(expression.operands(targets)):
         text += f"    p_{name} = tl.load(addresses + {row} * columns + k).to(tl.pointer_type(STORED)) + first\n"
     text += "".join(f"    {_started(spell, total)}\n" for total in totals)
@@ -261,6 +264,49 @@ def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype
     text += reading + "    block = tl.program_id(0).to(tl.int64)\n"
     text += "    for row in range(block * rows, tl.minimum(count, (block + 1) * rows)):\n"
     return text + "".join(f"        {line}\n" for line in _row_lines(expression, spell, results))
+
+
+def text_columns(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
+    """The module of a kernel `run(count, columns, rows, tensor..., scalar...)` for a formula without sums over rows.
+
+    A program takes BLOCK columns of `rows` rows, and keeps what it adds up per column until it is done: sum t of its
+    columns goes to a row of its own of a matrix.
+    """
+    stored, real = DTYPES[dtype]
+    spell, results = Speller(expression, _SPELLING), list(zip(targets, expression.outputs))
+    arguments, reading = _scalars(expression, from_table)
+    names = [f"p_{n}" for n in expression.operands(targets)]
+    text = _HEAD.format(
+        name=expression.name,
+        real=real,
+        stored=stored,
+        library=_library(real),
+        arguments=", ".join(["count", "columns", "rows", *names, *arguments]),
+    )
+    place = {"tensor": "row * columns + place", "column": "place"}
+    sums = [(t, r) for t, r in results if r.kind == "column sum"]
+    body = [
+        _load(n, place[n.kind], "inside") if n.operation == "input" else spell.line(n)
+        for n in expression.order
+        if n.kind != "column sum"
+    ]
+    body += _stores(spell, [(t, r) for t, r in results if r.kind == "tensor"], place["tensor"], "inside")
+    body += [f"sum_{t} += tl.where(inside, {spell.name(r.arguments[0])}, 0)" for t, r in sums]
+    lines = ["place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)", "inside = place < columns"]
+    lines += ["block = tl.program_id(1).to(tl.int64)", *(f"sum_{t} = tl.zeros((BLOCK,), REAL)" for t, _ in sums)]
+    lines += ["for row in range(block * rows, tl.minimum(count, (block + 1) * rows)):", *(f"    {b}" for b in body)]
+    lines += [f"tl.store(p_{t} + block * columns + place, sum_{t}, mask=inside)" for t, _ in sums]
+    return text + reading + "".join(f"    {line}\n" for line in lines)
+
+
+def by_columns(expression: Expression) -> bool:
+    """True if `text_columns` has a kernel for it: sums over columns, and nothing per row."""
+    kinds = {*expression.kinds.values(), *(output.kind for output in expression.outputs)}
+    return (
+        "column sum" in kinds
+        and kinds <= {"tensor", "column", "column sum"}
+        and not any(node.operation in ("row_sum", "row_max") for node in expression.order)
+    )
 
 
 def _row_lines(expression: Expression, spell: Speller, results: list[tuple[str, Symbol]]) -> list[str]:

@@ -1,12 +1,14 @@
-"""A rule with more to do on the way: the same function, wrapped, so that its kernel reads memory once for all of it."""
+"""A formula with more to do on the way: the same function, wrapped, so that its kernel reads memory once for all."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
+from torch_bp.kernels.decorator import FormulaFunction, formula_function
 from torch_bp.kernels.formula import Formula
-from torch_bp.kernels.functions import as_stored, total, zeros_like
+from torch_bp.kernels.functions import as_stored, column_sum, total, zeros_like
+from torch_bp.kernels.row_formula import RowFormula
 
 SCALE = "_scale"
 
@@ -56,3 +58,35 @@ def _extend(rule: Formula, scaled: bool, cleared: bool, measured: bool, projecte
     result.lent = (grad_name,) if cleared else ()  # users free gradients when they like
     result.outer = rule.outer  # the numbers that a trace would freeze are the rule's
     return result
+
+
+def with_column_sum(of: FormulaFunction) -> FormulaFunction:
+    """Return a formula that gives, beside the result of another one on matrices, what that adds up to per column.
+
+    Args:
+        of: a formula of matrices, with one result.
+
+    Example:
+        >>> import torch
+        >>> from torch_bp.kernels import formula
+        >>> @formula
+        ... def tanh_backward(dy, y):
+        ...     return dy * (1 - y * y)
+        >>> with_column_sum(tanh_backward)(torch.ones(2, 1), torch.tensor([[0.0], [0.5]]))
+        (tensor([[1.0000],
+                [0.7500]]), tensor([1.7500]))
+    """
+    formula = of.formula
+    if "_with_column_sum" not in formula.__dict__:
+
+        def function(*tensors: Any, **keywords: Any) -> tuple[Any, Any]:
+            result = formula.function(*tensors, **keywords)
+            return result, column_sum(result)
+
+        function.__signature__ = inspect.signature(formula.function)  # type: ignore[attr-defined]
+        function.__name__ = function.__qualname__ = formula.name
+        function.__wrapped__ = formula.function  # type: ignore[attr-defined]
+        made = RowFormula(function, (), (), (), formula.static)
+        made.outer = formula.outer
+        formula.__dict__["_with_column_sum"] = formula_function(made)
+    return formula.__dict__["_with_column_sum"]

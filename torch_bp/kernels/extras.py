@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_bp.kernels.extension import SCALE, extended
 from torch_bp.kernels.formula import Formula
+from torch_bp.kernels.norm import squares
 
 Totals = tuple[Tensor, ...]
 
@@ -90,22 +91,9 @@ class Extras:
         return tuple(of_one.sqrt() for of_one in self.totals(order)[:3])
 
 
-def squares(x: Tensor) -> Tensor:
-    """The sum of squares of any tensor there is: sparse, complex, distributed."""
-    x = values(x.detach())
-    x = x.double().square().sum()
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
 def product(a: Tensor, b: Tensor) -> Tensor:
     """The sum of the products of any two tensors of one shape; conjugated where they are complex."""
     a, b = (t.detach().to_dense() if t.layout is not torch.strided else t.detach() for t in (a, b))
     a, b = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (a, b))
     found = (a.double() * b.double()).sum()
     return found.full_tensor() if hasattr(found, "full_tensor") else found
-
-
-def values(x: Tensor) -> Tensor:
-    """The numbers of a tensor that is sparse or complex."""
-    x = x.coalesce().values() if x.layout is torch.sparse_coo else x
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

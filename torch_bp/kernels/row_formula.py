@@ -34,7 +34,10 @@ class RowProgram:
         self.numba = engine == "numba"
         module, text = (cpu, cpu_row_text) if self.numba else (cuda, cuda_text)
         targets = [f"_result{i}" for i in range(len(expression.outputs))]
-        self.kernel: Any = module.Kernel(text.text_rows, expression, targets, dtype)  # type: ignore[attr-defined]
+        self.by_columns = not self.numba and cuda_text.by_columns(expression)
+        form: Any = cuda_text.text_columns if self.by_columns else text.text_rows  # type: ignore[attr-defined]
+        self.kernel: Any = module.Kernel(form, expression, targets, dtype)  # type: ignore[attr-defined]
+        self.sums = torch.float32 if self.by_columns and dtype is not torch.float64 else torch.float64
         self.kinds = [output.kind for output in expression.outputs]
         self.scalars = bool(expression.scalars)
         self._matrix = next(i for i, kind in enumerate(expression.kinds.values()) if kind == "tensor")
@@ -64,15 +67,16 @@ class RowProgram:
         if self.numba:
             self.kernel.run(count * columns, count, columns, *addresses, *map(_address_of, results), *values)
             return as_returned(results, self.expression)
-        block = 1
+        rows = 1
         if "column sum" in self.kinds:
-            block = -(-count // cpu_row_text.BLOCKS)
-            sums = -(-count // block), columns
+            rows = cuda.ROWS if self.by_columns else -(-count // cpu_row_text.BLOCKS)
+            parts = -(-count // rows), columns
             results = [
-                first.new_zeros(sums, dtype=torch.float64) if kind == "column sum" else result
+                first.new_zeros(parts, dtype=self.sums) if kind == "column sum" else result
                 for kind, result in zip(self.kinds, results)
             ]
-        self.kernel.run_rows(count, columns, block, [*given, *results], values)
+        run = self.kernel.run_columns if self.by_columns else self.kernel.run_rows
+        run(count, columns, rows, [*given, *results], values)
         results = [r.sum(0).to(first.dtype) if kind == "column sum" else r for kind, r in zip(self.kinds, results)]
         return as_returned(results, self.expression)
 

@@ -90,7 +90,8 @@ class Table:
         self.seen: Seen | None = None
         self.program: Any = None  # that has run over it last
         self.answer = np.zeros(8, np.int64)
-        self._copied: tuple[int, torch.device] | None = None
+        self.built = 0  # how often: a device copy of another one is of no use
+        self._copied: tuple[int, int, torch.device] | None = None
 
     def refresh(self, lists: Sequence[Sequence[torch.Tensor]], writes: Sequence[int], chunk: int) -> bool:
         """Bring the table up to date; False if these tensors are not for a kernel.
@@ -184,6 +185,7 @@ class Table:
         if self.inference and not torch.is_inference_mode_enabled():
             return False  # torch refuses this, in its own words
         self.version += 1
+        self.built += 1
         self.elements = int(self._sizes.sum())
         self._cut(chunk)
         self._writes = list(writes)
@@ -214,14 +216,17 @@ class Table:
         return bool(np.all((self.addresses != 0) | (self._sizes == 0)))  # zero tensors and freed storages have none
 
     def on_device(self, device: torch.device) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
-        """Return addresses, the three columns of chunks, and `counts`, as tensors on `device`, copied when changed."""
-        if self._copied != (self.version, device):
-            addresses = torch.from_numpy(self.addresses.copy())
-            columns = [torch.from_numpy(column) for column in (self.tensor, self.start, self.length, self.counts)]
-            if device.type == "cuda":
-                addresses, *columns = (t.pin_memory().to(device, non_blocking=True) for t in (addresses, *columns))
-            self._copies = addresses, tuple(columns[:3]), columns[3]
-            self._copied = (self.version, device)
+        """Return addresses, the three columns of chunks, and `counts`, as tensors on `device`, copied when changed.
+
+        Addresses of the same tensors elsewhere are written over the old ones: a captured graph reads them from there.
+        """
+        if self._copied is None or self._copied[1:] != (self.built, device):
+            columns = (self.addresses.copy(), self.tensor, self.start, self.length, self.counts)
+            addresses, *others = (_sent(column, device) for column in columns)
+            self._copies = addresses, tuple(others[:3]), others[3]
+        elif self._copied[0] != self.version:
+            self._copies[0].copy_(_pinned(self.addresses.copy(), device), non_blocking=True)
+        self._copied = self.version, self.built, device
         return self._copies
 
     def _cut(self, chunk: int) -> None:
@@ -231,3 +236,13 @@ class Table:
         within = np.arange(len(self.tensor), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
         self.start = within * chunk
         self.length = np.minimum(chunk, self._sizes[self.tensor] - self.start)
+
+
+def _pinned(column: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(column)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _sent(column: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = _pinned(column, device)
+    return tensor.to(device, non_blocking=True) if device.type == "cuda" else tensor

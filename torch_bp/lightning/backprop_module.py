@@ -34,8 +34,8 @@ class BackpropModule(LightningModule):
     - The gradients are those of the loss as `training_step` returns it. A subclass may call it once for a batch, and
       add to the loss, but not scale it.
     - `on_before_zero_grad` finds no gradients, since those of the batch before are gone by then.
-    - Processes: one, or several under `DDPStrategy`, which averages the gradients as ever. Precision: any but
-      "16-mixed", which scales the loss.
+    - Processes: one, or several under `DDPStrategy`, which averages the gradients as ever. With "16-mixed" the host
+      reads the scale of the loss at every step.
 
     A Trainer has a price of its own for every step, of which no engine takes anything away. For layers 64-32-10, Adam,
     batches of 32 that are there already, no metrics, and one core of a server, a step took 0.67 ms with "step", 0.73
@@ -48,6 +48,7 @@ class BackpropModule(LightningModule):
         optimizer: called with the parameters. On the command line `class_path` and `init_args` of an optimizer.
         scheduler: called with the optimizer. A `total_steps` left open becomes the length of the fit. Default: none.
         engine: "autograd" (default) or "step".
+        capture, fallback: of `torch_bp.TrainStep`, for the engine "step".
         prediction: turns outputs into what metrics and `predict` get, such as probabilities. Default: as they are.
         metrics: called without arguments, by name; the tag is `<name>/<stage>`. Default: none.
         interval: what the schedule counts, "step" (default) or "epoch". `ReduceLROnPlateau` always counts epochs.
@@ -81,6 +82,8 @@ class BackpropModule(LightningModule):
         metrics: dict[str, Callable[[], Metric]] | None = None,
         interval: Literal["step", "epoch"] = "step",
         monitor: str = "loss/val",
+        capture: bool | Literal["auto"] = "auto",
+        fallback: Literal["error", "autograd"] = "error",
     ) -> None:
         super().__init__()
         if engine not in ("autograd", "step"):
@@ -89,6 +92,7 @@ class BackpropModule(LightningModule):
             raise ValueError(f"BackpropModule: interval must be 'step' or 'epoch', got {interval!r}.")
         self.model, self.loss, self.optimizer, self.scheduler = model, loss, optimizer, scheduler
         self.engine, self.interval, self.monitor = engine, interval, monitor
+        self.capture, self.fallback = capture, fallback
         self.prediction = prediction or torch.nn.Identity()
         self.train_metrics, self.val_metrics, self.test_metrics = (
             MetricCollection({f"{name}/{stage}": make() for name, make in (metrics or {}).items()})
@@ -204,11 +208,7 @@ class _ExplicitPass:
                 f"BackpropModule: strategy must be one device or DDPStrategy for engine='step', got {name}; use "
                 "engine='autograd'."
             )
-        if getattr(strategy.precision_plugin, "scaler", None) is not None:
-            raise RuntimeError(
-                "BackpropModule: precision must not scale the loss for engine='step', got '16-mixed'; use "
-                "precision='bf16-mixed' or engine='autograd'."
-            )
+        self._scaler = getattr(strategy.precision_plugin, "scaler", None)
         loss = module.loss
         if isinstance(loss, torch.nn.Module) and any(p.requires_grad for p in loss.parameters()):
             raise RuntimeError(
@@ -216,7 +216,8 @@ class _ExplicitPass:
                 "model; make it part of the model, or use engine='autograd'."
             )
         self._metrics = bool(module.train_metrics)
-        self._step = TrainStep(module.model, loss, self.trainer.optimizers[0], keep_output=self._metrics)
+        options: Any = {"keep_output": self._metrics, "capture": module.capture, "fallback": module.fallback}
+        self._step = TrainStep(module.model, loss, self.trainer.optimizers[0], **options)
 
     def __call__(self, x: tuple[Any, ...], y: tuple[Any, ...], batch_idx: int) -> tuple[Tensor, Any]:
         """Return the loss, with the node that has the gradients, and the output if there are metrics, else None."""
@@ -243,7 +244,7 @@ class _ExplicitPass:
         return _Gradients.apply(loss, hand_over, *leaves), output
 
     def _in_place(self, x: Any, y: Any, leaves: Sequence[Tensor], fresh: bool) -> Any:
-        share = 1 / self.trainer.accumulate_grad_batches
+        share = self._scale() / self.trainer.accumulate_grad_batches
         if fresh:
             _give(leaves, [None] * len(leaves))
         loss = self._step.backward(x, y, share)
@@ -267,6 +268,10 @@ class _ExplicitPass:
         # A leaf that is no parameter: those have had their hooks called.
         return loss, deliver, [torch.zeros((), requires_grad=True)]
 
+    def _scale(self) -> float:
+        """Return what Lightning multiplies the loss by: float16 would lose gradients that are scaled later."""
+        return 1.0 if self._scaler is None else self._scaler.get_scale()
+
     def _to_autograd(self, x: Any, y: Any, leaves: Sequence[Tensor], fresh: bool) -> Any:
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in leaves):
             raise RuntimeError(
@@ -275,10 +280,11 @@ class _ExplicitPass:
             )
         before = [p.grad for p in leaves]
         _give(leaves, [None] * len(leaves))
-        loss = self._step.backward(x, y)
+        scale = self._scale()
+        loss = self._step.backward(x, y, scale)
         reached = [(p, p.grad) for p in leaves if p.grad is not None]
         _give(leaves, before)
-        return loss, lambda dy: [dy * gradient for _, gradient in reached], [p for p, _ in reached]
+        return loss, lambda dy: [dy / scale * gradient for _, gradient in reached], [p for p, _ in reached]
 
 
 class _Gradients(torch.autograd.Function):

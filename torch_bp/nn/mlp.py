@@ -8,6 +8,7 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from torch_bp import ops
+from torch_bp.autograd.function import in_parts
 from torch_bp.nn.activation import activation_module, joinable, parts
 from torch_bp.nn.auto_init import auto_
 from torch_bp.nn.batchnorm import BatchNorm1d
@@ -120,7 +121,7 @@ def _run(layers: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 def _next(modules: list[torch.nn.Module], x: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Run the first of these modules, or the first two or three; return how many, and the result."""
     first = modules[0]
-    if len(modules) > 1 and joinable(modules[1]) and bare(first) and bare(modules[1]):
+    if len(modules) > 1 and not in_parts() and joinable(modules[1]) and bare(first) and bare(modules[1]):
         function, values = parts(modules[1])
         if type(first) is Linear:
             return 2, function.after_linear(x, first.weight, first.bias, *values)  # type: ignore[attr-defined]

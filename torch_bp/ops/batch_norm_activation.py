@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from torch_bp.autograd.function import Function, recomputing, under_autocast
+from torch_bp.autograd.function import Function, in_parts, recomputing, under_autocast
 from torch_bp.kernels.plain import eager
 from torch_bp.kernels.program import HALF
 from torch_bp.ops.batch_norm import BatchNorm, batch_norm, batch_norm_backward, normalizable
@@ -149,6 +149,7 @@ def batch_norm_activation(
     fused = (
         training
         and eager()
+        and not in_parts()
         and all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in inputs)
         and input.dtype not in HALF
         and not under_autocast(input)

@@ -3,7 +3,8 @@
 Shapes as in `linear`. Backward, with da' the error signal after the activation: dz = s'(z) da', then Algorithm 1's
 lines for the affine map. Saved: a and W, and the output where the derivative can be told from it; else z, which then is
 a result of the node that nobody sees. One node in the place of two spares the engine's work between them, and z is
-overwritten where it is not needed.
+overwritten where it is not needed. On CUDA the product adds the bias as it writes z, and ReLU too; the derivative and
+the sum of dz over rows are one kernel.
 """
 
 from collections.abc import Callable
@@ -12,13 +13,32 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torch_bp.autograd.function import Function, connected, overridden, tangents_possible, under_autocast
-from torch_bp.kernels.plain import reusable
+from torch_bp.autograd.function import Function, connected, in_parts, overridden, tangents_possible, under_autocast
+from torch_bp.kernels import engine
+from torch_bp.kernels.extension import with_column_sum
+from torch_bp.kernels.plain import eager, reusable
 from torch_bp.ops import pointwise
 from torch_bp.ops.linear import linear, linear_backward, linear_tangent
 from torch_bp.ops.pointwise import saves_output
 
 _Optional = torch.Tensor | None
+
+
+def _in_one_pass(dy: torch.Tensor) -> bool:
+    """True where a kernel that multiplies by a derivative may add up the columns as well: on the CPU torch's own sum,
+    which reads what is in the cache, is as fast."""
+    return eager() and not torch.is_grad_enabled() and dy.dim() == 2 and engine.serving(dy) == "triton"
+
+
+def relu_in_epilogue(a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """relu(a W^T + b) of rows: on CUDA the product adds the bias and cuts off below 0 as it writes its result."""
+    return torch._addmm_activation(bias, a, weight.t())
+
+
+def _has_epilogue(a: torch.Tensor, bias: _Optional) -> bool:
+    return a.is_cuda and a.dim() == 2 and bias is not None and eager() and hasattr(torch, "_addmm_activation")
+
+
 _IN_PLACE = {torch.sigmoid: torch.sigmoid_, torch.tanh: torch.tanh_, torch.relu: torch.relu_}
 
 
@@ -54,6 +74,7 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
     name = spec.name
     compute, derivative, parameters = spec.value, spec.derivative, spec.parameters
     by_name, from_output = hasattr(compute, "formula"), spec.saves is saves_output
+    both = with_column_sum(derivative)  # type: ignore[arg-type]
     in_place, overwrites = _IN_PLACE.get(compute, compute), from_output and compute in _IN_PLACE
 
     def value(z: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
@@ -70,6 +91,8 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
 
         @staticmethod
         def forward(a: torch.Tensor, weight: torch.Tensor, bias: _Optional, *values: float) -> Any:
+            if compute is torch.relu and bias is not None and _has_epilogue(a, bias):
+                return relu_in_epilogue(a, weight, bias)
             z = torch.nn.functional.linear(a, weight, bias)
             return value(z, values) if from_output else (value(z, values), z)
 
@@ -99,8 +122,12 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
             # To be differentiated again, in either mode: z depends on a, W and b
             if not from_output and (torch.is_grad_enabled() or tangents_possible()):
                 kept = linear(a, weight, bias)
+            needed = ctx.needs_input_grad[:3]
+            if needed[2] and _in_one_pass(dy):
+                dz, db = both(dy, kept, **dict(zip(parameters, ctx.values)))
+                return *linear_backward(dz, a, weight, (*needed[:2], False))[:2], db, *nothing
             dz = derivative(dy, kept, **dict(zip(parameters, ctx.values)))
-            return *linear_backward(connected(dz, kept), a, weight, ctx.needs_input_grad[:3]), *nothing
+            return *linear_backward(connected(dz, kept), a, weight, needed), *nothing
 
         @staticmethod
         def jvp(ctx: Any, da: _Optional, dw: _Optional, db: _Optional, *_: None) -> Any:
@@ -130,6 +157,7 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
             or weight.is_complex()
             or (bias is not None and bias.dim() != 1)
             or input.is_nested
+            or in_parts()
             or under_autocast(input)  # which may want the activation in another dtype
         ):
             return activation(linear(input, weight, bias), *values)

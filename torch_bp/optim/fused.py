@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_bp.kernels import Table
-from torch_bp.kernels.extras import Extras, squares, values
-from torch_bp.kernels.norm import ratio, sum_of_squares
+from torch_bp.kernels.extras import Extras
+from torch_bp.kernels.norm import ratio, total_of_squares
 
 
 @dataclass(frozen=True)
@@ -30,22 +29,6 @@ class FusedStep:
     grad_norms: Tensor | None = None
     weight_norms: Tensor | None = None
     update_norms: Tensor | None = None
-
-
-def _total_norm(gradients: Sequence[Tensor], tables: dict[Any, Table]) -> Tensor:
-    """The norm of all gradients together: those of one kind by one call of a list kernel, over a table that is kept."""
-    kinds: dict[Any, list[Tensor]] = {}
-    for gradient in map(values, gradients):
-        kinds.setdefault((type(gradient), gradient.device, gradient.dtype), []).append(gradient)
-    sums = []
-    for key, alike in kinds.items():
-        if key[0] in (Tensor, torch.nn.Parameter):
-            sums.append(sum_of_squares.foreach_(alike, table=tables.setdefault(key, Table())).sum())
-        else:
-            sums += map(squares, alike)
-    if not sums:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack([s.to(sums[0].device) for s in sums]).sum().sqrt()
 
 
 def _with_gradient(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
@@ -108,7 +91,8 @@ def fused_step(
     with torch.no_grad():
         if max_norm is not None:
             tables = optimizer.__dict__.setdefault("_norm_tables", {})
-            total_norm = _total_norm([p.grad for p in _with_gradient(optimizer)], tables)  # type: ignore[misc]
+            gradients = [p.grad for p in _with_gradient(optimizer)]
+            total_norm = total_of_squares(gradients, tables).sqrt()  # type: ignore[arg-type]
             scale = ratio(max_norm, total_norm).clamp(max=1.0)
     extras = Extras(scale.reshape(()) if isinstance(scale, Tensor) else scale, zero_grad, norms)
     optimizer._extras = extras  # type: ignore[attr-defined]

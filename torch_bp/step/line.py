@@ -20,10 +20,11 @@ from torch_bp.step.explicit import Explicit, Paths
 from torch_bp.step.plan import Plan
 from torch_bp.step.program import Program
 from torch_bp.step.recorder import NotCapturableError, Place, Recorder
+from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
 
-_DTYPES = {"bf16": torch.bfloat16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Passes:
@@ -34,7 +35,10 @@ class Passes:
         loss_fn: called with what the model returns and the targets; gives a number.
         fallback: let autograd do what has no explicit backward.
         keep_output: keep what the model returns.
-        precision: None, or "bf16".
+        precision: None, "bf16" or "fp16".
+
+    Attributes:
+        loss_scale: multiplies the error signal at the loss besides, None for 1.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Passes:
         self.model, self.loss_fn, self.fallback, self._keep_output = model, loss_fn, fallback, keep_output
         self._precision = precision
         self.path = Paths({"": model, "loss": loss_fn})
+        self.loss_scale: Tensor | None = None
         self.output: Any = None  # what the model returned last, if it is kept
 
     def run(
@@ -70,7 +75,7 @@ class Passes:
         Raises:
             TypeError, ValueError: the loss is no tensor, or no number.
         """
-        with torch.no_grad(), Tape(leaves, noted) as tape:
+        with torch.no_grad(), Tape(leaves, noted, whole=seen is not None) as tape:
             # As in training through autograd, for what asks, and for no_grad inside.
             with torch.enable_grad(), Explicit(tape, self.fallback, self.path), self._autocast(leaves):
                 output = self.model(*inputs[0])
@@ -84,6 +89,8 @@ class Passes:
                     'reduction="mean" or "sum".'
                 )
             dy = torch.ones_like(loss) if scale == 1 else torch.full_like(loss, scale)
+            if self.loss_scale is not None:
+                dy = dy * self.loss_scale
             return loss, tape.backward(loss, dy, seen)
 
     def _autocast(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
@@ -97,12 +104,13 @@ class Line:
     """A captured pass.
 
     Args:
-        passes: what to capture. It runs once, as a step like any other.
+        passes: what to capture. It runs once, to be noted, and what it did is taken back.
         modules: whose state decides what it does.
         inputs: the arguments of the model, and the targets.
         leaves: the tensors that gradients are for.
         scale: the error signal at the loss.
         add: add to the gradients that are there.
+        before: brings back what a pass changes besides.
         own: give the first gradients memory of their own.
 
     Attributes:
@@ -125,25 +133,31 @@ class Line:
         leaves: Sequence[Tensor],
         scale: float,
         add: bool,
+        before: Snapshot,
         own: bool = False,
     ) -> None:
         self.unchanged = Unchanged(modules, leaves)
         self.plan = Plan()
-        inputs, batch = _apart(inputs, modules)
+        inputs, batch = apart(inputs, modules)
         with Recorder(batch) as recorder:
-            loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of))
+            try:
+                loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of))
+            except NotCapturableError:
+                recorder.rewind()
+                raise
         if not self.unchanged.holds():
             raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
-        made = [gradient for gradient in found if gradient is not None]
-        places = [recorder.place(gradient) for gradient in made]
-        given = _made_of(passes.output)
-        output = tree_map_only(Tensor, recorder.place, passes.output)
-        passes.output = None
-        self.program = Program(recorder, [recorder.place(loss), *places, *tree_leaves(output)])
+        places = [recorder.place(gradient) for gradient in found if gradient is not None]
+        output, loss_at = tree_map_only(Tensor, recorder.place, passes.output), recorder.place(loss)
+        # What was noted ran for its notes alone: its memory is given back before that of the program is asked for.
+        passes.output = found = loss = None  # type: ignore[assignment]
+        before.restore()
+        recorder.rewind()
+        self.program = Program(recorder, [loss_at, *places, *tree_leaves(output)])
         self.output = tree_map_only(Place, self.program.tensor, output)
         self._made = [self.program.tensor(place) for place in places]
-        self.loss = self.program.tensor(recorder.place(loss))
+        self.loss = self.program.tensor(loss_at)
         self.written = self.program.written
         self._before = [torch.empty_like(t) for t in self.written]
         self._add = add
@@ -153,20 +167,14 @@ class Line:
             self.program.owns(place) and taken.count(place.memory) == 1 and t.stride() == p.stride()
             for p, t, place in zip(self.reached, self._made, places)
         ]
-        handed = [(t, g) for t, g, as_it_is in zip(self._made, made, self._handed_out) if as_it_is]
-        for target, value in [(self.loss, loss), *zip(_made_of(self.output), given), *handed]:
-            target.copy_(value)
-        # of this run, where a gradient is not handed out from where the pass makes it: that may be in one place several
-        # times, as of a sum
-        first = [t if as_it_is else g for t, g, as_it_is in zip(self._made, made, self._handed_out)]
         self.gradients: list[Tensor] = []
         reached = set(self.reached)
         self._others = [p for p in dict.fromkeys(p for m in modules for p in m.parameters()) if p not in reached]
-        self._deliver(own, first)
         self._at = self.program.arena.storage.data_ptr()
         names = {id(p): name for module in modules for name, p in module.named_parameters()}
         self.plan.parameters = [names.get(id(p), "?") for p in self.reached]
         self.plan.bytes, self.plan.apart = self.program.arena.size, self.program.arena.total
+        self.run(batch, own)
 
     def run(self, batch: Sequence[Tensor], own: bool = False) -> Tensor:
         """Run the pass again on another batch of the same kind; return the loss, which the next run overwrites.
@@ -178,6 +186,11 @@ class Line:
         self.program.run(batch)
         self._deliver(own, self._made)
         return self.loss
+
+    @property
+    def bytes(self) -> int:
+        """Of the arena."""
+        return self.program.arena.size
 
     def intact(self) -> bool:
         """True unless somebody has moved the memory of a gradient, and with it the arena, as `share_memory_` does."""
@@ -206,11 +219,7 @@ class Line:
             tensor.copy_(before)
 
 
-def _made_of(output: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-
-
-def _apart(inputs: Any, modules: Sequence[torch.nn.Module]) -> tuple[Any, list[Tensor]]:
+def apart(inputs: Any, modules: Sequence[torch.nn.Module]) -> tuple[Any, list[Tensor]]:
     """Return the inputs with no two tensors in one memory, nor in a parameter's, and those tensors."""
     taken = {t.untyped_storage()._cdata for m in modules for t in (*m.parameters(), *m.buffers())}
     batch = []

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from torch_bp.autograd.tape import Entry
+from torch_bp.kernels.norm import values_of
 from torch_bp.step.line import Passes
-from torch_bp.step.update import values_of
 
 
 class _FoundError(Exception):
@@ -43,7 +43,7 @@ def origin(passes: Passes, inputs: Any, leaves: Sequence[Tensor], modules: Itera
             raise _FoundError(f"it comes from the backward of {entry.name}{_of(paths[id(entry)])}")
 
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices={t.device for t in leaves if t.is_cuda}):
             passes.run(inputs, leaves, 1.0, remembered, seen)
     except _FoundError as found:
         return str(found)

@@ -110,6 +110,12 @@ class Recorder(TorchDispatchMode):
         self.memories: dict[int, Memory] = {}
         self.written: list[Tensor] = []
         self._lifted: set[int] = set()
+        self._drawn: list[tuple[torch.Generator, Tensor]] = []  # generators of the model's own, as they were
+
+    def rewind(self) -> None:
+        """Let generators that a pass has drawn from give the same numbers again; torch's own is the caller's."""
+        for generator, state in self._drawn:
+            generator.set_state(state)
 
     def __enter__(self) -> Any:
         capture.recorders[threading.get_ident()] = self
@@ -133,6 +139,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in _READS or torch.Tag.data_dependent_output in func.tags or _sized_by_values(func, args):
             raise NotCapturableError(f"{func} reads values, or makes a tensor whose size depends on them")
+        for value in kwargs.values():
+            if isinstance(value, torch.Generator) and all(value is not known for known, _ in self._drawn):
+                self._drawn.append((value, value.get_state()))
         results = func(*args, **kwargs)
         self._note(func, args, kwargs, results)
         return results

@@ -20,6 +20,8 @@ class Snapshot:
         self._kept = [(m, dict(m.__dict__), dict(m._buffers)) for m in everything]
         self._values = {b: b.clone() for _, _, buffers in self._kept for b in buffers.values() if b is not None}
         self._random = torch.get_rng_state()
+        devices = {t.device for m in everything for t in m._parameters.values() if t is not None and t.is_cuda}
+        self._random_on = {device: torch.cuda.get_rng_state(device) for device in devices}
 
     def restore(self, *, random: bool = True) -> None:
         """Bring everything back, the random numbers only if asked."""
@@ -34,3 +36,5 @@ class Snapshot:
                     buffer.copy_(value)
         if random:
             torch.set_rng_state(self._random)
+            for device, state in self._random_on.items():
+                torch.cuda.set_rng_state(state, device)

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torch_bp.kernels.norm import values_of
+from torch_bp.step import device_line
 from torch_bp.step.arguments import Inputs, as_inputs, at, check, kind_of
+from torch_bp.step.device_line import NOT_FINITE, DeviceLine, Outcomes
 from torch_bp.step.line import Line, Passes
+from torch_bp.step.loss_scale import LossScale
 from torch_bp.step.origin import origin
 from torch_bp.step.plan import Plan
 from torch_bp.step.record import record
@@ -20,7 +24,7 @@ from torch_bp.step.recorder import NotCapturableError
 from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.table import Trace
 from torch_bp.step.unchanged import hooked, refuse_backward_hooks
-from torch_bp.step.update import Norm, Update, values_of
+from torch_bp.step.update import Norm, Update
 
 _set_recording = torch._C._set_grad_enabled
 _LINES = 16  # that are kept, each with buffers of its own
@@ -55,7 +59,9 @@ class TrainStep:
             backward.
         keep_output: let `output` give what the model returned, for metrics. Default: False.
         precision: "bf16": products in bfloat16, as under `torch.autocast`, while parameters, gradients and the
-            optimizer stay in float32. Default: None, the precision of the model, which may be float64.
+            optimizer stay in float32. "fp16": the same in float16, with a loss scale that finds its size as
+            `torch.amp.GradScaler`'s does: a step whose gradients overflow is left out, without an error, and the scale
+            halved. Default: None, the precision of the model, which may be float64.
 
     Raises:
         TypeError, ValueError: an argument is none of these, or the optimizer holds no parameter of the model.
@@ -87,8 +93,8 @@ class TrainStep:
         precision: str | None = None,
     ) -> None:
         check(model, loss_fn, optimizer, clip_grad_norm, clip_grad_value, accumulate, capture, fallback)
-        if precision not in (None, "bf16"):
-            raise ValueError(f"TrainStep: precision must be None or 'bf16', got {precision!r}.")
+        if precision not in (None, "bf16", "fp16"):
+            raise ValueError(f"TrainStep: precision must be None, 'bf16' or 'fp16', got {precision!r}.")
         self._arguments = {
             "clip_grad_norm": clip_grad_norm,
             "clip_grad_value": clip_grad_value,
@@ -101,10 +107,11 @@ class TrainStep:
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.accumulate, self.capture = accumulate, capture
         self.steps = 0
+        self._loss_scale = LossScale() if precision == "fp16" else None
         self._passes = Passes(model, loss_fn, fallback == "autograd", keep_output, precision)
         self._keep_output = keep_output
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
-        self._lines: dict[Any, list[Line]] = {}
+        self._lines: dict[Any, list[Line | DeviceLine]] = {}
         self._never: set[Any] = set()  # kinds of batches that cannot be captured
         self._update = Update(optimizer, clip_grad_norm, clip_grad_value)
         self._plan: Plan | None = None
@@ -113,15 +120,28 @@ class TrainStep:
         self._gradients: list[Tensor] = []  # of the last pass
         self._waiting = 0  # batches since the last update
         self._by_hand = False  # True if `backward` has left gradients
+        self._device: tuple[Any, Tensor] | None = None  # memory of graphs, and whether a window was not finite
+        self._outcomes: Outcomes | None = None  # of steps that a device may still be at
+        self._replayed: DeviceLine | None = None  # the line of the last pass, if it was a graph
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a step knows that neither model nor optimizer do: how many there were, and the loss scale."""
+        return {"steps": self.steps, "loss_scale": None if self._loss_scale is None else self._loss_scale.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` has returned."""
+        self.steps = state["steps"]
+        if self._loss_scale is not None and state["loss_scale"] is not None:
+            self._loss_scale.load_state_dict(state["loss_scale"])
 
     def __getstate__(self) -> dict[str, Any]:
         """What it was made of: buffers and what was captured belong to this object alone."""
         made = (self.model, self.loss_fn, self.optimizer)
-        return {"made": made, "arguments": self._arguments, "steps": self.steps}
+        return {"made": made, "arguments": self._arguments, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["made"], **state["arguments"])  # type: ignore[misc]
-        self.steps = state["steps"]
+        self.load_state_dict(state["state"])
 
     def __call__(self, x: Any, y: Any) -> Tensor:
         """Do one step on a batch.
@@ -147,13 +167,14 @@ class TrainStep:
 
         Args:
             x, y: as of a call.
-            scale: multiplies the gradients.
+            scale: multiplies the gradients. With `precision="fp16"` they are scaled by nothing else here.
 
         Returns:
             The loss (), in memory of its own.
         """
         add = any(p.grad is not None for p in self._parameters())
         self._by_hand = True
+        self._raise_found()
         return self._pass(as_inputs(x, y), add, scale, own=True)[0].clone()
 
     def many(self, xs: Any, ys: Any) -> Tensor:
@@ -203,7 +224,10 @@ class TrainStep:
                 f"TrainStep.epoch: tensors must be inputs and targets of one length, and batch_size at least 1, got "
                 f"lengths {[len(t) for t in tensors]} and {batch_size}."
             )
-        order = torch.randperm(length, generator=generator) if shuffle else torch.arange(length)
+        drawn_on = None if generator is None else generator.device
+        order = torch.randperm(length, generator=generator, device=drawn_on) if shuffle else torch.arange(length)
+        if targets.is_cuda and order.is_cpu:  # once, and without waiting
+            order = order.pin_memory().to(targets.device, non_blocking=True)
         parts = [part for part in order.split(batch_size) if len(part) == batch_size or (len(part) and not drop_last)]
         return self._all((tuple(t[part] for t in inputs), (targets[part],)) for part in parts)
 
@@ -215,6 +239,17 @@ class TrainStep:
         """
         if any(p.grad is not None for p in self._parameters()) and (self._waiting or self._by_hand):
             self._finish(None)
+
+    def check(self) -> None:
+        """Wait for the steps that a device is still at, and raise what they have found.
+
+        On the CPU a step raises by itself. On CUDA it does so when the next ones look, without waiting: at the end of
+        training, and before a checkpoint, nothing comes after.
+
+        Raises:
+            FloatingPointError: as of a call.
+        """
+        self._raise_found(wait=True)
 
     def trace(self, x: Any, y: Any, *, check: bool = False) -> Trace:
         """Return the table of Algorithm 1 for a batch: what every operation gives, and the error signals; no update.
@@ -230,6 +265,12 @@ class TrainStep:
             UnknownBackwardError, TypeError, ValueError: as of a call.
         """
         return record(self._passes, self._modules, as_inputs(x, y), check)
+
+    def drop(self) -> None:
+        """Forget the gradients of a window that is not full, and those in `p.grad`; a new window begins."""
+        self._waiting, self._by_hand = 0, False
+        for p in self._parameters():
+            p.grad = None
 
     def reset(self) -> None:
         """Forget what was captured; the next step is captured anew."""
@@ -265,7 +306,7 @@ class TrainStep:
         """Bytes of what the step owns: "buffers", and of these "gradients"."""
         lines = [line for kept in self._lines.values() for line in kept]
         gradients = {g.data_ptr(): g.numel() * g.element_size() for line in lines for g in line.gradients}
-        return {"buffers": sum(line.program.arena.size for line in lines), "gradients": sum(gradients.values())}
+        return {"buffers": sum(line.bytes for line in lines), "gradients": sum(gradients.values())}
 
     @property
     def output(self) -> Any:
@@ -289,32 +330,76 @@ class TrainStep:
         return torch.stack(losses) if losses else torch.empty(0)
 
     def _one(self, inputs: Inputs) -> Tensor:
-        loss, norm = self._pass(inputs, self._waiting > 0, 1 / self.accumulate)
+        self._raise_found()
+        if not self._waiting:  # gradients by hand are replaced
+            self._by_hand = False
+        final = self._waiting + 1 >= self.accumulate
+        loss, norm = self._pass(inputs, self._waiting > 0, 1 / self.accumulate, final=final)
+        if self._replayed is not None and (self._replayed.updates or not final):  # whether it is finite, it will tell
+            self._waiting += 1
+            if final:
+                self._waiting, self._by_hand = 0, False
+                self.steps += 1
+                self._outcomes.note(self._device[1], (self.steps, inputs, self._replayed))  # type: ignore[index, union-attr]
+            return loss
         size = norm()
         # a norm can overflow where no number does
-        if not math.isfinite(loss) or not (math.isfinite(size) or all(map(_finite, self._gradients))):
+        finite = math.isfinite(size) or all(map(_finite, self._gradients))
+        earlier = self._replayed is not None and self.accumulate > 1 and int(self._device[1]) == NOT_FINITE  # type: ignore[index]
+        if earlier or not math.isfinite(loss) or not (finite or self._can_scale_down()):
             self._refuse(inputs, loss, size)
+        if not finite:
+            self._leave_out()
+            return loss
         self._waiting += 1
-        if self._waiting >= self.accumulate:
+        if final:
             self._finish(size if self.accumulate == 1 else None)
         return loss
 
+    def _can_scale_down(self) -> bool:
+        """True if gradients may have overflowed for their scale alone."""
+        return self._loss_scale is not None and float(self._loss_scale.value) > 1
+
+    def _leave_out(self) -> None:
+        """Drop a window whose scaled gradients have overflowed."""
+        self.drop()
+        self._loss_scale.update_(torch.ones(()))  # type: ignore[union-attr]
+
+    def _raise_found(self, wait: bool = False) -> None:
+        """Raise if a device has come upon a step that was not finite, which it has not taken."""
+        found = [] if self._outcomes is None else self._outcomes.found(wait)
+        for _, (_, _, line) in found:
+            line.take_back()
+        self.steps -= len(found)
+        refused = [about for code, about in found if code == NOT_FINITE]
+        if refused:
+            step, inputs, _ = refused[0]
+            more = f", as at {len(refused) - 1} later" * (len(refused) > 1)
+            where = origin(self._passes, inputs, self._parameters(), self._modules)
+            raise FloatingPointError(
+                f"TrainStep: at step {step}{more} the loss or the norm of the gradients was not finite: {where}. The "
+                "device has left parameters, optimizer and running statistics as they were before the batch, and has "
+                "gone on with those that came after; leave the batch out, or lower the rate, or clip gradients by "
+                "clip_grad_norm."
+            )
+
     def _finish(self, norm: float | None) -> None:
-        self._waiting, self._by_hand = 0, False
+        by_hand, self._waiting, self._by_hand = self._by_hand, 0, False
         gradients = self._gradients
         if norm is None:  # other batches of the window may have reached others
             gradients = [p.grad for p in self._parameters() if p.grad is not None]
-            norm = Norm(gradients)()
-        self._update(gradients, norm)
+        if self._loss_scale is not None and not by_hand:
+            self._loss_scale.unscale_(gradients)
+            self._loss_scale.update_(torch.zeros(()))
+            norm = None
+        self._update(gradients, Norm(gradients)() if norm is None else norm)
         self.steps += 1
 
     def _refuse(self, inputs: Inputs, loss: Tensor, norm: float) -> NoReturn:
         """Leave everything as it was before the batch, but for the gradients of its window, and say what is wrong."""
         value = loss.item()
         self._restore()
-        self._waiting = 0
-        for p in self._parameters():
-            p.grad = None
+        self.drop()
         where = origin(self._passes, inputs, self._parameters(), self._modules)
         raise FloatingPointError(
             f"TrainStep: at step {self.steps + 1} the loss is {value:.4g} and the norm of the gradients {norm:.4g}: "
@@ -322,29 +407,58 @@ class TrainStep:
             "are dropped; leave the batch out, or lower the rate, or clip gradients by clip_grad_norm."
         )
 
-    def _pass(self, inputs: Inputs, add: bool, scale: float, own: bool = False) -> tuple[Tensor, Callable[[], float]]:
-        """Leave gradients in `p.grad`; return the loss, which the next pass overwrites, and the gradients' norm."""
+    def _pass(
+        self, inputs: Inputs, add: bool, scale: float, own: bool = False, final: bool = False
+    ) -> tuple[Tensor, Callable[[], float]]:
+        """Leave gradients in `p.grad`; return the loss, which the next pass overwrites, and the gradients' norm.
+
+        Args:
+            add: to those that are there.
+            scale: the error signal at the loss.
+            own: give the gradients memory of their own.
+            final: an update follows at once.
+        """
         inputs, batch, kind = kind_of(inputs, add, scale)
+        self._passes.loss_scale = None
+        if self._loss_scale is not None and not own and batch:
+            self._loss_scale.to_(batch[0].device)
+            self._passes.loss_scale = self._loss_scale.value
+        if kind is not None and self._loss_scale is not None:
+            kind = (*kind, own)
+        if kind is not None and batch and device_line.serves(batch[0]):
+            kind = (*kind, own, final)
         recording = torch.is_grad_enabled()
         _set_recording(False)  # as no_grad, which takes a microsecond
+        self._replayed = None
         try:
             for line in self._lines.get(kind, ()):
                 if line.unchanged.holds() and line.intact():
                     self._restore, self._plan = line.restore, line.plan
                     try:
                         loss = line.run(batch, own)
+                    except NotCapturableError:  # a graph, at its first replay
+                        del self._lines[kind]
+                        self._cannot(kind)
+                        break
                     except BaseException:
                         line.restore()
                         raise
                     self._gradients = line.gradients
                     self._output = functools.partial(getattr, line, "output")
+                    self._replayed = line if isinstance(line, DeviceLine) else None
                     return loss, line.norm
-            return self._first(inputs, kind, add, scale, own)
+            return self._first(inputs, kind, add, scale, own, final)
         finally:
             _set_recording(recording)
 
+    def _cannot(self, kind: Any) -> None:
+        """Remember that a kind of batch cannot be captured; raise where it must be."""
+        if self.capture is True:
+            raise
+        self._never.add(kind)
+
     def _first(
-        self, inputs: Inputs, kind: Any, add: bool, scale: float, own: bool
+        self, inputs: Inputs, kind: Any, add: bool, scale: float, own: bool, final: bool
     ) -> tuple[Tensor, Callable[[], float]]:
         """Run a pass of a kind that was not captured, and capture it if that can be done."""
         before = Snapshot(self._modules)
@@ -352,19 +466,17 @@ class TrainStep:
         try:
             if self.capture and kind not in self._never:
                 try:
-                    return self._captured(inputs, kind, add, scale, own)
+                    return self._captured(inputs, kind, add, scale, own, final, before)
                 except NotCapturableError:
                     before.restore()
-                    if self.capture is True:
-                        raise
-                    self._never.add(kind)
+                    self._cannot(kind)
             return self._uncaptured(inputs, add, scale)
         except BaseException:
             before.restore()
             raise
 
     def _captured(
-        self, inputs: Inputs, kind: Any, add: bool, scale: float, own: bool
+        self, inputs: Inputs, kind: Any, add: bool, scale: float, own: bool, final: bool, before: Snapshot
     ) -> tuple[Tensor, Callable[[], float]]:
         if kind is None:
             raise NotCapturableError(
@@ -372,7 +484,16 @@ class TrainStep:
             )
         if hooked(self._modules):
             raise NotCapturableError("hooks on modules or parameters would miss the calls of a captured step")
-        line = Line(self._passes, self._modules, inputs, self._parameters(), scale, add, own)
+        leaves = self._parameters()
+        line: Line | DeviceLine
+        if device_line.serves(leaves[0]):
+            update = self._update if final else None
+            scales = None if own else self._loss_scale
+            line = DeviceLine(
+                self._passes, self._modules, inputs, leaves, scale, add, update, scales, *self._on_device(leaves[0])
+            )
+        else:
+            line = Line(self._passes, self._modules, inputs, leaves, scale, add, before, own)
         self._lines.setdefault(kind, []).append(line)
         while sum(map(len, self._lines.values())) > _LINES:
             oldest = next(iter(self._lines))
@@ -382,6 +503,14 @@ class TrainStep:
         self._plan, self._gradients = line.plan, line.gradients
         self._output = functools.partial(getattr, line, "output")
         return line.loss, line.norm
+
+    def _on_device(self, leaf: Tensor) -> tuple[Any, Tensor]:
+        """Return what the graphs of one device share: memory, and whether a pass of the window was not finite."""
+        if self._device is None or self._device[1].device != leaf.device:
+            pool = torch.cuda.graph_pool_handle() if leaf.is_cuda else None
+            self._device = pool, torch.zeros((), dtype=torch.int32, device=leaf.device)
+            self._outcomes = Outcomes(leaf.device)
+        return self._device
 
     def _uncaptured(self, inputs: Inputs, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
         leaves = self._parameters()

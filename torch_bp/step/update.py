@@ -9,15 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_bp.kernels.norm import ratio, sum_of_squares
+from torch_bp.kernels.norm import ratio, sum_of_squares, values_of
 
 _place_of = Tensor.data_ptr
-
-
-def values_of(gradient: Tensor) -> Tensor:
-    """The real numbers that a gradient is made of."""
-    gradient = gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient
-    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
 class Norm:

@@ -1,0 +1,350 @@
+"""One kind of step on CUDA: a pass, and the update after it, captured as one graph.
+
+The first run of a kind is eager, a step like any other: it compiles kernels, lets libraries choose their own, and is
+noted operation by operation (`torch_bp.step.recorder`), which tells whether values are read on the host and which of
+the model's tensors are written to. The second is captured; from then on the host copies the batch to where the graph
+reads it, sends the optimizer's numbers (`torch_bp.optim.captured`), and launches the graph.
+
+Nothing of it waits for the device. Whether loss and gradients were finite is a number there: where they were not, the
+kernels of the update change nothing, running statistics are put back, and the host is told when it next looks
+(`Outcomes`).
+"""
+
+from __future__ import annotations
+
+import collections
+import operator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from torch_bp.kernels import capture
+from torch_bp.kernels.norm import ratio, values_of
+from torch_bp.optim.captured import CapturedStep
+from torch_bp.step.line import Passes, apart
+from torch_bp.step.loss_scale import LossScale
+from torch_bp.step.plan import Plan
+from torch_bp.step.recorder import NotCapturableError, Recorder, tensors_in
+from torch_bp.step.unchanged import Unchanged
+from torch_bp.step.update import Norm, Update
+
+TAKEN, NOT_FINITE, OVERFLOWED = 0, 1, 2  # what became of a step; the last for the scale of its loss alone
+
+
+class Graph:
+    """A graph of CUDA's that is captured from two functions, one after the other.
+
+    Args:
+        pool: memory that the graphs of one step share.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._graph, self._pool = torch.cuda.CUDAGraph(), pool
+
+    def capture(self, first: Callable[[], Any], then: Callable[[Any], None]) -> Any:
+        """Capture `then(first())` without running it; return what `first` has returned, which replays overwrite."""
+        with torch.cuda.graph(self._graph, pool=self._pool):
+            made = first()
+            then(made)
+        return made
+
+    def replay(self) -> None:
+        """Do what was captured."""
+        self._graph.replay()
+
+
+class Outcomes:
+    """Whether steps on a device were finite, read once the device has got there.
+
+    Args:
+        device: where the steps run.
+        room: how many may be on their way before the host waits.
+    """
+
+    def __init__(self, device: torch.device, room: int = 32) -> None:
+        self._cuda = device.type == "cuda"
+        self._slots = [torch.zeros((), dtype=torch.int32, pin_memory=self._cuda) for _ in range(room)]
+        self._waiting: collections.deque[tuple[Any, Tensor, Any]] = collections.deque()
+
+    def note(self, bad: Tensor, about: Any) -> None:
+        """Send for `bad`, an int32 on the device: TAKEN, NOT_FINITE or OVERFLOWED.
+
+        The oldest is waited for where there is no room: call `found` before.
+        """
+        slot = self._slots.pop()
+        slot.copy_(bad, non_blocking=True)
+        event = None
+        if self._cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((event, slot, about))
+
+    def found(self, wait: bool = False) -> list[tuple[int, Any]]:
+        """Return what became of steps that were not taken and what was said about them, where the device is done.
+
+        Args:
+            wait: for all of them.
+        """
+        bad = []
+        while self._waiting:
+            event, slot, about = self._waiting[0]
+            if event is not None and not event.query():
+                if not wait and self._slots:
+                    break
+                event.synchronize()
+            self._waiting.popleft()
+            self._slots.append(slot)
+            if int(slot) != TAKEN:
+                bad.append((int(slot), about))
+        return bad
+
+
+class DeviceLine:
+    """A kind of step on a device; interface as of `torch_bp.step.line.Line`.
+
+    Args:
+        passes, modules, inputs, leaves, scale, add: as of `Line`. Constructing it runs the pass, eagerly.
+        update: clips and steps. None for a pass after which there is no update.
+        loss_scale: that gradients are divided by before the update. None for none.
+        pool: memory that the graphs of one step share.
+        bad: an int32 on the device, what became of the window so far.
+
+    Attributes:
+        updates: True if the update is in the graph.
+        bytes: of memory that the graph has added to what the device keeps.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        modules: Sequence[torch.nn.Module],
+        inputs: Any,
+        leaves: Sequence[Tensor],
+        scale: float,
+        add: bool,
+        update: Update | None,
+        loss_scale: LossScale | None,
+        pool: Any,
+        bad: Tensor,
+    ) -> None:
+        self.unchanged = Unchanged(modules, leaves)
+        self.plan = Plan()
+        inputs, batch = apart(inputs, modules)
+        with Recorder(batch) as recorder:
+            loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of))
+        _refuse_the_host(recorder, leaves[0].device)
+        if not self.unchanged.holds():
+            raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
+        self._passes, self._inputs, self._leaves, self._scale, self._add = passes, inputs, list(leaves), scale, add
+        self._batch = batch
+        self._update, self._loss_scale, self._pool, self._bad = update, loss_scale, pool, bad
+        self._limits: tuple[float | None, float | None] = (None, None)
+        self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
+        reached = set(self.reached)
+        self._others = [p for p in dict.fromkeys(p for m in modules for p in m.parameters()) if p not in reached]
+        names = {id(p): name for module in modules for name, p in module.named_parameters()}
+        self.plan.parameters = [names.get(id(p), "?") for p in self.reached]
+        self.written = recorder.written
+        self._before = [torch.empty_like(t) for t in self.written]
+        self.output = tree_map_only(Tensor, Tensor.clone, passes.output)
+        passes.output = None
+        self.loss = loss
+        self._graph: Graph | None = None
+        self._step: CapturedStep | None = None
+        self._made: list[Tensor] = []
+        self.bytes = 0
+        self.gradients: list[Tensor] = []
+        self._deliver([_own(p, g) for p, g in zip(self.reached, (g for g in found if g is not None))])
+
+    @property
+    def updates(self) -> bool:
+        return self._step is not None
+
+    def run(self, batch: Sequence[Tensor], own: bool = False) -> Tensor:
+        """Do the step on another batch; return the loss, which the next run overwrites."""
+        if self._graph is None:
+            self._capture()
+        for static, given in zip(self._batch, batch):
+            if static is not given:
+                static.copy_(given, non_blocking=True)
+        if self._step is not None:
+            self._step.send()
+        self._graph.replay()  # type: ignore[union-attr]
+        torch._C._increment_version(self.written)
+        if self._step is not None:
+            self._step.ran()
+        elif not self._add:
+            self._deliver([g.clone() for g in self._made] if own else self._made)
+        return self.loss
+
+    def intact(self) -> bool:
+        """True if the graph still does what is wanted: gradients are added to the same memory, the update is the same.
+
+        True as well before anything was captured.
+        """
+        if self._graph is None:
+            return not self._add or all(p.grad is not None for p in self.reached)
+        if (self._add or self._step is not None) and not _same([p.grad for p in self.reached], self.gradients):
+            return False
+        return self._step is None or (self._limits == _limits(self._update) and self._step.ready())
+
+    def restore(self) -> None:
+        """Take back what the last run wrote to the model's own tensors."""
+        if self._graph is not None:
+            for tensor, before in zip(self.written, self._before):
+                tensor.copy_(before)
+
+    def take_back(self) -> None:
+        """Note on the host that the device has not taken one of the steps."""
+        if self._step is not None:
+            self._step.take_back(1)
+
+    def _capture(self) -> None:
+        # memory of the graph's own: the user's batch comes and goes
+        fixed = {id(t): torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in self._batch}
+        for t in self._batch:
+            fixed[id(t)].copy_(t)
+        self._inputs = tree_map_only(Tensor, lambda t: fixed[id(t)], self._inputs)
+        self._batch = [fixed[id(t)] for t in self._batch]
+        # of gradients that stand in: those of the graph are not there yet, and nothing may be sent while it is captured
+        if not self._add:
+            self._deliver([torch.empty_like(p) for p in self.reached])
+        self._limits = _limits(self._update)
+        step = None if self._update is None else CapturedStep.of(self._update.optimizer)
+        if step is not None and step.ready():
+            step.prepare()
+            self._step = step
+        reserved = torch.cuda.memory_reserved(self._bad.device) if self._bad.is_cuda else 0
+        graph = Graph(self._pool)
+        with _capturing():
+            try:
+                self.loss, made, self.output = graph.capture(self._pass, self._finish)
+            except RuntimeError as error:
+                raise NotCapturableError(f"CUDA could not capture it: {error}") from error
+        self.bytes = torch.cuda.memory_reserved(self._bad.device) - reserved if self._bad.is_cuda else 0
+        self._graph = graph
+        if self._add:
+            self._hold()
+        else:
+            self._made = made
+            self._deliver(made)
+        if self._step is not None and not self._step.ready():
+            raise RuntimeError("TrainStep: the update does not fit the gradients of its graph.")
+
+    def _pass(self) -> tuple[Tensor, list[Tensor], Any]:
+        if self.written:
+            torch._foreach_copy_(self._before, self.written)
+        loss, found = self._passes.run(self._inputs, self._leaves, self._scale)
+        output, self._passes.output = self._passes.output, None
+        return loss, _apart_from_all(self.reached, [g for g in found if g is not None], self._batch), output
+
+    def _finish(self, made: tuple[Tensor, list[Tensor], Any]) -> None:
+        """What follows the pass, in the graph: where gradients go, whether they are finite, clipping and the update."""
+        loss, held, _ = made
+        if self._add:
+            targets = [p.grad for p in self.reached if p.grad is not None]
+            torch._foreach_add_(targets, held)
+            held = targets
+        bad = torch.where(loss.isfinite().all(), TAKEN, NOT_FINITE)
+        bad = torch.where(self._bad == NOT_FINITE, NOT_FINITE, bad) if self._add else bad
+        if self._step is None:
+            self._bad.copy_(bad)
+            return
+        if self._loss_scale is not None:
+            self._loss_scale.unscale_(held)
+        total = _total_norm(held)
+        of_gradients: Any = NOT_FINITE
+        if self._loss_scale is not None:
+            of_gradients = torch.where(self._loss_scale.value > 1, OVERFLOWED, NOT_FINITE)
+        self._bad.copy_(torch.where((bad == TAKEN) & ~total.isfinite(), of_gradients, bad))
+        if self._loss_scale is not None:
+            self._loss_scale.update_(self._bad == OVERFLOWED)
+        for tensor, before in zip(self.written, self._before):
+            tensor.copy_(torch.where(self._bad == NOT_FINITE, before, tensor))
+        max_norm, max_value = self._limits
+        if max_value is not None:
+            torch._foreach_clamp_max_(held, max_value)
+            torch._foreach_clamp_min_(held, -max_value)
+        if max_norm is not None:
+            total = total if max_value is None else _total_norm(held)
+            torch._foreach_mul_(held, ratio(max_norm, total).clamp(max=1.0).to(held[0].dtype))
+        self._step.launch(self._bad)
+
+    def _deliver(self, gradients: Sequence[Tensor]) -> None:
+        """Leave the gradients in `p.grad`."""
+        for p, gradient in zip(self.reached, gradients):
+            if self._add and p.grad is not None:
+                p.grad.add_(gradient)
+            else:
+                p.grad = gradient
+        if not self._add:
+            for p in self._others:
+                p.grad = None
+        self._hold()
+
+    def _hold(self) -> None:
+        self.gradients = [p.grad for p in self.reached if p.grad is not None]
+        self.norm = Norm(self.gradients)
+
+
+def serves(parameter: Tensor) -> bool:
+    """True if steps of a model with this parameter are graphs of a device."""
+    return parameter.is_cuda
+
+
+def _limits(update: Update | None) -> tuple[float | None, float | None]:
+    return (None, None) if update is None else (update.max_norm, update.max_value)
+
+
+def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
+    return len(new) == len(old) and all(map(operator.is_, new, old))
+
+
+def _own(p: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in memory of its own, laid out as its parameter."""
+    return torch.empty_like(p).copy_(gradient)
+
+
+def _apart_from_all(params: Sequence[Tensor], gradients: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Return gradients laid out as their parameters, each in memory that is nobody else's: as they are, or copies."""
+    storages = [t.untyped_storage()._cdata for t in (*gradients, *others, *params)]
+    return [
+        g if g.stride() == p.stride() and storages.count(g.untyped_storage()._cdata) == 1 else _own(p, g)
+        for p, g in zip(params, gradients)
+    ]
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(list(map(values_of, gradients)), 2, torch.float64)  # type: ignore[call-overload]
+    return torch.stack(norms).square().sum().sqrt()
+
+
+def _refuse_the_host(recorder: Recorder, device: torch.device) -> None:
+    """Raise where a pass takes numbers from the host's memory, which a graph would freeze."""
+    if device.type == "cpu":
+        return
+    for call in recorder.calls:
+        if any(t.device.type == "cpu" for t in tensors_in(tree_leaves((call.args, call.keywords)))):
+            raise NotCapturableError(f"{call.operation} takes a tensor of the host's, whose values would be frozen")
+
+
+class _Watcher:
+    """Stands where a recorder does while CUDA records: what would read values raises instead."""
+
+    def formula(self, *_: Any) -> Any:
+        return NotImplemented
+
+
+@contextmanager
+def _capturing() -> Iterator[None]:
+    thread = threading.get_ident()
+    capture.recorders[thread] = _Watcher()
+    try:
+        yield
+    finally:
+        del capture.recorders[thread]
