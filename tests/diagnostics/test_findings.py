@@ -196,6 +196,26 @@ def test_a_warm_up_and_a_decay_are_no_rates_that_are_too_low():
     assert kinds(*[reading(step, 1e-8) for step in range(2)]) == []
 
 
+def test_a_loss_that_does_not_fall():
+    def losses(values):
+        return kinds(*[Reading(step, loss=value) for step, value in enumerate(values)])
+
+    assert losses([1.0] * 60) == ["loss does not fall"]
+    assert losses([1.0] * 50) == []
+    assert losses([1.0 - 0.002 * step for step in range(60)]) == []
+    assert losses([1.0] * 5 + [0.5] * 3 + [1.0] * 60) == []  # it has fallen once: what came later is another matter
+
+
+def test_a_gradient_that_is_zero_for_two_steps():
+    def reading(step, *norms):
+        return Reading(step, layers={str(n): LayerReading(str(n), "Linear", grad_norm=x) for n, x in enumerate(norms)})
+
+    (found,) = diagnose([reading(0, 1.0, 0.0, 1.0), reading(1, 1.0, 0.0, 1.0)])
+    assert (found.kind, found.layer) == ("no gradient", "1")
+    assert kinds(reading(0, 1.0, 0.0, 1.0), reading(1, 1.0, 0.1, 1.0)) == []
+    assert kinds(reading(0, 0.0, 0.0), reading(1, 0.0, 0.0)) == []
+
+
 def test_inputs_of_an_embedding_need_no_scale():
     values = Spread(10, 500.0, 300.0, 0.0, 1000.0)
     for kind, found in (("Embedding", []), ("Linear", ["unscaled input"]), ("Conv2d", ["unscaled input"])):

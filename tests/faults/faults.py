@@ -56,6 +56,11 @@ def large_output(model):
 
 
 @torch.no_grad()
+def sure_of_one_class(model):
+    linear(model)[-1].bias[3] = 30.0
+
+
+@torch.no_grad()
 def weight_of_nan(model):
     model[2].weight[3, 4] = float("nan")
 
@@ -138,6 +143,9 @@ FAULTS = {
     "initialization: tiny": Fault(Recipe(init=normal(1e-3)), ("bad initialization",)),
     "initialization: one large layer": Fault(Recipe(prepare=large_weights), ("bad initialization",), layer="2"),
     "initialization: outputs": Fault(Recipe(prepare=large_output), ("bad initialization",), layer="4"),
+    "initialization: output bias": Fault(
+        Recipe(prepare=sure_of_one_class), ("bad initialization",), layer="4", words="first loss"
+    ),
     "initialization: constant": Fault(Recipe(init=lambda w: nn.init.constant_(w, 0.05)), ("bad initialization",)),
     # One step changes the weights more than fivefold.
     "rate too high: Adam": Fault(Recipe(options={"lr": 1.0}), ("rate too high",), 0),
