@@ -137,7 +137,9 @@ class Diagnosis:
         """Keep a finding, or continue the one there is. True if it is new."""
         if key in self._found:
             known = self._found[key]
-            self._found[key] = replace(known, last_step=found.last_step, value=found.value)
+            self._found[key] = replace(known, last_step=found.last_step)
+            if found.layer == known.layer:  # a number and its words belong together
+                self._found[key] = replace(self._found[key], value=found.value, cause=found.cause)
             return False
         if any(found.kind in FOLLOWS.get(kind, ()) for kind, _ in self._found if kind != found.kind):
             return False

@@ -38,7 +38,7 @@ def not_falling(history: History, limit: Thresholds) -> Iterator[Finding]:
     if max(decrease, 1 - history.best_loss / start) >= limit.stuck_decrease:
         return
     cause = f"in {history.span} steps the loss fell by {decrease:.1%}"
-    cure = "torch-bp lr-find CONFIG, and check that inputs belong to their targets"
+    cure = "a rate found by torch-bp lr-find CONFIG; check too that inputs belong to their targets"
     yield Finding(
         *("loss does not fall", "", history.now.step, decrease, limit.stuck_decrease, cause, cure), action="lr*10"
     )
