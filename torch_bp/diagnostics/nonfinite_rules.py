@@ -50,7 +50,7 @@ def nonfinite(history: History, limit: Thresholds) -> Iterator[Finding]:
     if origin is None:
         return
     skipped = origin.what == "backward" and all(x.update_norm == 0 for x in run[0].layers.values())
-    cause, cure, action = _explain(origin, history)
+    cause, cure, action = _explain(origin, history, run[0].step)
     if skipped:
         cause, cure, action = (
             f"{cause}; the step was skipped",
@@ -86,8 +86,8 @@ def first_origin(reading: Reading) -> _Origin | None:
     return _Origin("", "backward", None) if norm is not None and not math.isfinite(norm) else None
 
 
-def _explain(origin: _Origin, history: History) -> tuple[str, str, str]:
-    """Cause, cure and what can be tried."""
+def _explain(origin: _Origin, history: History, step: int) -> tuple[str, str, str]:
+    """Cause, cure and what can be tried; `step` is that of the first one."""
     found, which = origin.found, "values"
     if found is not None:
         which = " and ".join(f"{n} {what}" for n, what in ((found.nan, "NaN"), (found.inf, "infinite")) if n)
@@ -99,7 +99,7 @@ def _explain(origin: _Origin, history: History) -> tuple[str, str, str]:
             cause = f"the input has {which}"
         return cause, "x = torch.nan_to_num(x), or drop such examples", ""
     if origin.what == "weight":
-        before = len(history.latest) > 1
+        before = step > history.first.step
         why = "the step before made them" if before else "the run began with them"
         cure = lower(history) if before else "load another checkpoint, or torch_bp.nn.init.auto_(model)"
         return f"the weights have {which}: {why}", cure, "lr*0.1" if before else "init"
