@@ -26,6 +26,7 @@ ROOMS = {
     "lightning": {"optim", "config", "chart", "step", "diagnostics"},
     "lr_commands": {"cli", "chart", "config", "optim", "lightning"},
     "pytest_plugin": {"autograd"},
+    "doctor_command": {"cli", "diagnostics"},
     "chart": set(),
     "config": set(),
 }
@@ -38,7 +39,7 @@ ONLY_IN = {
     "matplotlib": ("chart.py", "optim/range_test.py", "step/figure.py"),
     "yaml": "config.py",
     "pytest": "pytest_plugin.py",
-    "tensorboard": "diagnostics/writers.py",
+    "tensorboard": ("diagnostics/writers.py", "diagnostics/event_file.py"),
 }
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 

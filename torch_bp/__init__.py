@@ -18,7 +18,9 @@ _FUNCTIONS = {  # and the modules they are in
     "conversion": "nn.convert",
     "convert": "nn.convert",
     "to_torch": "nn.convert",
+    "try_cure": "cure",
     "verify": "certificate",
+    "watch": "diagnostics",
 }
 __all__ = [
     "DivergenceError",
@@ -36,7 +38,9 @@ __all__ = [
     "optim",
     "step",
     "to_torch",
+    "try_cure",
     "verify",
+    "watch",
 ]
 
 

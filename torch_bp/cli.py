@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch_bp._version import __version__
+from torch_bp.doctor_command import add_doctor
 from torch_bp.lr_commands import add_lr_find, add_lr_preview
 
 WELL, FOUND, USAGE = 0, 1, 2
@@ -176,7 +177,7 @@ def run_verify(args: argparse.Namespace) -> int:
     return WELL if certificate else FOUND
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_gradcheck, add_verify, add_lr_preview, add_lr_find)
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_gradcheck, add_verify, add_doctor, add_lr_preview, add_lr_find)
 
 
 def load(path: str, called: bool = True) -> Any:

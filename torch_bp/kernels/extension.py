@@ -13,7 +13,7 @@ from torch_bp.kernels.row_formula import RowFormula
 SCALE = "_scale"
 
 
-def extended(rule: Formula, *, scaled: bool, cleared: bool, measured: bool) -> Formula:
+def extended(rule: Formula, *, scaled: bool, cleared: bool, measured: bool, projected: bool = False) -> Formula:
     """Return the formula of an update rule that also scales, clears or measures; made once for a rule.
 
     Args:
@@ -23,15 +23,16 @@ def extended(rule: Formula, *, scaled: bool, cleared: bool, measured: bool) -> F
         measured: the last results are three totals, the sums of squares of the gradient as it is in memory, of the
             parameter before the update, and of what the update changes in memory; in half precision that is so in a
             kernel alone, as torch operations do not see what becomes of a result.
+        projected: a fourth total follows, the sum of gradient times change.
     """
     made: dict[Any, Formula] = rule.__dict__.setdefault("_extended", {})
-    key = scaled, cleared, measured
+    key = scaled, cleared, measured, projected
     if key not in made:
         made[key] = _extend(rule, *key)
     return made[key]
 
 
-def _extend(rule: Formula, scaled: bool, cleared: bool, measured: bool) -> Formula:
+def _extend(rule: Formula, scaled: bool, cleared: bool, measured: bool, projected: bool) -> Formula:
     param_name, grad_name = rule.tensors[:2]
     count, position = len(rule.updates), rule.updates.index(param_name)
 
@@ -45,6 +46,7 @@ def _extend(rule: Formula, scaled: bool, cleared: bool, measured: bool) -> Formu
         if measured:
             change = as_stored(updated[position]) - param
             totals = (*totals, total(grad * grad), total(param * param), total(change * change))
+            totals = (*totals, total(grad * change)) if projected else totals
         return (*updated, *totals)
 
     parameters = [*inspect.signature(rule.function).parameters.values()]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_bp.kernels import Formula
-from torch_bp.kernels.extension import SCALE, extended
-from torch_bp.kernels.norm import ratio, squares, total_of_squares
-
-Totals = tuple[Tensor, ...]
+from torch_bp.kernels.extras import Extras
+from torch_bp.kernels.norm import ratio, total_of_squares
 
 
 @dataclass(frozen=True)
@@ -32,61 +29,6 @@ class FusedStep:
     grad_norms: Tensor | None = None
     weight_norms: Tensor | None = None
     update_norms: Tensor | None = None
-
-
-class Extras:
-    """What one step of an optimizer does besides: `step` finds it in the optimizer while the step lasts."""
-
-    def __init__(self, scale: float | Tensor | None, cleared: bool, measured: bool) -> None:
-        self.scale = scale
-        self.cleared, self.measured = cleared, measured
-        self.params: list[Tensor] = []
-        self.clean: set[int] = set()  # parameters whose gradient a kernel has cleared
-        self._totals: list[Totals] = []  # of stretches of `params`
-
-    def extend(self, rule: Formula, keywords: Mapping[str, Any], device: torch.device) -> tuple[Formula, Any]:
-        """The rule of a list kernel and its keywords, with what there is to do."""
-        scaled = self.scale is not None
-        rule = extended(rule, scaled=scaled, cleared=self.cleared, measured=self.measured)
-        return rule, {**keywords, SCALE: self._scale_on(device)} if scaled else keywords
-
-    def ran(self, params: Sequence[Tensor], totals: Totals) -> None:
-        """Note what a list kernel has done."""
-        self.params += params
-        if self.cleared:
-            self.clean.update(map(id, params))
-        if self.measured:
-            self._totals.append(totals[-3:])
-
-    def prepare(self, p: Tensor, grad: Tensor) -> tuple[Tensor, Any]:
-        """By operations of their own, before one parameter is updated: the scaled gradient, and what was measured."""
-        before = None
-        if self.measured:
-            before = squares(grad), squares(p), p.detach().clone()
-        if self.scale is not None:  # a tensor () takes the dtype of a wider one
-            grad = (grad * self._scale_on(grad.device)).to(grad.dtype)
-        return grad, before
-
-    def finish(self, p: Tensor, before: Any) -> None:
-        """Note what has become of one parameter."""
-        self.params.append(p)
-        if before is not None:
-            of_grad, of_weight, weight = before
-            wide = torch.promote_types(p.dtype, torch.float32)  # a difference of two halves may have more digits
-            of_update = squares(p.detach().to(wide) - weight.to(wide))
-            self._totals.append(tuple(t.reshape(1) for t in (of_grad, of_weight, of_update)))
-
-    def _scale_on(self, device: torch.device) -> float | Tensor:
-        return self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale  # type: ignore[return-value]
-
-    def norms(self, order: Sequence[Tensor]) -> Totals:
-        """The three norms of each parameter, in this order."""
-        if not self._totals:
-            return (torch.zeros(0, dtype=torch.float64),) * 3
-        device = self._totals[0][0].device
-        place = {id(p): number for number, p in enumerate(self.params)}
-        index = torch.tensor([place[id(p)] for p in order], dtype=torch.int64, device=device)
-        return tuple(torch.cat([t.to(device) for t in of_one])[index].sqrt() for of_one in zip(*self._totals))
 
 
 def _with_gradient(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -1,0 +1,153 @@
+"""What arrives in TensorBoard's event file, read back, and what happens when writing fails."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+pytest.importorskip("tensorboard")
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from torch_bp import nn, optim, watch
+from torch_bp.diagnostics import Reading, read_readings
+from torch_bp.diagnostics.picture import BROKEN, MISSING, heat_map
+
+X, Y = torch.randn(12, 5), torch.randint(0, 3, (12,))
+
+
+def train(output, steps=25, sizes=(5, 8, 7, 3), **options):
+    torch.manual_seed(0)
+    model, loss_fn = nn.MLP(sizes), nn.CrossEntropyLoss()
+    optimizer = optim.Adam(model.parameters())
+    options = {"every": 1, "budget": None, "level": "full", **options}
+    monitor = watch(model, optimizer, output, loss_fn=loss_fn, **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model(X), Y).backward()
+        optimizer.step()
+    return monitor
+
+
+def events(folder):
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0, "tensors": 0})
+    found.Reload()
+    return found
+
+
+def test_an_event_file(tmp_path):
+    monitor = train(tmp_path)
+    monitor.validation(0.5)
+    monitor.text("verdict", "**all well**")
+    monitor.close(metrics={"accuracy": 0.75}, hparams={"lr": 0.001, "sizes": [5, 8]})
+    found = events(tmp_path)
+    tags = found.Tags()
+    scalars = set(tags["scalars"])
+    assert scalars >= {"loss/train", "lr/0", "grad/total", "delta/0", "update_ratio/2", "weight/4", "dead/0"}
+    assert scalars >= {"nonfinite/forward", "nonfinite/backward", "nonfinite/weight", "accuracy"}
+    written = [(e.step, e.value) for e in found.Scalars("delta/2")]
+    assert written == [(r.step, pytest.approx(r.layers["2"].signal_norm)) for r in monitor.readings]
+    assert set(tags["images"]) == {"signals/picture", "dead/picture"}
+    assert [e.step for e in found.Images("signals/picture")] == [19, 24]
+    assert set(tags["histograms"]) >= {"activations/0", "errors/4"}
+    first = found.Histograms("activations/0")[0].histogram_value
+    assert first.num == 12 * 8
+    texts = [t for t in tags["tensors"] if t.startswith("verdict")]
+    assert b"all well" in found.Tensors(texts[0])[0].tensor_proto.string_val[0]
+    layout = found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"loss/val" in layout
+    assert b"delta/.*" in layout
+    assert len(found.Tensors("custom_scalars__config__")) == 1
+    assert any(
+        "hparams" in plugin
+        for plugin in found.summary_metadata["_hparams_/session_start_info"].plugin_data.plugin_name.split()
+    )
+    kept = list(read_readings(tmp_path / "readings.jsonl"))
+    assert [r.step for r in kept] == list(range(25))
+    assert kept[3] == monitor.readings[3] or math.isnan(kept[3].input.min)
+
+
+def test_few_scalars_of_many_layers(tmp_path):
+    train(tmp_path, 2, (5, *[4] * 60, 3)).close()
+    tags = events(tmp_path).Tags()
+    assert 90 <= len(tags["scalars"]) <= 100
+    assert {"delta/0", "delta/120"} <= set(tags["scalars"])
+    assert "signals/picture" in tags["images"]
+
+
+def test_other_names_and_every_nth(tmp_path):
+    monitor = train(tmp_path, 11, tags={"loss/train": "train_loss"}, write_every=5)
+    monitor.close()
+    assert [e.step for e in events(tmp_path).Scalars("train_loss")] == [0, 5, 10]
+    assert [r.step for r in monitor.readings] == list(range(11))
+
+
+class Minimal:
+    def __init__(self):
+        self.seen, self.broken = {}, False
+
+    def add_scalar(self, tag, value, step):
+        if self.broken:
+            raise OSError("No space left on device")
+        self.seen.setdefault(tag, []).append(step)
+
+
+def test_anything_with_add_scalar_that_fails_once_in_a_while(caplog):
+    writer, when = Minimal(), iter([False, True, True, False])
+    steps = []
+
+    def before(reading):
+        steps.append(reading.step)
+        writer.broken = next(when, False)
+
+    with caplog.at_level(logging.WARNING):
+        train(writer, 5, on_reading=before).close()
+    assert steps == [0, 1, 2, 3, 4]
+    assert writer.seen["loss/train"] == [0, 1, 4]
+    assert [r.getMessage() for r in caplog.records if "writing has failed" in r.getMessage()] == [
+        "watch: writing has failed and is tried again with each reading; training goes on. "
+        "OSError: No space left on device"
+    ]
+
+
+def test_a_writer_of_the_user_is_not_closed(tmp_path):
+    with SummaryWriter(str(tmp_path)) as writer:
+        train(writer, 2).close()
+        writer.add_scalar("mine", 1.0, 0)
+    assert {"mine", "loss/train"} <= set(events(tmp_path).Tags()["scalars"])
+    assert len(list(read_readings(tmp_path / "readings.jsonl"))) == 2
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        monitor = train(tmp_path / "file" / "logs", 3)
+        monitor.close()
+    assert len([r for r in caplog.records if "writing has failed" in r.getMessage()]) == 2
+    assert len(monitor.readings) == 3
+
+
+def test_a_line_that_was_cut_off_is_written_over(tmp_path, monkeypatch):
+    from torch_bp.diagnostics.writers import JsonLines
+
+    lines = JsonLines(tmp_path / "readings.jsonl")
+    lines.write(Reading(0))
+    with lines.path.open("ab") as file:
+        file.write(b'{"step": 1, "lo')  # all that the disk has taken
+    lines.write(Reading(2))
+    assert list(read_readings(lines.path)) == [Reading(0), Reading(2)]
+
+
+def test_pictures():
+    values = np.array([[0.0, 1.0, np.nan], [0.5, np.inf, 0.25]])
+    drawn = heat_map(values, block=(2, 3))
+    assert drawn.shape == (4, 9, 3)
+    assert tuple(drawn[0, 6]) == MISSING
+    assert tuple(drawn[3, 4]) == BROKEN
+    lightness = [int(drawn[y, x].astype(int).sum()) for y, x in ((0, 0), (2, 6), (2, 0), (0, 3))]
+    assert lightness == sorted(lightness)
+    assert heat_map(np.zeros((2, 5000)), (1, 4), 800).shape == (2, 800, 3)
+    assert heat_map(np.full((1, 2), np.nan)).shape == (12, 8, 3)

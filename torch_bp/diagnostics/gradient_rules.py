@@ -1,0 +1,69 @@
+"""Rules for gradients that are not there, are not used, or are left from the step before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch_bp.diagnostics.finding import Finding
+from torch_bp.diagnostics.history import History
+from torch_bp.diagnostics.thresholds import Thresholds
+
+
+def unused_parameters(history: History, limit: Thresholds) -> Iterator[Finding]:
+    """Parameters that take part in no step: of a layer that is not called, or cut off from the loss."""
+    del limit
+    unused = history.fact("unused")
+    if unused:
+        names = ", ".join(unused[:4]) + (", ..." if len(unused) > 4 else "")
+        yield Finding(
+            "unused parameters",
+            unused[0].rpartition(".")[0],
+            history.now.step,
+            float(len(unused)),
+            0.0,
+            f"{names} got no gradient: the loss does not depend on them",
+            "call the layer in forward, without .detach() or torch.no_grad(), or p.requires_grad_(False)",
+        )
+
+
+def zero_gradient(history: History, limit: Thresholds) -> Iterator[Finding]:
+    """A layer whose gradient is exactly 0 while that of the last layer is not: nothing comes back to it."""
+    del limit
+    layers = [x for x in history.now.layers.values() if x.grad_norm is not None]
+    if not layers or not layers[-1].grad_norm:
+        return
+    stuck = [x for x in layers if x.grad_norm == 0]
+    if stuck and not any(x.dead_units and x.dead_units == x.units for x in layers):
+        cause = "its gradient is exactly 0 while the last layer's is not"
+        yield Finding(
+            *("no gradient", stuck[-1].name, history.now.step, 0.0, 0.0, cause, "torch_bp.nn.init.auto_(model)"),
+            action="init",
+        )
+
+
+def not_in_optimizer(history: History, limit: Thresholds) -> Iterator[Finding]:
+    """Parameters that have a gradient, and that the step does not change, though it changes others."""
+    del limit
+    layers = [x for x in history.now.layers.values() if x.update_norm is not None and x.grad_norm]
+    still = [x for x in layers if x.update_norm == 0]
+    if still and len(still) < len(layers) and all(history.now.lr):
+        yield Finding(
+            *("not in the optimizer", still[0].name, history.now.step, 0.0, 0.0),
+            f"the step left {', '.join(x.name for x in still[:4])} as it was, though there is a gradient",
+            "give all parameters to the optimizer: torch_bp.optim.Adam(model.parameters())",
+            "error",
+        )
+
+
+def not_zeroed(history: History, limit: Thresholds) -> Iterator[Finding]:
+    """Gradients of the step before were still there when this step's were added."""
+    del limit
+    now = history.now
+    carried = history.fact("carried")
+    if carried:
+        cause = f"gradients of the steps before, of norm {carried:.3g}, were there when backward began, and add up"
+        yield Finding(
+            *("gradient not zeroed", "", now.step, carried, 0.0, cause),
+            *("optimizer.zero_grad() before loss.backward()", "error"),
+            action="zero_grad",
+        )

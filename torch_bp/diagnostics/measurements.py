@@ -1,0 +1,189 @@
+"""Sums over the signals of a step, in buffers that add up over its micro-batches and are copied to the host at once.
+
+A signal is one of a layer's tensors: its activation a, its error signal dz, the one behind the activation, da, and the
+one before it where a normalisation lies between. Each adds a row (count, sum, square, nan, inf) to the buffer. Tensors
+are collected and summed together, one call of a kernel for all of a small network; what is held for that is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_bp.diagnostics import quantities
+from torch_bp.diagnostics.derivative import SATURATED, active_counts, differentiable, from_output
+from torch_bp.diagnostics.layer import Layer
+from torch_bp.kernels import Table
+
+FORWARD, BACKWARD, AFTER, BEFORE = range(4)  # a, dz, da, and the gradient at the input of the activation
+KINDS = 4
+HELD = 64 << 20  # bytes of signals that wait to be summed together
+TABLES = 16  # of addresses, kept for as many sets of sizes
+
+
+@dataclass(frozen=True)
+class Detail:
+    """What is measured beside norms and counts of what is not finite.
+
+    Attributes:
+        units: counts of active examples for each unit: saturation, dead units.
+        causes: what tells why a unit is dead.
+        histograms: of activations and error signals.
+        per_example: norms of the gradients of single examples.
+    """
+
+    units: bool = False
+    causes: bool = False
+    histograms: bool = False
+    per_example: bool = False
+
+
+class Measurements:
+    """What layers have been heard to say since `begin`.
+
+    A training step with no autograd graph tells it by `observe_forward` and `observe_backward`. With `batched=False`
+    both do torch operations and calls of kernels alone, on buffers that stay the same: a step that is captured on CUDA
+    can call them, and what its replays add is in the buffers.
+
+    Args:
+        layers: of one model.
+        detail: what is measured.
+        device: of the buffers.
+        batched: wait for more tensors before summing.
+        threshold: see `active_counts`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        detail: Detail,
+        device: torch.device,
+        batched: bool = True,
+        threshold: float = SATURATED,
+    ) -> None:
+        self.layers, self.detail, self.device, self.batched, self.threshold = layers, detail, device, batched, threshold
+        self.values = torch.zeros(KINDS * len(layers) + 1, 5, dtype=torch.float64, device=device)  # the last: the input
+        self.units: dict[int, Tensor] = {}  # (O) examples for which a unit is active
+        self.rows: dict[int, int] = {}  # examples and steps of sequences that were counted there
+        self.causes: dict[int, Tensor] = {}  # (4, O): largest z, largest |z - b|, active without bias, weight norm
+        self.histograms: dict[tuple[int, int], Tensor] = {}
+        self.examples: dict[int, list[Tensor]] = {}  # (N) of each micro-batch
+        self.inputs: dict[int, list[Tensor]] = {}  # that wait for their error signal
+        self._pending: list[tuple[int, Tensor, int]] = []
+        self._bytes = 0
+        # for signals of the same slots and sizes: the table of addresses, the rows, and how many numbers
+        self._tables: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Table, Tensor, Tensor]] = {}
+
+    def begin(self) -> None:
+        """Forget: a new step begins. Buffers keep their addresses."""
+        self.values.zero_()
+        for counts in self.units.values():
+            counts.zero_()
+        self.rows.clear()
+        self._pending.clear()
+        self._bytes = 0
+        for kept in (self.causes, self.histograms, self.examples, self.inputs):
+            kept.clear()  # type: ignore[attr-defined]
+
+    def observe_input(self, x: Tensor) -> None:
+        """The model's input."""
+        self._add(KINDS * len(self.layers), x)
+
+    def observe_forward(self, layer: Layer, input: Tensor | None, z: Tensor, output: Tensor) -> None:
+        """A layer has run: z is what its activation got, or its own output, and `output` what the activation made.
+
+        Args:
+            layer: one of `layers`, whose `activation` is set if it has one.
+            input: what the layer got; kept for `observe_backward` where norms of single examples are wanted.
+            z, output: the same tensor where there is no activation.
+        """
+        self._add(KINDS * layer.index + FORWARD, output)
+        if self.detail.per_example and layer.linear and input is not None and input.is_floating_point():
+            self.inputs.setdefault(layer.index, []).append(input.detach())
+        if self.detail.histograms:
+            self._histogram(layer, FORWARD, output)
+        activation = layer.activation
+        if self.detail.units and layer.chained and activation is not None and differentiable(activation):
+            saved = output if from_output(activation) else z
+            counts = active_counts(activation, saved.movedim(layer.unit_dim, -1), self.threshold)
+            known = self.units.get(layer.index)
+            if known is None:
+                self.units[layer.index] = counts.double()
+            else:
+                known += counts
+            self.rows[layer.index] = self.rows.get(layer.index, 0) + saved.numel() // max(counts.numel(), 1)
+            if self.detail.causes and z is not output:
+                self._why(layer, z.detach().movedim(layer.unit_dim, -1))
+
+    def observe_backward(self, layer: Layer, dz: Tensor, da: Tensor | None = None) -> None:
+        """The error signals of a layer are there; `da` is the one behind its activation, if that is known."""
+        self._add(KINDS * layer.index + BACKWARD, dz)
+        if da is not None:
+            self._add(KINDS * layer.index + AFTER, da)
+        if self.detail.histograms:
+            self._histogram(layer, BACKWARD, dz)
+        if self.detail.per_example and (waiting := self.inputs.get(layer.index)):
+            squares = quantities.per_example_squares(waiting.pop(), dz, layer.module.bias is not None)
+            self.examples.setdefault(layer.index, []).append(squares)
+
+    def observe_gradient(self, layer: Layer, kind: int, gradient: Tensor) -> None:
+        """The gradient AFTER the activation of a layer, or BEFORE it."""
+        self._add(KINDS * layer.index + kind, gradient)
+
+    def flush(self) -> None:
+        """Sum what has been waiting."""
+        if not self._pending:
+            return
+        pending, self._pending, self._bytes = self._pending, [], 0
+        # memory that has been written to since does not hold the signal any more
+        unchanged = [(slot, t) for slot, t, version in pending if version < 0 or t._version == version]
+        slots = tuple(slot for slot, _ in unchanged)
+        if not slots:
+            return
+        key = slots, tuple(t.numel() for _, t in unchanged)
+        if key not in self._tables:
+            if len(self._tables) >= TABLES:
+                self._tables.clear()
+            counts = torch.tensor(key[1], dtype=torch.float64, device=self.device)[:, None]
+            self._tables[key] = Table(), torch.tensor(slots, device=self.device), counts
+        table, where, counts = self._tables[key]
+        found = quantities.sums([t for _, t in unchanged], table).to(self.device)
+        self.values.index_add_(0, where, torch.cat([counts, found], dim=1))
+
+    def _add(self, slot: int, x: Tensor) -> None:
+        x = x.detach()
+        if not self.batched:
+            self.values[slot, 0] += x.numel()
+            self.values[slot, 1:] += quantities.sums([x])[0]
+            return
+        self._pending.append((slot, x, -1 if x.is_inference() else x._version))
+        self._bytes += x.nbytes
+        if self._bytes > HELD:
+            self.flush()
+
+    def _histogram(self, layer: Layer, kind: int, x: Tensor) -> None:
+        # of the last micro-batch: bins of several would not have the same edges
+        self.histograms[layer.index, kind] = quantities.histogram(x)
+
+    def _why(self, layer: Layer, z: Tensor) -> None:
+        z = z.reshape(-1, z.shape[-1])
+        if not len(z):
+            return
+        source = layer.module if layer.norm is None else layer.norm
+        bias = getattr(source, "bias", None)
+        alone = z if bias is None else z - bias.detach().to(z.dtype)
+        with torch.no_grad():
+            a = layer.activation(alone.clone())  # type: ignore[misc]
+        free = active_counts(layer.activation, a if from_output(layer.activation) else alone, self.threshold)  # type: ignore[arg-type]
+        weight: Tensor = layer.module.weight.detach()  # type: ignore[operator,assignment]
+        transposed = getattr(layer.module, "transposed", False)
+        norms = (weight.transpose(0, 1) if transposed else weight).flatten(1).norm(dim=1)
+        rows = [z.amax(0), alone.abs().amax(0), free]
+        if norms.numel() == z.shape[-1]:
+            rows.append(norms)
+        found = torch.stack([t.double() for t in rows])
+        known = self.causes.get(layer.index)
+        self.causes[layer.index] = found if known is None else torch.maximum(known, found)

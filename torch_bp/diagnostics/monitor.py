@@ -1,0 +1,267 @@
+"""What listens to a training loop, step by step, until it is closed."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from torch_bp.diagnostics.assembly import Assembly
+from torch_bp.diagnostics.loss import Losses
+from torch_bp.diagnostics.measurements import Detail, Measurements
+from torch_bp.diagnostics.parameters import ParameterSums, measures_itself
+from torch_bp.diagnostics.probe import Probe
+from torch_bp.diagnostics.reading import Reading
+from torch_bp.diagnostics.recorder import Cadence, signals
+from torch_bp.diagnostics.snapshot import Snapshot
+from torch_bp.diagnostics.writers import Output
+
+
+class Monitor:
+    """What `watch` returns: it listens until it is closed, or its `with` block is left.
+
+    Attributes:
+        step: optimizer steps so far.
+        epoch: set it, and readings have it.
+        last: the latest reading, or None.
+        unknown: layers of which only parameters and output are watched, with the reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        output: Output,
+        detail: Detail,
+        cadence: Cadence,
+        losses: Losses,
+        measurements: Measurements,
+        probe: Probe,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.step = 0
+        self.epoch: int | None = None
+        self._model, self._optimizer, self._output, self._cadence = model, optimizer, output, cadence
+        self._losses, self._measurements, self._probe = losses, measurements, probe
+        self._scaler, self._reduce = options["scaler"], options["reduce"]
+        self._mean, self._write_every = options["reduction"] == "mean", options["write_every"]
+        self._on_reading: Callable[[Reading], None] | None = options["on_reading"]
+        self._parameters = ParameterSums(measurements.layers, detail.per_example)
+        self._assembly = Assembly(measurements.layers, self._parameters.rows)
+        self.unknown = {layer.name: layer.unknown for layer in measurements.layers if layer.unknown}
+        self._waiting: deque[Snapshot] = deque()
+        self._kept: deque[Snapshot | Reading] = deque(maxlen=options["keep"])
+        self._latest: Tensor | None = None  # loss of the last step, if that was recorded
+        self._now: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._began, self._writing, self._closed = time.perf_counter(), 0.0, False
+        if optimizer is not None:
+            self._hooks.append(optimizer.register_step_pre_hook(self._step_begins))
+            self._hooks.append(optimizer.register_step_post_hook(self._step_ended))
+        self._recording = False
+        probe.anew = self._anew
+        self._next()
+
+    # --- what loops may tell
+
+    def loss(self, loss: Any) -> Any:
+        """Note the loss of the step, and return it: `monitor.loss(criterion(model(x), y)).backward()`."""
+        if self._recording:
+            self._losses.add(loss)
+        return loss
+
+    def validation(self, loss: Any) -> None:
+        """Note a loss of the validation set."""
+        self._losses.validation.append(torch.as_tensor(loss).detach().mean())
+
+    def clipped(self, total_norm: Any, max_norm: float) -> Any:
+        """Note what `clip_grad_norm_` returned, and return it; `max_norm` is what it was given."""
+        if self._recording:
+            norm = torch.as_tensor(total_norm).detach().double()
+            self._now["before"] = norm
+            self._now["clipped norm"] = norm.clamp(max=max_norm)
+        return total_norm
+
+    def loss_after(self, loss: Any) -> None:
+        """Note the loss of the last step's batch after the step: its achieved decrease is in the next reading."""
+        self._now["after"] = torch.as_tensor(loss).detach().double().mean()
+
+    def gradients_ready(self) -> None:
+        """Say, in a closure that `optimizer.step` calls, that gradients are there; torch_bp's optimizers can tell."""
+        if self._recording and self._optimizer is not None and not measures_itself(self._optimizer):
+            self._parameters.before(self._optimizer)
+
+    def step_done(self, loss: Any = None) -> None:
+        """A step is over; for loops without an optimizer that was given to `watch`."""
+        if self._optimizer is not None:
+            raise RuntimeError(
+                "watch: step_done must be called where no optimizer is given, got one, whose steps are counted by "
+                "themselves. Leave the call out."
+            )
+        if loss is not None:
+            self.loss(loss)
+        rows, sums = self._parameters.gradients() if self._recording else ([], torch.zeros(0, 4))
+        self._end(rows, sums)
+
+    # --- what is read
+
+    @property
+    def readings(self) -> list[Reading]:
+        """All readings that are kept, the latest last. It waits for those that are on their way to the host."""
+        self._read(wait=True)
+        for place, kept in enumerate(self._kept):
+            if isinstance(kept, Snapshot):
+                self._kept[place] = self._assembly.reading(kept, remember=False)
+        return list(self._kept)  # type: ignore[arg-type]
+
+    @property
+    def last(self) -> Reading | None:
+        self._read(wait=True)
+        if not self._kept:
+            return None
+        if isinstance(self._kept[-1], Snapshot):
+            self._kept[-1] = self._assembly.reading(self._kept[-1], remember=False)
+        return self._kept[-1]  # type: ignore[return-value]
+
+    def close(self, metrics: Mapping[str, float] | None = None, hparams: Mapping[str, Any] | None = None) -> None:
+        """Read and write what is left, and leave the model as it was.
+
+        Args:
+            metrics, hparams: what came out, and what went in, for TensorBoard's table of runs.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._probe.detach()
+        self._losses.close()
+        for hook in self._hooks:
+            hook.remove()
+        if self._optimizer is not None:
+            self._parameters.abandon(self._optimizer)
+        self._read(wait=True)
+        if hparams is not None or metrics is not None:
+            self._output.hparams(dict(hparams or {}), dict(metrics or {}))
+        self._output.close()
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Write a text, such as a verdict."""
+        self._output.text(tag, markdown, self.step)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on: the count of steps, and since when units are dead."""
+        return {"step": self.step, "every": self._cadence.every, "since": self._assembly.ledger.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = state["step"]
+        self._cadence.every = state["every"]
+        self._assembly.ledger.load_state_dict(state["since"])
+        self._next()
+
+    # --- the course of a step
+
+    def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closure = args[1:] or kwargs.get("closure")  # which computes the gradients in the step
+        if self._recording and (not closure or measures_itself(optimizer)):
+            self._parameters.before(optimizer)
+
+    def _step_ended(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows, sums = self._parameters.after(optimizer) if self._recording else ([], torch.zeros(0, 4))
+        self._end(rows, sums)
+
+    @torch.no_grad()
+    def _end(self, rows: list[int], sums: Tensor) -> None:
+        if self._recording:
+            self._record(rows, sums)
+        now = time.perf_counter()
+        if not self._probe.compiled and not self._reduce:
+            self._cadence.tell(self.step, self._recording, now - self._began, self._writing)
+        self.step += 1
+        self._read(wait=False)
+        self._writing = time.perf_counter() - now
+        self._next()
+        self._began = time.perf_counter()
+
+    def _next(self) -> None:
+        """Listen to the next step, or do not."""
+        self._recording = self._losses.wanted = self._cadence.records(self.step)
+        self._measurements.begin()
+        self._probe.forget()
+        self._losses.forget()
+        if self._recording or self._probe.compiled:
+            self._probe.attach()
+        else:
+            self._probe.detach()
+
+    def _anew(self) -> None:
+        """The last step was skipped: what it left is no part of this one."""
+        self._measurements.begin()
+        self._losses.forget()
+
+    def _record(self, rows: list[int], sums: Tensor) -> None:
+        probe, measurements = self._probe, self._measurements
+        probe.finish()
+        named = signals(measurements, self._reduce)
+        if rows:
+            named["params"] = sums
+        labels = self._losses.labels
+        loss, validation = self._losses.take()
+        for name, value in (("loss", loss), ("validation_loss", validation), ("labels", labels)):
+            if value is not None:
+                named[name] = value
+        if self._reduce and loss is not None:
+            named["loss"] = _mean_of_processes(loss)
+        if (after := self._now.pop("after", None)) is not None and self._latest is not None:
+            named["achieved_decrease"] = self._latest.double() - after
+        self._latest = named.get("loss")
+        if self._scaler is not None and (scale := getattr(self._scaler, "_scale", None)) is not None:
+            named["scale"] = scale
+        facts: dict[str, Any] = {
+            "rows": rows,
+            "updated": self._optimizer is not None,
+            "order": tuple(probe.order),
+            "epoch": self.epoch,
+        }
+        facts["batch"] = probe.batch or None
+        # each process takes a mean over its own examples
+        facts["mean over"] = (1 / distributed.get_world_size() if self._reduce else 1) if self._mean else None
+        facts["examples"] = list(measurements.examples)
+        facts["widths"] = dict(probe.widths)
+        facts["seconds"], facts["share"] = self._cadence.seconds, self._cadence.share
+        if "before" in self._now:
+            named["before"], named["clipped norm"] = self._now.pop("before"), self._now.pop("clipped norm")
+        if self._optimizer is not None:
+            rates = [group["lr"] for group in self._optimizer.param_groups]
+            named["lr"] = torch.stack([torch.as_tensor(rate, dtype=torch.float64).reshape(()) for rate in rates])
+        snapshot = Snapshot(self.step, facts)
+        snapshot.take(named)
+        self._waiting.append(snapshot)
+
+    def _read(self, wait: bool) -> None:
+        """Read the records that have come to the host, and write those whose turn it is."""
+        while self._waiting and (wait or self._waiting[0].ready):
+            snapshot = self._waiting.popleft()
+            due = self._write_every is None or snapshot.step % self._write_every == 0
+            if not (due or snapshot.nonfinite):
+                self._kept.append(snapshot)
+                continue
+            reading = self._assembly.reading(snapshot)
+            self._kept.append(reading)
+            self._output.write(reading)
+            if self._on_reading is not None:
+                self._on_reading(reading)
+
+
+def _mean_of_processes(loss: Tensor) -> Tensor:
+    loss = loss.double() / distributed.get_world_size()
+    distributed.all_reduce(loss)
+    return loss

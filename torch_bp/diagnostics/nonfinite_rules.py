@@ -1,0 +1,113 @@
+"""NaN and infinities, sec. 10.2, item 2: where the first one came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch_bp.diagnostics.finding import Finding
+from torch_bp.diagnostics.history import SATURATING, History
+from torch_bp.diagnostics.rate_rules import lower
+from torch_bp.diagnostics.reading import Finiteness, Reading
+from torch_bp.diagnostics.thresholds import Thresholds
+
+# Activations that make no NaN of a finite number.
+_SAFE = (
+    None,
+    *SATURATING,
+    "ReLU",
+    "ReLU6",
+    "LeakyReLU",
+    "PReLU",
+    "ELU",
+    "SELU",
+    "CELU",
+    "GELU",
+    "SiLU",
+    "Mish",
+    "Softplus",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    layer: str
+    what: str  # "input", "weight", "forward", "loss", "backward"
+    found: Finiteness | None
+
+
+def nonfinite(history: History, limit: Thresholds) -> Iterator[Finding]:
+    """The first origin; what it spreads to later is not named again."""
+    del limit
+    for reading in history.latest[:-1][::-1]:
+        if first_origin(reading) is None:
+            break
+    else:
+        reading = None  # type: ignore[assignment]
+    run = [r for r in history.latest if reading is None or r.step > reading.step]
+    origin = first_origin(run[0]) if run and first_origin(history.now) is not None else None
+    if origin is None:
+        return
+    skipped = origin.what == "backward" and all(x.update_norm == 0 for x in run[0].layers.values())
+    cause, cure, action = _explain(origin, history, run[0].step)
+    if skipped:
+        cause, cure, action = (
+            f"{cause}; the step was skipped",
+            "none needed, unless it goes on: GradScaler does this",
+            "",
+        )
+    count = float(origin.found.nan + origin.found.inf) if origin.found is not None else 1.0
+    yield Finding(
+        *("NaN or Inf", origin.layer, run[0].step, count, 0.0, cause, cure, "info" if skipped else "error"),
+        last_step=history.now.step,
+        action=action,
+    )
+
+
+def first_origin(reading: Reading) -> _Origin | None:
+    """Where the first NaN or infinity of this step is: in the order in which a step computes."""
+    values = reading.input
+    if values is not None and not math.isfinite(values.mean + values.std):
+        return _Origin("", "input", None)
+    for what in ("weight", "forward"):
+        for number, layer in enumerate(reading.layers.values()):
+            found = getattr(layer, what)
+            if found is not None and not found.ok:
+                # finite inputs and weights can overflow in a linear map, and give infinities; not NaN alone
+                taken_in = what == "forward" and number == 0 and found.nan and not found.inf
+                return _Origin(layer.name, "input" if taken_in and layer.activation in _SAFE else what, found)
+    if reading.loss is not None and not math.isfinite(reading.loss):
+        return _Origin("", "loss", None)
+    for layer in list(reading.layers.values())[::-1]:
+        if layer.backward is not None and not layer.backward.ok:
+            return _Origin(layer.name, "backward", layer.backward)
+    norm = reading.grad_norm
+    return _Origin("", "backward", None) if norm is not None and not math.isfinite(norm) else None
+
+
+def _explain(origin: _Origin, history: History, step: int) -> tuple[str, str, str]:
+    """Cause, cure and what can be tried; `step` is that of the first one."""
+    found, which = origin.found, "values"
+    if found is not None:
+        which = " and ".join(f"{n} {what}" for n, what in ((found.nan, "NaN"), (found.inf, "infinite")) if n)
+        which += f" of {found.count}"
+    if origin.what == "input":
+        if origin.layer:
+            cause = f"the first layer's outputs have {which} and its weights none: they come with the input"
+        else:
+            cause = f"the input has {which}"
+        return cause, "x = torch.nan_to_num(x), or drop such examples", ""
+    if origin.what == "weight":
+        before = step > history.first.step
+        why = "the step before made them" if before else "the run began with them"
+        cure = lower(history) if before else "load another checkpoint, or torch_bp.nn.init.auto_(model)"
+        return f"the weights have {which}: {why}", cure, "lr*0.1" if before else "init"
+    if origin.what == "forward":
+        why = "it overflows" if found is not None and found.inf else "its input and weights are finite"
+        return f"the forward pass first has {which} here, {why}", lower(history), "lr*0.1"
+    if origin.what == "loss":
+        cure = "check the targets, and take a loss on logits: it has no log of 0"
+        return "the loss is not finite while all activations are: its targets, or a logarithm of 0", cure, ""
+    cure = "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), and no sqrt or log of 0 behind this layer"
+    return f"the backward pass first has {which} here, all before it is finite", cure, "clip"

@@ -1,0 +1,107 @@
+"""Gradients, weights and updates of a step, measured around `optimizer.step()`.
+
+An optimizer of torch_bp measures them in the pass over memory that its update makes anyway. Around any other one the
+gradients and weights are summed before the step, and the weights copied, to be compared with afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_bp.diagnostics.layer import Layer
+from torch_bp.diagnostics.quantities import plain, predicted_decrease
+from torch_bp.kernels import Table
+from torch_bp.kernels.extras import Extras
+from torch_bp.kernels.norm import sum_of_squares
+
+COLUMNS = ("grad", "weight", "update", "product")
+
+
+def measures_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """True for optimizers of torch_bp, which find what is to be measured in `_extras`."""
+    return hasattr(getattr(optimizer, "rule", None), "formula") and "_applied_in_backward" not in vars(optimizer)
+
+
+class ParameterSums:
+    """Sums of squares of each parameter's gradient, weight and update, and gradient times update.
+
+    Args:
+        layers: whose parameters are measured.
+        projected: measure gradient times update too; else that column is NaN.
+    """
+
+    def __init__(self, layers: Sequence[Layer], projected: bool) -> None:
+        self.params = list({id(p): p for layer in layers for p in layer.params}.values())
+        self.rows = {id(p): row for row, p in enumerate(self.params)}
+        self._projected = projected
+        self._extras: Extras | None = None
+        self._own = False
+        self._before: tuple[list[Tensor], Tensor, Tensor, list[Tensor], list[Tensor]] | None = None
+        self._tables: dict[str, Table] = {}
+
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        """The step is about to run."""
+        self.abandon(optimizer)  # what a step that has raised has left
+        inside = vars(optimizer).get("_extras")
+        if measures_itself(optimizer):
+            if inside is None:
+                self._extras = optimizer._extras = Extras(measured=True, projected=self._projected)  # type: ignore[attr-defined]
+                self._own = True
+                return
+            if inside.measured and inside.projected >= self._projected:
+                self._extras = inside
+                return
+        params = [p for p in self.params if p.grad is not None]
+        if params:
+            gradients, weights = [plain(p.grad) for p in params], [plain(p) for p in params]  # type: ignore[arg-type]
+            sums = self._squares("grad", gradients), self._squares("weight", weights)
+            kept = gradients if self._projected else []
+            self._before = params, *sums, kept, [w.clone() for w in weights]
+
+    def after(self, optimizer: torch.optim.Optimizer) -> tuple[list[int], Tensor]:
+        """The step has run: rows of `params` that were updated, and `COLUMNS` of each, (n, 4) in float64."""
+        if self._extras is not None:
+            extras, self._extras = self._extras, None
+            if self._own:
+                del optimizer._extras  # type: ignore[attr-defined]
+            params = [p for p in extras.params if id(p) in self.rows]
+            found = list(extras.totals(params))
+            if len(found) < len(COLUMNS):
+                found.append(torch.full_like(found[0], float("nan")))
+            return [self.rows[id(p)] for p in params], torch.stack(found, dim=1)
+        if self._before is None:
+            return [], torch.zeros(0, len(COLUMNS), dtype=torch.float64)
+        (params, grad, weight, gradients, weights), self._before = self._before, None
+        updates = [plain(p) - w for p, w in zip(params, weights)]
+        update = self._squares("update", updates)
+        product = torch.full_like(update, float("nan"))
+        if gradients:
+            product = torch.stack([-predicted_decrease([g], [u]) for g, u in zip(gradients, updates)])
+        return [self.rows[id(p)] for p in params], torch.stack([grad, weight, update, product], dim=1)
+
+    def gradients(self) -> tuple[list[int], Tensor]:
+        """As `after`, of parameters that nobody is seen to update: those columns are NaN."""
+        params = [p for p in self.params if p.grad is not None]
+        if not params:
+            return [], torch.zeros(0, len(COLUMNS), dtype=torch.float64)
+        gradients: list[Any] = [p.grad for p in params]
+        grad = self._squares("grad", list(map(plain, gradients)))
+        weight = self._squares("weight", list(map(plain, params)))
+        unknown = torch.full_like(grad, float("nan"))
+        return [self.rows[id(p)] for p in params], torch.stack([grad, weight, unknown, unknown], dim=1)
+
+    def abandon(self, optimizer: Any) -> None:
+        """The step has failed, or nobody waits for it any more."""
+        if self._own:
+            vars(optimizer).pop("_extras", None)
+        self._extras, self._before, self._own = None, None, False
+
+    def _squares(self, what: str, tensors: list[Tensor]) -> Tensor:
+        first = tensors[0]
+        if all(t.dtype is first.dtype and t.device == first.device for t in tensors):
+            return sum_of_squares.foreach_(tensors, table=self._tables.setdefault(what, Table()))
+        return torch.stack([t.double().square().sum().to(first.device) for t in tensors])

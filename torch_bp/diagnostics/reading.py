@@ -1,0 +1,301 @@
+"""What one recorded training step says: plain numbers, after the one copy to the host.
+
+A layer l is a linear map with the activation that follows it, eq. 1 and 2: z = W a_before + b, a = f(z). Its error
+signal is dz, the gradient of the loss with respect to z, sec. 3.1, and da the one with respect to a. Norms are
+2-norms over everything: |dz| over all examples and units of the batch. Gradients are those that the optimizer is given:
+averaged over the batch as the loss is, summed over the micro-batches of an accumulation, and without the factor of a
+`GradScaler`.
+
+`None` stands for what has not been measured: at this level of detail, for this kind of layer, or because nothing of it
+was there in the step, as with a frozen layer's gradient. A number that has been measured may be NaN or infinite.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+VERSION = 1  # of the lines that `to_json` writes
+_Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True, slots=True)
+class Finiteness:
+    """How many numbers there were, and how many of them are NaN or infinite; of weights 1 stands for at least one."""
+
+    count: int
+    nan: int
+    inf: int
+
+    @property
+    def ok(self) -> bool:
+        return not (self.nan or self.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts of the finite values between edges of equal distance, and of those that are not finite.
+
+    Attributes:
+        low, high: the least and the largest finite value; 0 and 0 where there is none.
+        counts: of each of the bins between them; the last one includes `high`.
+        mean, square_mean: of the finite values, and of their squares.
+        nan, inf: values that are in no bin.
+    """
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    mean: float
+    square_mean: float
+    nan: int = 0
+    inf: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeadUnit:
+    """A unit whose output did not depend on its input for any example, at every record since `since`.
+
+    For ReLU its derivative was 0 everywhere; for others it was below the threshold of saturation.
+
+    Attributes:
+        unit: column of the layer's output.
+        since: first recorded step of the unbroken run in which it was dead.
+        cause: "input" if it gets nothing to react to (its inputs were 0), "bias" if the bias alone keeps z where the
+            derivative vanishes (it would be alive with bias 0), else "weights".
+        weight_norm: of its row of the weights.
+        pre_activation_max: largest z of the batch, which a revival has to lift above 0.
+        bias: its bias; None without one.
+    """
+
+    unit: int
+    since: int
+    cause: str
+    weight_norm: float
+    pre_activation_max: float
+    bias: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Numbers of which only this is kept: norms of single examples' gradients, or values of an input.
+
+    `min` and `max` are NaN where they have not been measured, as for inputs.
+    """
+
+    count: int
+    mean: float
+    std: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReading:
+    """One layer at one step. Layers are in the order in which the forward pass called them.
+
+    Attributes:
+        name: path of the module in the model, as in `named_modules()`.
+        kind: name of its class, "Linear".
+        activation: name of the class of the activation module that is applied to its output, possibly after a
+            normalisation; None where there is none, or it is applied as a function.
+        units: width of the output.
+        weight_norm, grad_norm, update_norm: of all parameters of the layer together: before the step, of their
+            gradient, and of what the step changed.
+        update_ratio: update_norm / weight_norm; about 1e-3 in healthy training.
+        signal_norm: |dz|.
+        signal_ratio: |dz| / |dz| of the next layer: below 1 the signal fades on its way back, above 1 it grows. It is
+            the product of the two factors where nothing lies between the layers but the activation.
+        weight_factor: |da| / |dz of the next layer|, where da = W^T dz of the next layer, sec. 3.1 item 1: what the
+            next layer's weights do to the signal.
+        derivative_factor: |f'(z) da| / |da|, item 2: what this layer's activation does to it.
+        activation_mean, activation_var: over all examples and units of a, or of z where `activation` is None.
+        dead_units: units whose derivative was 0, or below the threshold, for all examples of the step.
+        saturated: share of all units of all examples whose derivative was so; ReLU's is about a half.
+        dead: the dead units one by one, at level "full", at most 32 of them; none after an activation that has written
+            over z.
+        histogram: of a.
+        signal_histogram: of dz.
+        forward, backward, weight: finite values of a, of dz, and of the parameters.
+        per_example: norms of the gradients that single examples contribute to this layer, times the batch size where
+            the loss is a mean.
+    """
+
+    name: str
+    kind: str
+    activation: str | None = None
+    units: int | None = None
+    weight_norm: float | None = None
+    grad_norm: float | None = None
+    update_norm: float | None = None
+    update_ratio: float | None = None
+    signal_norm: float | None = None
+    signal_ratio: float | None = None
+    weight_factor: float | None = None
+    derivative_factor: float | None = None
+    activation_mean: float | None = None
+    activation_var: float | None = None
+    saturated: float | None = None
+    dead_units: int | None = None
+    dead: tuple[DeadUnit, ...] = ()
+    histogram: Histogram | None = None
+    signal_histogram: Histogram | None = None
+    forward: Finiteness | None = None
+    backward: Finiteness | None = None
+    weight: Finiteness | None = None
+    per_example: Spread | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Targets that are class indices, of the step's last micro-batch.
+
+    `count` of them, `classes` different ones, and the share of the commonest.
+
+    Attributes:
+        changes: share of neighbours in the batch with different labels; near 0 the data is sorted, not shuffled.
+    """
+
+    count: int
+    classes: int
+    largest_share: float
+    changes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One training step.
+
+    Attributes:
+        step: optimizer steps before this one, from 0.
+        epoch: as the loop has said it.
+        loss: of the step, mean over its micro-batches.
+        validation_loss: the last one that was reported, if it is new since the reading before.
+        lr: of each parameter group.
+        grad_norm: of all watched parameters together, before any clipping that the optimizer does itself, after
+            clipping by `clip_grad_norm_`.
+        grad_norm_before: before clipping, where the monitor was told of it.
+        clipped: whether clipping changed the gradients in this step.
+        clip_rate: share of steps clipped so far.
+        batch: examples of the step.
+        noise_scale: simple noise scale of McCandlish et al. (2018): the batch size from which on larger batches help
+            little.
+        per_example: norms of the gradients of single examples, over the layers that tell them.
+        predicted_decrease: -grad . update, by how much the loss would fall if it were linear.
+        achieved_decrease: loss before minus loss after the step on the same batch, where a loop tells it.
+        layers: by name, in the order of the forward pass.
+        unknown: layers of which only the parameters can be watched, with the reason.
+        input: values of the model's first input.
+        labels: class indices among the arguments of the loss function.
+        seconds: how long a step takes without the monitor, in the mean since the reading before.
+        share: what the monitor adds to that, 0.02 for 2 %, as far as it has measured itself.
+    """
+
+    step: int
+    epoch: int | None = None
+    loss: float | None = None
+    validation_loss: float | None = None
+    lr: tuple[float, ...] = ()
+    grad_norm: float | None = None
+    grad_norm_before: float | None = None
+    clipped: bool | None = None
+    clip_rate: float | None = None
+    batch: int | None = None
+    noise_scale: float | None = None
+    per_example: Spread | None = None
+    predicted_decrease: float | None = None
+    achieved_decrease: float | None = None
+    layers: Mapping[str, LayerReading] = field(default_factory=dict)
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    input: Spread | None = None
+    labels: Labels | None = None
+    seconds: float | None = None
+    share: float | None = None
+
+    @property
+    def nonfinite(self) -> list[tuple[str, str]]:
+        """Where there was a NaN or an infinity, by layer: "weight", "forward", "backward", in the order of the pass."""
+        layers = list(self.layers.values())
+        found = [(layer.name, what) for layer in layers for what in ("weight", "forward") if _bad(layer, what)]
+        return found + [(layer.name, "backward") for layer in layers[::-1] if _bad(layer, "backward")]
+
+    def to_json(self) -> str:
+        """One line; NaN and infinities as the strings that `float` reads, `None` and empty left out."""
+        return json.dumps({"version": VERSION, **_plain(asdict(self))}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Reading:
+        """The reading of such a line; names that a later version has added are ignored.
+
+        Raises:
+            ValueError: the line holds no reading.
+
+        Example:
+            >>> line = Reading(3, loss=float("nan"), lr=(0.1,)).to_json()
+            >>> line
+            '{"version": 1, "step": 3, "loss": "nan", "lr": [0.1]}'
+            >>> Reading.from_json(line).loss
+            nan
+        """
+        try:
+            values = json.loads(line)
+            return _read(cls, values)
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"Reading: line must be what Reading.to_json writes, got {line[:80]!r}. Name a file of readings."
+            ) from error
+
+
+def _bad(layer: LayerReading, what: str) -> bool:
+    found = getattr(layer, what)
+    return found is not None and not found.ok
+
+
+_PARTS: dict[str, Any] = {
+    "forward": Finiteness,
+    "backward": Finiteness,
+    "weight": Finiteness,
+    "histogram": Histogram,
+    "signal_histogram": Histogram,
+    "per_example": Spread,
+    "input": Spread,
+    "labels": Labels,
+}
+_TEXTS = {"name", "kind", "activation", "cause", "unknown"}
+
+
+def _plain(value: Any) -> Any:
+    """Without what is absent, and with text for numbers that JSON does not know."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items() if each is not None and each != {} and each != ()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
+def _read(cls: type[_Read], values: Mapping[str, Any]) -> _Read:
+    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{name: _read_field(name, value) for name, value in values.items() if name in known})
+
+
+def _read_field(name: str, value: Any) -> Any:
+    if name in _TEXTS:
+        return value
+    if name in _PARTS:
+        return _read(_PARTS[name], value)
+    if name == "layers":
+        return {key: _read(LayerReading, each) for key, each in value.items()}
+    if name == "dead":
+        return tuple(_read(DeadUnit, each) for each in value)
+    if isinstance(value, list):
+        return tuple(map(_number, value))
+    return _number(value)
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value
