@@ -82,6 +82,7 @@ def optimizers():
     """Steps of every optimizer by interpreted kernels and by the torch formula, plain and with all that goes along."""
     from tests.optim.table import PAIRS, parameters, train
     from torch_bp.optim import fused_step
+    from torch_bp.optim.copies import Copies
 
     options = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}, "Adam": {"amsgrad": True}}
     for name, (kind, _) in PAIRS.items():
@@ -97,6 +98,16 @@ def optimizers():
                 trained.append((params, grads, done.total_norm, done.grad_norms, done.weight_norms, done.update_norms))
             assert optimizer._plan.shares[0].buckets, "no list kernel served"
             torch.testing.assert_close(*trained, **TOLERANCE[dtype])
+        for half in (torch.bfloat16, torch.float16):
+            params = [torch.nn.Parameter(p.detach()) for p in parameters(torch.float32, shapes=[(40, 50), (5,), ()])]
+            optimizer, copies = kind(params, **options.get(name, {})), Copies(half)
+            halves = [copies.of(p) for p in params[:-1]]
+            copies.attach(optimizer)
+            with use("triton"):
+                train(optimizer, params, 2)
+            assert not copies.stale()
+            cut_off = 2.0**-7 if half is torch.bfloat16 else 0.0  # by the interpreter, where a device rounds
+            torch.testing.assert_close(halves, [p.detach().to(half) for p in params[:-1]], rtol=cut_off, atol=0)
         for dtype in (torch.float16, torch.bfloat16):
             params = parameters(dtype, shapes=[(40, 50), (5,)])
             optimizer = kind(params, lr=1e-3)
@@ -108,7 +119,7 @@ def optimizers():
                 done = fused_step(optimizer, norms=True)
             changes = torch.stack([(p.detach().double() - b).norm() for p, b in zip(params, before)])
             torch.testing.assert_close(done.update_norms, changes, rtol=1e-5, atol=0)
-    return 4 * len(PAIRS)
+    return 6 * len(PAIRS)
 
 
 def kernels():
@@ -190,7 +201,9 @@ def compile_ahead():
         for dtype in pointers if number == 0 else (torch.float32, torch.float64 if number % 2 else torch.bfloat16):
             absent = tuple(name for name, tensor in zip(formula.tensors, tensors) if tensor is None)
             program = formula._program("triton", dtype, absent, keywords)
-            forms = [("kernel",), ("single",), ("list",), *[("list", True)] * bool(formula.updates)]
+            forms = [("kernel",), ("single",), ("list",)]
+            if formula.updates and dtype is torch.float32:
+                forms += [("list", True, None), ("list", True, (program.targets[0], torch.bfloat16))]
             for form, *guarded in forms:
                 kernel = getattr(program, form, None)
                 if kernel is None:
@@ -201,7 +214,8 @@ def compile_ahead():
                 types |= {n: "*fp64" for n in run.arg_names if n in ("scalars", "totals")}
                 kinds = getattr(formula, "kinds", {})
                 types |= {f"p_{n}": "*i64" for n, kind in kinds.items() if kind == "label" and f"p_{n}" in types}
-                types |= {"skip": "*i32"} if guarded else {}
+                types |= {"skip": "*i32", "copies": "*i64"} if guarded else {}
+                types = {n: kind for n, kind in types.items() if n in run.arg_names}
                 types |= {n: "*i64" for n in ("addresses", "tensor", "start", "length") if n in types}
                 types |= {n: "i64" for n in ("count", "columns", "rows") if n in types}
                 types |= {

@@ -204,4 +204,6 @@ def _cast(value: Any, dtype: torch.dtype, device: str) -> Any:
         return value
     if value.dtype is torch.float64 or value.device.type != device:
         return value
-    return value.to(dtype)
+    tape = tapes.get(_thread()) if tapes else None
+    copy = None if tape is None or tape.copies is None else tape.copies.find(value, dtype)
+    return value.to(dtype) if copy is None else tape.cast(value, copy)  # type: ignore[union-attr]

@@ -115,6 +115,7 @@ class Tape:
     ) -> None:
         self.leaves = list(leaves)
         self.whole = whole
+        self.copies: Any = None  # of parameters, in the dtype of autocast; `find` gives one
         self.entries: list[Entry] = []
         self._noted = noted
         self._numbers: dict[int, int] = {}
@@ -224,6 +225,15 @@ class Tape:
         entry.backward = _by_graph(graph, leaves)
         entry.materialize = False
         return tree_map_only(Tensor, lambda t: found.get(id(t), t), outputs)
+
+    def cast(self, tensor: Tensor, copy: Tensor) -> Tensor:
+        """Return what `tensor.to(copy.dtype)` is: `copy` has these numbers already."""
+        with torch._C.DisableTorchFunction():
+            result = copy.detach()  # a tensor of its own for each who asks, of the same memory
+        if self.tracks(tensor) and torch.is_grad_enabled():
+            entry = self._note(Tensor.to, [tensor], [result], [True])
+            entry.backward = lambda dy: dy.to(tensor.dtype)
+        return result
 
     def _require_alone(self, target: Tensor) -> None:
         storage = target.untyped_storage()._cdata

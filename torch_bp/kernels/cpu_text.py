@@ -121,12 +121,15 @@ set_num_threads = types.ExternalFunction("set_num_threads", types.void(types.int
 '''
 
 
-def _loop(expression: Expression, targets: Sequence[str], dtype: torch.dtype, count: str, indent: str) -> str:
-    """The loop over one stretch of memory: load what is read, compute, store to `targets`."""
+def _loop(
+    expression: Expression, targets: Sequence[str], dtype: torch.dtype, count: str, indent: str, copied: str = ""
+) -> str:
+    """The loop over one stretch of memory: load what is read, compute, store to `targets`, and one of them `copied`."""
     spell = Speller(expression, _HALF_SPELLING if half.is_half(dtype) else SPELLING)
     computed = [n for n in expression.order if n.kind != "total"]
     body = [load(n, dtype) if n.operation == "input" else spell.line(n) for n in computed]
     body += stores(spell, zip(targets, expression.outputs), "i", dtype)
+    body += [f"p_copy[i] = rounded({spell.name(r)})" for t, r in zip(targets, expression.outputs) if t == copied]
     body += [gathered(spell, total) for total in expression.totals]
     lines = [f"{spell.name(total)} = {START['total']}" for total in expression.totals]
     lines += [f"for i in range({count}):", *(f"    {line}" for line in body or ["pass"])]
@@ -200,18 +203,30 @@ def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dty
     return text + "    set_num_threads(before)\n"
 
 
-def text_list(expression: Expression, targets: Sequence[str], dtype: torch.dtype, parallel: bool) -> str:
-    """The module of a kernel `run(addresses, tensor, start, length, totals, scalar...)` over a list of tensors.
+def text_list(
+    expression: Expression,
+    targets: Sequence[str],
+    dtype: torch.dtype,
+    parallel: bool,
+    copied: tuple[str, torch.dtype] | None = None,
+) -> str:
+    """The module of a kernel `run(addresses, tensor, start, length, copies, totals, scalar...)` over a list of tensors.
 
     `addresses[r, k]` is where argument r of tensor k begins; chunk c is `length[c]` elements of tensor `tensor[c]`
-    from element `start[c]` on, and total j of them goes to `totals[c, j]`.
+    from element `start[c]` on, and total j of them goes to `totals[c, j]`. With `copied`, the name of a target and a
+    dtype of 16 bits, what is written to it is also written, rounded, to where `copies[k]` says, if that is not 0.
     """
     names = expression.operands(targets)
-    arguments = ["addresses", "tensor", "start", "length", *["totals"] * bool(expression.totals)]
-    signature = ["int64[:, ::1]", *["int64[::1]"] * 3, *["float64[:, ::1]"] * bool(expression.totals)]
-    text = function(expression, dtype, arguments, signature, parallel)
+    arguments = ["addresses", "tensor", "start", "length", *["copies"] * bool(copied)]
+    arguments += ["totals"] * bool(expression.totals)
+    signature = ["int64[:, ::1]", *["int64[::1]"] * (3 + bool(copied)), *["float64[:, ::1]"] * bool(expression.totals)]
+    more = half.definitions(copied[1]) + "\nshort_pointer = pointer_to(types.uint16)\n\n" if copied else ""
+    text = function(expression, dtype, arguments, signature, parallel, more)
     text += f"    for chunk in {'prange' if parallel else 'range'}(tensor.shape[0]):\n"
     text += f"        k = tensor[chunk]\n        first = start[chunk] * {dtype.itemsize}\n"
     text += _pointers(names, "addresses[{i}, k] + first", "        ")
-    text += _loop(expression, targets, dtype, "length[chunk]", "        ")
+    if copied:
+        text += "        if copies[k] != 0:\n            p_copy = short_pointer(copies[k] + start[chunk] * 2)\n"
+        text += _loop(expression, targets, dtype, "length[chunk]", "            ", copied[0]) + "        else:\n"
+    text += _loop(expression, targets, dtype, "length[chunk]", "    " * (3 if copied else 2))
     return text + "    set_num_threads(before)\n" * parallel

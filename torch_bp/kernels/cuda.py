@@ -65,10 +65,9 @@ class Kernel:
         self.expression = expression
         self._text = text
         self._arguments = (expression, tuple(targets), dtype)
-        self._runs: dict[tuple[bool, ...], Any] = {}
+        self._runs: dict[tuple[Any, ...], Any] = {}
 
-    def _run(self, from_table: bool, *guarded: bool) -> Any:
-        key = from_table, *guarded
+    def _run(self, *key: Any) -> Any:
         if key not in self._runs:
             with _lock:
                 text = self._text(*self._arguments, *key)
@@ -118,7 +117,7 @@ class Kernel:
             self._run(from_table)[grid](count, columns, rows, *tensors, *scalars, BLOCK=COLUMNS, **LAUNCH)
 
     def run_list(
-        self, table: Table, device: torch.device, values: Any, skip: torch.Tensor | None = None
+        self, table: Table, device: torch.device, values: Any, skip: torch.Tensor | None = None, copied: Any = None
     ) -> torch.Tensor | None:
         """Run over the tensors of a table; return the totals of each chunk, if there are any.
 
@@ -127,16 +126,19 @@ class Kernel:
             device: theirs.
             values: the scalars, numbers or tensors of one element, or one float64 tensor on the device with all.
             skip: one int32 on the device: where it is not 0 when the kernel runs, nothing is done.
+            copied: as of `cuda_text.text_list`, with the addresses in the table.
         """
         totals = self._totals(len(table.tensor), device)
         with _device(device):
             from_table, scalars = self._scalars(values, device)
             addresses, chunks, _ = table.on_device(device)
-            self._run(from_table, *[True] * (skip is not None))[(len(table.tensor),)](
+            form = () if skip is None and copied is None else (skip is not None, copied)
+            self._run(from_table, *form)[(len(table.tensor),)](
                 addresses,
                 addresses.shape[1],
                 *chunks,
                 *([] if skip is None else [skip]),
+                *([] if copied is None else [table.copies_on(device)]),
                 *([] if totals is None else [totals]),
                 *scalars,
                 CHUNK=cuda_text.CHUNK,

@@ -212,16 +212,23 @@ def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dty
 
 
 def text_list(
-    expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool, guarded: bool = False
+    expression: Expression,
+    targets: Sequence[str],
+    dtype: torch.dtype,
+    from_table: bool,
+    guarded: bool = False,
+    copied: tuple[str, torch.dtype] | None = None,
 ) -> str:
-    """The module of a kernel `run(addresses, columns, tensor, start, length, skip, totals, scalar...)` over a list.
+    """The module of a kernel `run(addresses, columns, tensor, start, length, skip, copies, totals, scalar...)`.
 
     Total j of chunk c goes to `totals[c, j]`. A `guarded` one does nothing where the number at `skip` is not 0.
+    `copied` is as of `cpu_text.text_list`.
     """
     stored, real = DTYPES[dtype]
     arguments, reading = _scalars(expression, from_table)
     spell, totals = Speller(expression, _SPELLING), expression.totals
-    given = ["addresses", "columns", "tensor", "start", "length", *["skip"] * guarded, *["totals"] * bool(totals)]
+    given = ["addresses", "columns", "tensor", "start", "length", *["skip"] * guarded]
+    given += ["copies"] * bool(copied) + ["totals"] * bool(totals)
     text = _HEAD.format(
         name=expression.name,
         real=real,
@@ -235,10 +242,16 @@ def text_list(
     text += "    count = tl.where(tl.load(skip) == 0, count, 0)\n" * guarded
     for row, name in enumerate(expression.operands(targets)):
         text += f"    p_{name} = tl.load(addresses + {row} * columns + k).to(tl.pointer_type(STORED)) + first\n"
+    if copied:
+        text += "    copy = tl.load(copies + k)\n    copied = tl.where(copy == 0, 0, count)\n"
+        text += f"    p_copy = copy.to(tl.pointer_type(tl.{DTYPES[copied[1]][0]})) + first\n"
     text += "".join(f"    {_started(spell, total)}\n" for total in totals)
     text += "    for step in range(0, CHUNK, BLOCK):\n"
     text += "        place = step + tl.arange(0, BLOCK)\n        inside = place < count\n"
     text += _body(expression, targets, "place", "inside", "        ")
+    if copied:
+        value = dict(zip(targets, (spell.name(r) for r in expression.outputs)))[copied[0]]
+        text += f"        tl.store(p_copy + place, {value}.to(tl.{DTYPES[copied[1]][0]}), mask=place < copied)\n"
     return text + "".join(
         f"    tl.store(totals + chunk * {len(totals)} + {j}, {_reduced(spell, total)}.to(tl.float64))\n"
         for j, total in enumerate(totals)

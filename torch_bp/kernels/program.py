@@ -142,7 +142,7 @@ class Program:
                 )
         else:
             targets = [f"_result{i}" for i in range(len(expression.outputs) - len(expression.totals))]
-        self.totals = len(expression.totals)
+        self.targets, self.totals = targets, len(expression.totals)
         self.numba = engine == "numba"
         module: Any = cpu if self.numba else cuda
         text: Any = cpu_text if self.numba else cuda_text
@@ -150,6 +150,10 @@ class Program:
         if not self.totals:  # which are had from lists alone
             self.single = module.Kernel(text.text_single, expression, targets, dtype)
         self.list = module.Kernel(text.text_list, expression, targets, dtype)
+        self._copying: dict[Any, Any] = {}  # the list kernel that copies what it writes, by the dtype of the copy
+        self._list_of = lambda copied: module.Kernel(
+            functools.partial(text.text_list, copied=copied), expression, targets, dtype, "run"
+        )
         self.writes = [LENT if n in lent else int(n in targets) for n in expression.inputs]
         self.written = [i for i, write in enumerate(self.writes) if write]
         self.scalars = bool(expression.scalars)
@@ -190,6 +194,20 @@ class Program:
             return None
         return as_returned(results, self.expression)
 
+    def copied(self, table: Table) -> tuple[str, torch.dtype] | None:
+        """What a list kernel writes twice, where the table says so: the first target, in another dtype."""
+        return None if table.copies is None else (self.targets[0], table.copied)  # type: ignore[return-value]
+
+    def run_list(self, table: Table, values: Sequence[Any], partial: Any = None) -> None:
+        """Run the list kernel of the CPU; totals of each chunk go to `partial`."""
+        kernel, more = self.list, () if partial is None else (partial,)
+        if table.copies is not None:
+            more = (table.copies, *more)
+            kernel = self._copying.get(table.copied)
+            if kernel is None:
+                kernel = self._copying[table.copied] = self._list_of(self.copied(table))
+        kernel.run(table.elements, table.addresses, table.tensor, table.start, table.length, *more, *values)
+
     def foreach(
         self, lists: Sequence[Sequence[torch.Tensor]], table: Table, keywords: Mapping[str, Any]
     ) -> tuple[torch.Tensor, ...]:
@@ -203,14 +221,12 @@ class Program:
         if not table.elements:
             return tuple(torch.zeros(self.totals, table.counts.size, dtype=torch.float64, device=device))
         if not self.numba:
-            partial: Any = self.list.run_list(table, device, values)
+            partial: Any = self.list.run_list(table, device, values, copied=self.copied(table))
         else:
-            chunks = (table.tensor, table.start, table.length)
-            if not self.totals:
-                self.list.run(table.elements, table.addresses, *chunks, *values)
+            partial = np.empty((len(table.tensor), self.totals)) if self.totals else None
+            self.run_list(table, values, partial)
+            if partial is None:
                 return ()
-            partial = np.empty((len(table.tensor), self.totals))
-            self.list.run(table.elements, table.addresses, *chunks, partial, *values)
             partial = torch.from_numpy(partial)
         if not self.totals:
             return ()

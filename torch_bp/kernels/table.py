@@ -90,6 +90,9 @@ class Table:
         self.seen: Seen | None = None
         self.program: Any = None  # that has run over it last
         self.answer = np.zeros(8, np.int64)
+        self.copies: np.ndarray | None = None  # where copies of the first written row go, 0 for none
+        self.copied: torch.dtype | None = None  # their dtype
+        self._copies_sent: tuple[Any, torch.Tensor] | None = None
         self.built = 0  # how often: a device copy of another one is of no use
         self._copied: tuple[int, int, torch.device] | None = None
 
@@ -228,6 +231,12 @@ class Table:
             self._copies[0].copy_(_pinned(self.addresses.copy(), device), non_blocking=True)
         self._copied = self.version, self.built, device
         return self._copies
+
+    def copies_on(self, device: torch.device) -> torch.Tensor:
+        """Return `copies` as a tensor on `device`, copied when it is another array."""
+        if self._copies_sent is None or self._copies_sent[0] is not self.copies:
+            self._copies_sent = self.copies, _sent(self.copies, device)  # type: ignore[arg-type]
+        return self._copies_sent[1]
 
     def _cut(self, chunk: int) -> None:
         """Cut the tensors into chunks of at most `chunk` elements, in the order of the list."""

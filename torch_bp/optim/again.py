@@ -17,6 +17,7 @@ from torch import Tensor
 from torch_bp.kernels import engine, native
 from torch_bp.kernels.plain import PLAIN_TYPES
 from torch_bp.kernels.program import PLAIN_NUMBERS
+from torch_bp.optim.copies import Copies, copies_of
 from torch_bp.optim.plan import FLAGS, Bucket, Share, but_step
 
 _is = operator.is_
@@ -28,10 +29,12 @@ _increment = torch._C._increment_version
 class Again:
     """One group whose parameters are one bucket; `of` makes it."""
 
-    def __init__(self, share: Share, bucket: Bucket, program: Any, static: Mapping[str, Any]) -> None:
+    def __init__(
+        self, share: Share, bucket: Bucket, program: Any, static: Mapping[str, Any], copies: Copies | None
+    ) -> None:
         self._share, self._bucket, self._program = share, bucket, program
         self._names, self._static = tuple(static), tuple(static.values())
-        self._engine = engine.forced()
+        self._engine, self._copies = engine.forced(), copies
         self._compiled: Any = native.functions()
         table = bucket.table
         self._handles = table.seen.handles.copy()  # type: ignore[union-attr]
@@ -55,7 +58,7 @@ class Again:
         # The gradients are the second row, the only one that may change.
         if seen.kept[1] or not all(counter.fast for counter in bucket.counters.values()):
             return None
-        return cls(share, bucket, program, bucket.static)
+        return cls(share, bucket, program, bucket.static, copies_of(optimizer))
 
     def step(self, optimizer: Any, group: Mapping[str, Any]) -> bool:
         """Update the group; False, and nothing is done, where anything is not as it was."""
@@ -66,6 +69,8 @@ class Again:
         if not PLAIN_TYPES.issuperset(map(type, gradients)) or any(map(_is_neg, gradients)):
             return False
         if tuple(map(group.get, FLAGS)) != share.flags or tuple(optimizer.state_layout(group)) != share.layout:
+            return False
+        if copies_of(optimizer) is not self._copies:
             return False
         if engine.forced() != self._engine or any(map(_is_neg, self._single)):
             return False
@@ -94,7 +99,11 @@ class Again:
         except Exception:  # told of by those who do it at length
             return False
         _increment(table.written)
-        self._program.list.run(table.elements, table.addresses, *self._chunks, *values)
+        if table.copies is None:
+            self._program.list.run(table.elements, table.addresses, *self._chunks, *values)
+        else:
+            self._program.run_list(table, values)
+            self._copies.written(params)  # type: ignore[union-attr]
         for name, value in counts.items():
             bucket.counters[name].set(bucket.state[name], value)
         return True

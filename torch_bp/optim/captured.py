@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torch_bp.kernels import Table
+from torch_bp.optim.copies import copies_of
 from torch_bp.optim.plan import Bucket, Share, but_step, forget
 from torch_bp.optim.step import lists_may_serve, step
 
@@ -86,6 +87,9 @@ class _Part:
             and self.table.refresh(present, self.program.writes, self.program.chunk)
             and self.table.elements > 0
         )
+        copies = copies_of(optimizer)
+        if copies is not None:
+            copies.tell(self.table, bucket.params)
         self.values: Sequence[Any] = self.program.expression.host(**scalars) if self.serves else ()
 
     def _lists(self) -> list[Any]:
@@ -174,7 +178,8 @@ class CapturedStep:
         for part in self._parts:
             last = first + len(part.values)
             numbers: Any = self._numbers.there[first:last] if part.values else ()
-            part.program.list.run_list(part.table, self.device, numbers, skip)
+            copied = part.program.copied(part.table)
+            part.program.list.run_list(part.table, self.device, numbers, skip, copied)
             first = last
 
     def prepare(self) -> None:
@@ -185,6 +190,8 @@ class CapturedStep:
         """Note on the host that the device has been told to do a step."""
         for part in self._parts:
             torch._C._increment_version(part.table.written)
+            if part.table.copies is not None:
+                copies_of(self._optimizer).written(part.bucket.params)  # type: ignore[union-attr]
             for name, value in part.after.items():
                 part.bucket.counters[name].set(part.bucket.state[name], value)
         if "step" in vars(self._optimizer):  # by which schedules see that the step comes before them

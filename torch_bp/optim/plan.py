@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_bp.kernels import Table, engine, native, plain
 from torch_bp.kernels.program import PLAIN_NUMBERS
 from torch_bp.optim import shards
+from torch_bp.optim.copies import copies_of
 from torch_bp.optim.rule import UNKNOWN, explain
 
 Layout = Sequence[str | None]
@@ -196,6 +197,11 @@ class Bucket:
             given = scalars = optimizer.scalars(group, counts.get("step", 0), self.fresh, **but_step(counts))
             if extras is not None:
                 rule, given = extras.extend(rule, given, self.params[0].device)
+            copies = None if self.distributed else copies_of(optimizer)
+            if copies is None:
+                self.table.copies = None
+            else:
+                copies.tell(self.table, self.params)
             totals = rule.launch(lists, self.table, given)
         except Exception as error:
             explain(optimizer, scalars, error)
@@ -204,6 +210,8 @@ class Bucket:
             return False
         self.static = {name: given.get(name) for name in rule.static}
         self.plain = PLAIN_NUMBERS.issuperset(map(type, given.values()))
+        if self.table.copies is not None:
+            copies.written(self.params)  # type: ignore[union-attr]
         if self.distributed:  # each DTensor counts its versions apart from its part
             for row in (self.params, *rows):
                 torch._C._increment_version(row or ())

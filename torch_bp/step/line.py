@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.autograd.tape import Entry, Tape
+from torch_bp.optim.copies import Copies
 from torch_bp.step.explicit import Explicit, Paths
 from torch_bp.step.plan import Plan
 from torch_bp.step.program import Program
@@ -24,7 +25,7 @@ from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Passes:
@@ -39,6 +40,7 @@ class Passes:
 
     Attributes:
         loss_scale: multiplies the error signal at the loss besides, None for 1.
+        copies: of parameters, for products in another precision; None to cast them in every pass.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Passes:
         self._precision = precision
         self.path = Paths({"": model, "loss": loss_fn})
         self.loss_scale: Tensor | None = None
+        self.copies: Copies | None = None
         self.output: Any = None  # what the model returned last, if it is kept
 
     def run(
@@ -76,6 +79,7 @@ class Passes:
             TypeError, ValueError: the loss is no tensor, or no number.
         """
         with torch.no_grad(), Tape(leaves, noted, whole=seen is not None) as tape:
+            tape.copies = self.copies
             # As in training through autograd, for what asks, and for no_grad inside.
             with torch.enable_grad(), Explicit(tape, self.fallback, self.path), self._autocast(leaves):
                 output = self.model(*inputs[0])
@@ -96,8 +100,7 @@ class Passes:
     def _autocast(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
         if self._precision is None:
             return contextlib.nullcontext()
-        # Its cache of cast weights is for one graph; here each weight is cast once for all that use it, every step.
-        return torch.autocast(leaves[0].device.type, _DTYPES[self._precision])
+        return torch.autocast(leaves[0].device.type, DTYPES[self._precision])
 
 
 class Line:

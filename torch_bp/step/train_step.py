@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.kernels.norm import values_of
+from torch_bp.optim.copies import Copies
 from torch_bp.step import device_line
 from torch_bp.step.arguments import Inputs, as_inputs, at, check, kind_of
 from torch_bp.step.device_line import NOT_FINITE, DeviceLine, Outcomes
-from torch_bp.step.line import Line, Passes
+from torch_bp.step.line import DTYPES, Line, Passes
 from torch_bp.step.loss_scale import LossScale
 from torch_bp.step.origin import origin
 from torch_bp.step.plan import Plan
@@ -59,9 +60,10 @@ class TrainStep:
             backward.
         keep_output: let `output` give what the model returned, for metrics. Default: False.
         precision: "bf16": products in bfloat16, as under `torch.autocast`, while parameters, gradients and the
-            optimizer stay in float32. "fp16": the same in float16, with a loss scale that finds its size as
-            `torch.amp.GradScaler`'s does: a step whose gradients overflow is left out, without an error, and the scale
-            halved. Default: None, the precision of the model, which may be float64.
+            optimizer stay in float32; an optimizer of torch_bp writes the copies that the products read as it
+            updates. "fp16": the same in float16, with a loss scale that finds its size as `torch.amp.GradScaler`'s
+            does: a step whose gradients overflow is left out, without an error, and the scale halved. Default: None,
+            the precision of the model, which may be float64.
 
     Raises:
         TypeError, ValueError: an argument is none of these, or the optimizer holds no parameter of the model.
@@ -110,6 +112,10 @@ class TrainStep:
         self._loss_scale = LossScale() if precision == "fp16" else None
         self._passes = Passes(model, loss_fn, fallback == "autograd", keep_output, precision)
         self._keep_output = keep_output
+        self._copies = None if precision is None else Copies(DTYPES[precision])
+        if self._copies is not None:
+            self._copies.attach(optimizer)
+            self._passes.copies = self._copies
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
         self._lines: dict[Any, list[Line | DeviceLine]] = {}
         self._never: set[Any] = set()  # kinds of batches that cannot be captured
@@ -427,6 +433,8 @@ class TrainStep:
             kind = (*kind, own)
         if kind is not None and batch and device_line.serves(batch[0]):
             kind = (*kind, own, final)
+        if self._copies is not None:
+            self._copies.refresh()
         recording = torch.is_grad_enabled()
         _set_recording(False)  # as no_grad, which takes a microsecond
         self._replayed = None
