@@ -31,12 +31,14 @@ class Detail:
     Attributes:
         units: counts of active examples for each unit: saturation, dead units.
         causes: what tells why a unit is dead.
+        places: of which examples an activation, an error signal or the input is not finite.
         histograms: of activations and error signals.
         per_example: norms of the gradients of single examples.
     """
 
     units: bool = False
     causes: bool = False
+    places: bool = False
     histograms: bool = False
     per_example: bool = False
 
@@ -72,6 +74,7 @@ class Measurements:
         self.histograms: dict[tuple[int, int], Tensor] = {}
         self.examples: dict[int, list[Tensor]] = {}  # (N) of each micro-batch
         self.inputs: dict[int, list[Tensor]] = {}  # that wait for their error signal
+        self.not_finite: dict[int, list[Tensor]] = {}  # how many numbers of each example (N), of each micro-batch
         self._pending: list[tuple[int, Tensor, int]] = []
         self._bytes = 0
         # for signals of the same slots and sizes: the table of addresses, the rows, and how many numbers
@@ -85,12 +88,13 @@ class Measurements:
         self.rows.clear()
         self._pending.clear()
         self._bytes = 0
-        for kept in (self.causes, self.histograms, self.examples, self.inputs):
+        for kept in (self.causes, self.histograms, self.examples, self.inputs, self.not_finite):
             kept.clear()  # type: ignore[attr-defined]
 
     def observe_input(self, x: Tensor) -> None:
         """The model's input."""
         self._add(KINDS * len(self.layers), x)
+        self._look(KINDS * len(self.layers), x)
 
     def observe_forward(self, layer: Layer, input: Tensor | None, z: Tensor, output: Tensor) -> None:
         """A layer has run: z is what its activation got, or its own output, and `output` what the activation made.
@@ -101,6 +105,7 @@ class Measurements:
             z, output: the same tensor where there is no activation.
         """
         self._add(KINDS * layer.index + FORWARD, output)
+        self._look(KINDS * layer.index + FORWARD, output)
         if self.detail.per_example and layer.linear and input is not None and input.is_floating_point():
             self.inputs.setdefault(layer.index, []).append(input.detach())
         if self.detail.histograms:
@@ -121,6 +126,7 @@ class Measurements:
     def observe_backward(self, layer: Layer, dz: Tensor, da: Tensor | None = None) -> None:
         """The error signals of a layer are there; `da` is the one behind its activation, if that is known."""
         self._add(KINDS * layer.index + BACKWARD, dz)
+        self._look(KINDS * layer.index + BACKWARD, dz)
         if da is not None:
             self._add(KINDS * layer.index + AFTER, da)
         if self.detail.histograms:
@@ -163,6 +169,10 @@ class Measurements:
         self._bytes += x.nbytes
         if self._bytes > HELD:
             self.flush()
+
+    def _look(self, slot: int, x: Tensor) -> None:
+        if self.detail.places and not x.is_complex() and x.layout is torch.strided:
+            self.not_finite.setdefault(slot, []).append(quantities.examples_not_finite(x))
 
     def _histogram(self, layer: Layer, kind: int, x: Tensor) -> None:
         # of the last micro-batch: bins of several would not have the same edges

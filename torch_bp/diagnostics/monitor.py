@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -20,6 +21,8 @@ from torch_bp.diagnostics.recorder import Cadence, signals
 from torch_bp.diagnostics.snapshot import Snapshot
 from torch_bp.diagnostics.writers import Output
 
+_log = logging.getLogger(__name__)
+
 
 class Monitor:
     """What `watch` returns: it listens until it is closed, or its `with` block is left.
@@ -27,6 +30,7 @@ class Monitor:
     Attributes:
         step: optimizer steps so far.
         epoch: set it, and readings have it.
+        alone: set it to False where other optimizers update parts of the model, whose updates are unknown then.
         last: the latest reading, or None.
         unknown: layers of which only parameters and output are watched, with the reason.
     """
@@ -43,7 +47,7 @@ class Monitor:
         probe: Probe,
         options: Mapping[str, Any],
     ) -> None:
-        self.step = 0
+        self.step, self.alone = 0, True
         self.epoch: int | None = None
         self._model, self._optimizer, self._output, self._cadence = model, optimizer, output, cadence
         self._losses, self._measurements, self._probe = losses, measurements, probe
@@ -63,7 +67,10 @@ class Monitor:
             self._hooks.append(optimizer.register_step_pre_hook(self._step_begins))
             self._hooks.append(optimizer.register_step_post_hook(self._step_ended))
         self._recording = False
-        probe.anew = self._anew
+        probe.anew, probe.answers, probe.failed = self._anew, self._backward_begins, self._failed
+        if losses.name is None and detail.units:
+            probe.returned = losses.compared
+        self._said = False  # that something has failed
         self._next()
 
     # --- what loops may tell
@@ -93,7 +100,7 @@ class Monitor:
     def gradients_ready(self) -> None:
         """Say, in a closure that `optimizer.step` calls, that gradients are there; torch_bp's optimizers can tell."""
         if self._recording and self._optimizer is not None and not measures_itself(self._optimizer):
-            self._parameters.before(self._optimizer)
+            self._safely(self._parameters.before, self._optimizer)
 
     def step_done(self, loss: Any = None) -> None:
         """A step is over; for loops without an optimizer that was given to `watch`."""
@@ -104,8 +111,7 @@ class Monitor:
             )
         if loss is not None:
             self.loss(loss)
-        rows, sums = self._parameters.gradients() if self._recording else ([], torch.zeros(0, 4))
-        self._end(rows, sums)
+        self._end(self._safely(self._parameters.gradients) if self._recording else None)
 
     # --- what is read
 
@@ -113,19 +119,24 @@ class Monitor:
     def readings(self) -> list[Reading]:
         """All readings that are kept, the latest last. It waits for those that are on their way to the host."""
         self._read(wait=True)
-        for place, kept in enumerate(self._kept):
-            if isinstance(kept, Snapshot):
-                self._kept[place] = self._assembly.reading(kept, remember=False)
+        found = [self._assembled(kept) if isinstance(kept, Snapshot) else kept for kept in self._kept]
+        self._kept.clear()
+        self._kept += [reading for reading in found if reading is not None]
         return list(self._kept)  # type: ignore[arg-type]
 
     @property
     def last(self) -> Reading | None:
         self._read(wait=True)
-        if not self._kept:
-            return None
-        if isinstance(self._kept[-1], Snapshot):
-            self._kept[-1] = self._assembly.reading(self._kept[-1], remember=False)
-        return self._kept[-1]  # type: ignore[return-value]
+        while self._kept:
+            kept = self._kept.pop()
+            reading = self._assembled(kept) if isinstance(kept, Snapshot) else kept
+            if reading is not None:
+                self._kept.append(reading)
+                return reading
+        return None
+
+    def _assembled(self, snapshot: Snapshot) -> Reading | None:
+        return self._safely(self._assembly.reading, snapshot, remember=False)
 
     def close(self, metrics: Mapping[str, float] | None = None, hparams: Mapping[str, Any] | None = None) -> None:
         """Read and write what is left, and leave the model as it was.
@@ -172,16 +183,15 @@ class Monitor:
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = args[1:] or kwargs.get("closure")  # which computes the gradients in the step
         if self._recording and (not closure or measures_itself(optimizer)):
-            self._parameters.before(optimizer)
+            self._safely(self._parameters.before, optimizer)
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows, sums = self._parameters.after(optimizer) if self._recording else ([], torch.zeros(0, 4))
-        self._end(rows, sums)
+        self._end(self._safely(self._parameters.after, optimizer) if self._recording else None)
 
     @torch.no_grad()
-    def _end(self, rows: list[int], sums: Tensor) -> None:
-        if self._recording:
-            self._record(rows, sums)
+    def _end(self, sums: tuple[list[int], Tensor] | None) -> None:
+        if sums is not None:
+            self._safely(self._record, *sums)
         now = time.perf_counter()
         if not self._probe.compiled and not self._reduce:
             self._cadence.tell(self.step, self._recording, now - self._began, self._writing)
@@ -204,8 +214,33 @@ class Monitor:
 
     def _anew(self) -> None:
         """The last step was skipped: what it left is no part of this one."""
+        for name in ("carried", "before", "clipped norm"):
+            self._now.pop(name, None)
         self._measurements.begin()
         self._losses.forget()
+
+    def _backward_begins(self) -> None:
+        if self.step and (carried := self._parameters.carried()) is not None:
+            self._now["carried"] = carried
+
+    def _safely(self, call: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        """What a call returns; None if it has failed, which is said once, and no reason to stop a training."""
+        try:
+            return call(*args, **keywords)
+        except Exception as error:
+            self._failed(error)
+            return None
+
+    def _failed(self, error: Exception) -> None:
+        if not self._said:
+            self._said = True
+            _log.warning(
+                "watch: at step %d a reading could not be made; training goes on, and further ones are tried. %s: %s",
+                self.step,
+                type(error).__name__,
+                error,
+                exc_info=error,
+            )
 
     def _record(self, rows: list[int], sums: Tensor) -> None:
         probe, measurements = self._probe, self._measurements
@@ -213,9 +248,16 @@ class Monitor:
         named = signals(measurements, self._reduce)
         if rows:
             named["params"] = sums
-        labels = self._losses.labels
+        labels, output = self._losses.labels, self._losses.output
         loss, validation = self._losses.take()
-        for name, value in (("loss", loss), ("validation_loss", validation), ("labels", labels)):
+        carried = self._now.pop("carried", None)
+        for name, value in (
+            ("loss", loss),
+            ("validation_loss", validation),
+            ("labels", labels),
+            ("output", output),
+            ("carried", carried),
+        ):
             if value is not None:
                 named[name] = value
         if self._reduce and loss is not None:
@@ -227,10 +269,15 @@ class Monitor:
             named["scale"] = scale
         facts: dict[str, Any] = {
             "rows": rows,
-            "updated": self._optimizer is not None,
+            "updated": self._optimizer is not None and "_applied_in_backward" not in vars(self._optimizer),
+            "idle": 0.0 if self.alone else None,  # what the optimizer has changed of layers that it does not have
+            "answered": probe.answered,
+            "loss_function": self._losses.name,
+            "looked at": list(measurements.not_finite),
             "order": tuple(probe.order),
             "epoch": self.epoch,
         }
+        facts["unused"], facts["frozen"] = self._parameters.without_gradient()
         facts["batch"] = probe.batch or None
         # each process takes a mean over its own examples
         facts["mean over"] = (1 / distributed.get_world_size() if self._reduce else 1) if self._mean else None
@@ -254,7 +301,9 @@ class Monitor:
             if not (due or snapshot.nonfinite):
                 self._kept.append(snapshot)
                 continue
-            reading = self._assembly.reading(snapshot)
+            reading = self._safely(self._assembly.reading, snapshot)
+            if reading is None:
+                continue
             self._kept.append(reading)
             self._output.write(reading)
             if self._on_reading is not None:

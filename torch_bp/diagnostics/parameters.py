@@ -16,7 +16,7 @@ from torch_bp.diagnostics.layer import Layer
 from torch_bp.diagnostics.quantities import plain, predicted_decrease
 from torch_bp.kernels import Table
 from torch_bp.kernels.extras import Extras
-from torch_bp.kernels.norm import sum_of_squares
+from torch_bp.kernels.norm import sum_of_squares, total_of_squares
 
 COLUMNS = ("grad", "weight", "update", "product")
 
@@ -37,11 +37,16 @@ class ParameterSums:
     def __init__(self, layers: Sequence[Layer], projected: bool) -> None:
         self.params = list({id(p): p for layer in layers for p in layer.params}.values())
         self.rows = {id(p): row for row, p in enumerate(self.params)}
+        self._names: dict[int, str] = {}
+        for layer in layers:
+            for p, name in zip(layer.params, layer.param_names):
+                self._names.setdefault(id(p), name)
         self._projected = projected
         self._extras: Extras | None = None
         self._own = False
         self._before: tuple[list[Tensor], Tensor, Tensor, list[Tensor], list[Tensor]] | None = None
         self._tables: dict[str, Table] = {}
+        self._carried_tables: dict[Any, Table] = {}
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
         """The step is about to run."""
@@ -82,6 +87,20 @@ class ParameterSums:
         if gradients:
             product = torch.stack([-predicted_decrease([g], [u]) for g, u in zip(gradients, updates)])
         return [self.rows[id(p)] for p in params], torch.stack([grad, weight, update, product], dim=1)
+
+    def without_gradient(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the parameters that are to be trained and have no gradient, and of those that are frozen.
+
+        None are unused where nobody has a gradient: it has been cleared then, as by an update in the backward.
+        """
+        frozen = tuple(self._names[id(p)] for p in self.params if not p.requires_grad)
+        unused = tuple(self._names[id(p)] for p in self.params if p.requires_grad and p.grad is None)
+        return (() if len(unused) + len(frozen) == len(self.params) else unused), frozen
+
+    def carried(self) -> Tensor | None:
+        """The norm of the gradients that are there; None where there are none."""
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        return total_of_squares(gradients, self._carried_tables).sqrt() if gradients else None
 
     def gradients(self) -> tuple[list[int], Tensor]:
         """As `after`, of parameters that nobody is seen to update: those columns are NaN."""

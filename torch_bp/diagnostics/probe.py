@@ -43,7 +43,10 @@ class EagerProbe:
         self.measurements, self._model = measurements, model
         self.anew: Callable[[], None] = measurements.begin  # called where a step begins that no optimizer's step ended
         self._params = [p for layer in measurements.layers for p in layer.params]
-        self._answered = False  # an error signal has come
+        self.answered = False  # an error signal has come
+        self.answers: Callable[[], None] = lambda: None  # called before the first of a step
+        self.failed: Callable[[Exception], None] | None = None  # told of what has gone wrong, which is not raised then
+        self.returned: Callable[[Tensor], None] | None = None  # told of what the model has returned
         layers = {id(layer.module): layer for layer in measurements.layers}
         self.order: list[Layer] = []  # in which they have run
         self.widths: dict[int, int] = {}
@@ -63,13 +66,24 @@ class EagerProbe:
         if self._hooks:
             return
         add = self._hooks.append
-        add(self._model.register_forward_pre_hook(self._model_runs))
+        add(self._model.register_forward_pre_hook(partial(self._safely, self._model_runs)))
+        if self.returned is not None:
+            add(self._model.register_forward_hook(partial(self._safely, self._model_ran)))
         for module in self._activations:
-            add(module.register_forward_hook(self._activation_ran))
+            add(module.register_forward_hook(partial(self._safely, self._activation_ran)))
         for module, hook in self._layers:
-            add(module.register_forward_hook(hook))
+            add(module.register_forward_hook(partial(self._safely, hook)))
         for module in self._between:
-            add(module.register_forward_hook(self._passed))
+            add(module.register_forward_hook(partial(self._safely, self._passed)))
+
+    def _safely(self, hook: Callable[..., None], *args: Any) -> None:
+        """Nothing that goes wrong here is the training's business."""
+        try:
+            hook(*args)
+        except Exception as error:
+            if self.failed is None:
+                raise
+            self.failed(error)
 
     def detach(self) -> None:
         """Leave no trace on the model."""
@@ -82,7 +96,7 @@ class EagerProbe:
         """The step is over."""
         self._seen.clear()
         self._open = self._tail = None
-        self._answered = False
+        self.answered = False
         self.batch = 0
 
     def finish(self) -> None:
@@ -97,7 +111,7 @@ class EagerProbe:
         if not self._recorded():
             return
         # After a step that a GradScaler has skipped, gradients have been cleared with nothing between.
-        if self._answered and _in_backward() == -1 and all(p.grad is None for p in self._params):
+        if self.answered and _in_backward() == -1 and all(p.grad is None for p in self._params):
             self.forget()
             self.anew()
         x = tensor_in(args)
@@ -106,6 +120,10 @@ class EagerProbe:
             self.batch += first.shape[0] if first.dim() else 1
         if x is not None:
             self.measurements.observe_input(x)
+
+    def _model_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._recorded() and self.returned is not None and (found := tensor_in(output)) is not None:
+            self.returned(found.detach())
 
     def _layer_ran(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._recorded():
@@ -130,13 +148,18 @@ class EagerProbe:
         else:
             self._open, self._tail = (layer, x, z), z
         if z.requires_grad:
-            z.register_hook(partial(self._signal_came, layer))
+            z.register_hook(partial(self._safely, self._signal_came, layer))
 
     def _signal_came(self, layer: Layer, dz: Tensor) -> None:
         if self._open is not None and self._open[0] is layer:
             self._close()
-        self._answered = True
+        self._answer()
         self.measurements.observe_backward(layer, dz)
+
+    def _answer(self) -> None:
+        if not self.answered:
+            self.answered = True
+            self.answers()
 
     def _passed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._open is not None and args and args[0] is self._tail and isinstance(output, Tensor):
@@ -155,11 +178,12 @@ class EagerProbe:
         self._open = None
         self.measurements.observe_forward(layer, x, before, output)
         if output.requires_grad:
-            output.register_hook(partial(self._gradient_came, layer, AFTER))
+            output.register_hook(partial(self._safely, self._gradient_came, layer, AFTER))
         if before is not z and before is not output and before.requires_grad:
-            before.register_hook(partial(self._gradient_came, layer, BEFORE))
+            before.register_hook(partial(self._safely, self._gradient_came, layer, BEFORE))
 
     def _gradient_came(self, layer: Layer, kind: int, gradient: Tensor) -> None:
+        self._answer()
         self.measurements.observe_gradient(layer, kind, gradient)
 
     def _close(self) -> None:
@@ -220,6 +244,10 @@ class CompiledProbe:
         self.widths = {layer.index: size for layer, size in sizes if size is not None}
         self._hooks: list[Any] = []
         self.batch = 0
+        self.answered = False
+        self.answers: Callable[[], None] = lambda: None
+        self.failed: Callable[[Exception], None] | None = None
+        self.returned: Callable[[Tensor], None] | None = None
         self.anew: Callable[[], None] = measurements.begin  # what a skipped step leaves stays, as nobody sees it end
 
     def attach(self) -> None:

@@ -70,6 +70,27 @@ def row_squares(x):
     return row_sum(x * x)
 
 
+@formula(per_row=())
+def row_not_finite(x):
+    """How many numbers of each row of (R, C) are NaN or infinite: (R, 1)."""
+    return row_sum(where(x - x == 0, zeros_like(x), 1))
+
+
+def examples_not_finite(x: Tensor) -> Tensor:
+    """How many numbers of each example of x (N, *) are NaN or infinite (N)."""
+    x = plain(x)
+    if not x.numel():
+        return x.new_zeros(len(x) if x.dim() else 1)
+    return row_not_finite(x.reshape(len(x) if x.dim() else 1, -1)).reshape(-1)
+
+
+def first_of(marked: Tensor, most: int) -> Tensor:
+    """Where the first `most` numbers above 0 lie in each row of (R, N), in order, in float64; infinite for none."""
+    places = torch.arange(marked.shape[1], dtype=torch.float64, device=marked.device)
+    places = torch.where(marked > 0, places, math.inf)
+    return places.topk(min(most, marked.shape[1]), largest=False, sorted=True).values
+
+
 def per_example_squares(before: Tensor, dz: Tensor, bias: bool) -> Tensor:
     """Squared norms (N) of the gradients that single examples contribute to a linear layer, which are never formed.
 

@@ -24,7 +24,7 @@ Level = Literal["summary", "layers", "full"]
 _LEVELS: dict[str, Detail] = {
     "summary": Detail(),
     "layers": Detail(units=True),
-    "full": Detail(units=True, causes=True, histograms=True, per_example=True),
+    "full": Detail(units=True, causes=True, places=True, histograms=True, per_example=True),
 }
 
 

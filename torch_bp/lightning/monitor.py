@@ -70,6 +70,7 @@ class BackpropMonitor(Callback):
         several = trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
         output = _output(trainer) if trainer.is_global_zero else None
         self.monitor = watch(pl_module, optimizer, output, scaler=scaler, reduce=several, **self._options)
+        self.monitor.alone = len(trainer.optimizers) == 1
         if self._state is not None:
             self.monitor.load_state_dict(self._state)
 
