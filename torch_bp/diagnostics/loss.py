@@ -47,6 +47,7 @@ class Losses:
     def close(self) -> None:
         if self._hook is not None:
             self._hook.remove()
+            self._hook = None
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
         if torch.compiler.is_compiling() or not isinstance(loss, Tensor):

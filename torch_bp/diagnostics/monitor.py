@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from torch_bp.diagnostics.assembly import Assembly
+from torch_bp.diagnostics.hearing import Hearing, measure
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
 from torch_bp.diagnostics.parameters import ParameterSums, measures_itself
-from torch_bp.diagnostics.probe import Probe
+from torch_bp.diagnostics.probe import EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.recorder import Cadence, signals
 from torch_bp.diagnostics.snapshot import Snapshot
@@ -63,9 +64,8 @@ class Monitor:
         self._now: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         self._began, self._writing, self._closed = time.perf_counter(), 0.0, False
-        if optimizer is not None:
-            self._hooks.append(optimizer.register_step_pre_hook(self._step_begins))
-            self._hooks.append(optimizer.register_step_post_hook(self._step_ended))
+        self._explicit = self._whole = False  # passes are those of a TrainStep; and so are updates
+        self._listen_to_optimizer()
         self._recording = False
         probe.anew, probe.answers, probe.failed = self._anew, self._backward_begins, self._failed
         if losses.name is None and detail.units:
@@ -88,7 +88,7 @@ class Monitor:
     def clipped(self, total_norm: Any, max_norm: float) -> Any:
         """Note what `clip_grad_norm_` returned, and return it; `max_norm` is what it was given."""
         if self._recording:
-            norm = torch.as_tensor(total_norm).detach().double()
+            norm = torch.as_tensor(total_norm, dtype=torch.float64).detach()
             self._now["before"] = norm
             self._now["clipped norm"] = norm.clamp(max=max_norm)
         return total_norm
@@ -112,6 +112,65 @@ class Monitor:
         if loss is not None:
             self.loss(loss)
         self._end(self._safely(self._parameters.gradients) if self._recording else None)
+
+    # --- what a TrainStep tells
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Whose steps are counted."""
+        return self._optimizer
+
+    @property
+    def recording(self) -> bool:
+        """Whether the step that comes, or is under way, is recorded."""
+        return self._recording
+
+    def follow(self, loss_name: str, whole: bool) -> None:
+        """From now on a `TrainStep` says what happens, and nothing is attached to the model but for a pass of its own.
+
+        Args:
+            loss_name: of its loss function.
+            whole: it does the updates too; else they are those of the optimizer, as ever.
+        """
+        if self._explicit and self._whole == whole:
+            return
+        if not isinstance(self._probe, EagerProbe):
+            raise RuntimeError(
+                "watch: a model that a TrainStep runs must not be compiled; give the step the module itself."
+            )
+        self._probe.detach()
+        self._losses.close()
+        self._losses.name = loss_name
+        self._explicit, self._whole = True, whole
+        self._listen_to_optimizer()
+
+    def hearing(self, copied: frozenset[int] | None = None) -> Hearing:
+        """An ear for a pass; see there."""
+        assert isinstance(self._probe, EagerProbe)
+        return Hearing(self._probe, self._measurements, copied)
+
+    def heard(self, heard: tuple[Any, ...], loss: Tensor, loss_scale: Tensor | float | None = None) -> None:
+        """A pass has run; `heard` by a `Hearing`."""
+        if heard and self._recording:
+            self._losses.add(loss.clone())
+            if loss_scale is not None:
+                self._now["scale"] = torch.as_tensor(loss_scale, dtype=torch.float64).detach().clone()
+            self._safely(measure, heard, self._probe, self._measurements, self._losses)
+
+    def updating(self) -> None:
+        """The optimizer is about to step."""
+        if self._whole and self._recording and self._optimizer is not None:
+            self._safely(self._parameters.before, self._optimizer)
+
+    def updated(self) -> None:
+        """The optimizer has stepped."""
+        if self._whole and self._optimizer is not None and not self._closed:
+            self._end(self._safely(self._parameters.after, self._optimizer) if self._recording else None)
+
+    def skipped(self) -> None:
+        """What has been heard is of a step that was not taken."""
+        self._anew()
+        self._probe.forget()
 
     # --- what is read
 
@@ -146,11 +205,10 @@ class Monitor:
         """
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._recording = True, False
         self._probe.detach()
         self._losses.close()
-        for hook in self._hooks:
-            hook.remove()
+        self._listen_to_optimizer()
         if self._optimizer is not None:
             self._parameters.abandon(self._optimizer)
         self._read(wait=True)
@@ -180,6 +238,15 @@ class Monitor:
 
     # --- the course of a step
 
+    def _listen_to_optimizer(self) -> None:
+        wanted = self._optimizer is not None and not self._whole and not self._closed
+        if wanted and not self._hooks:
+            self._hooks.append(self._optimizer.register_step_pre_hook(self._step_begins))  # type: ignore[union-attr]
+            self._hooks.append(self._optimizer.register_step_post_hook(self._step_ended))  # type: ignore[union-attr]
+        elif not wanted:
+            while self._hooks:
+                self._hooks.pop().remove()
+
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = args[1:] or kwargs.get("closure")  # which computes the gradients in the step
         if self._recording and (not closure or measures_itself(optimizer)):
@@ -203,10 +270,12 @@ class Monitor:
 
     def _next(self) -> None:
         """Listen to the next step, or do not."""
-        self._recording = self._losses.wanted = self._cadence.records(self.step)
+        self._recording = self._losses.wanted = not self._closed and self._cadence.records(self.step)
         self._measurements.begin()
         self._probe.forget()
         self._losses.forget()
+        if self._explicit:
+            return
         if self._recording or self._probe.compiled:
             self._probe.attach()
         else:
@@ -214,13 +283,13 @@ class Monitor:
 
     def _anew(self) -> None:
         """The last step was skipped: what it left is no part of this one."""
-        for name in ("carried", "before", "clipped norm"):
+        for name in ("carried", "before", "clipped norm", "scale"):
             self._now.pop(name, None)
         self._measurements.begin()
         self._losses.forget()
 
     def _backward_begins(self) -> None:
-        if self.step and (carried := self._parameters.carried()) is not None:
+        if self.step and not self._explicit and (carried := self._parameters.carried()) is not None:
             self._now["carried"] = carried
 
     def _safely(self, call: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
@@ -265,6 +334,8 @@ class Monitor:
         if (after := self._now.pop("after", None)) is not None and self._latest is not None:
             named["achieved_decrease"] = self._latest.double() - after
         self._latest = named.get("loss")
+        if "scale" in self._now:
+            named["scale"] = self._now.pop("scale")
         if self._scaler is not None and (scale := getattr(self._scaler, "_scale", None)) is not None:
             named["scale"] = scale
         facts: dict[str, Any] = {

@@ -203,7 +203,8 @@ class Reading:
         loss_function: name of the loss function, or of its class.
         labels: class indices among the arguments of the loss function.
         carried: norm of the gradients that lay there when the first backward pass of the step began: 0 where they had
-            been cleared. None for step 0, and where nothing told when that was.
+            been cleared, and in a `TrainStep`, which writes over them. None for step 0, and where nothing told when
+            that was.
         unused: parameters that are to be trained and had no gradient in this step, as of a layer that was not called.
         frozen: parameters with `requires_grad=False`.
         seconds: how long a step takes without the monitor, in the mean since the reading before.
