@@ -87,6 +87,7 @@ class Hearing:
     def __init__(self, probe: EagerProbe, measurements: Measurements, copied: frozenset[int] | None) -> None:
         self._probe, self._measurements = probe, measurements
         self._notes = Notes(measurements.detail, copied)
+        self._earlier = 0, False
         self._compared: tuple[Any, Any] = (None, None)
         self.heard: tuple[Any, ...] = ()
         self.overwritten: frozenset[int] = frozenset()

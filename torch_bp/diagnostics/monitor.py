@@ -121,6 +121,11 @@ class Monitor:
         return self._optimizer
 
     @property
+    def explicit(self) -> bool:
+        """Whether a `TrainStep` tells losses and error signals."""
+        return self._explicit
+
+    @property
     def recording(self) -> bool:
         """Whether the step that comes, or is under way, is recorded."""
         return self._recording

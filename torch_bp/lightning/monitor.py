@@ -13,7 +13,7 @@ from torch_bp.diagnostics import Monitor, watch
 
 
 class BackpropMonitor(Callback):
-    """Watches the training of a LightningModule: see `torch_bp.watch`.
+    """Watches the training of a LightningModule, with either engine of a `BackpropModule`: see `torch_bp.watch`.
 
     Readings go to the first `TensorBoardLogger` of the trainer with all that it can show, to other loggers as metrics,
     and to `readings.jsonl` in the trainer's log folder, from the first process. With `logger=False` they are kept in
@@ -79,7 +79,9 @@ class BackpropMonitor(Callback):
             self.monitor.epoch = trainer.current_epoch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
-        if self.monitor is not None:  # Lightning has divided it by the number of accumulated batches
+        if (
+            self.monitor is not None and not self.monitor.explicit
+        ):  # Lightning has divided it by the number of accumulated batches
             scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self.monitor.loss(loss.detach() * scale)
 
