@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_bp.diagnostics.dead_units import Ledger, describe
 from torch_bp.diagnostics.layer import Layer
 from torch_bp.diagnostics.measurements import AFTER, BACKWARD, BEFORE, FORWARD, KINDS
+from torch_bp.diagnostics.parameters import COLUMNS
 from torch_bp.diagnostics.quantities import mean_and_variance, noise
 from torch_bp.diagnostics.reading import Finiteness, Histogram, Labels, LayerReading, Reading, Spread
 from torch_bp.diagnostics.snapshot import Snapshot
@@ -43,7 +44,9 @@ class Assembly:
                 self.ledger.since, self._noise, self._clips = kept
         numbers, facts = snapshot.numbers(), snapshot.facts
         scale = float(numbers["scale"]) if "scale" in numbers else 1.0
-        by_row = dict(zip(facts.get("rows", ()), numbers["params"].tolist() if "params" in numbers else ()))
+        columns = [numbers[name].tolist() for name in COLUMNS if name in numbers]
+        columns += [[math.nan] * len(facts["rows"])] * (len(COLUMNS) - len(columns))
+        by_row = dict(zip(facts["rows"], zip(*columns)))
         signals = _Signals(numbers["signals"].tolist(), scale, _bad_examples(facts, numbers))
         order = [*facts["order"], *(layer for layer in self.layers if layer not in facts["order"])]
         chain = [layer for layer in facts["order"] if layer.chained]
@@ -84,7 +87,7 @@ class Assembly:
     def _known(self, facts: Mapping[str, Any], numbers: Mapping[str, Tensor]) -> dict[str, Any]:
         names = ("epoch", "batch", "seconds", "share", "loss_function", "unused", "frozen")
         found = {name: facts[name] for name in names if facts.get(name) is not None}
-        found["lr"] = tuple(numbers["lr"].tolist()) if "lr" in numbers else ()
+        found["lr"] = tuple(numbers["lr"].tolist()) if "lr" in numbers else facts.get("lr", ())
         for name in ("validation_loss", "achieved_decrease"):
             if name in numbers:
                 found[name] = float(numbers[name])

@@ -7,7 +7,7 @@ run costs the reading of these tensors alone, and whatever a level measures may 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,10 +121,7 @@ class Hearing:
 def measure(heard: tuple[Any, ...], probe: EagerProbe, measurements: Measurements, losses: Any) -> None:
     """Measure what was heard, and sum it: the next pass writes over it."""
     calls, examples, answered, (output, target) = heard
-    for method, layer, tensors in calls:
-        call: Callable[..., None] = getattr(measurements, method)
-        call(*tensors) if layer is None else call(layer, *tensors)
-    measurements.flush()
+    measurements.sum_again(calls)
     probe.batch += examples
     probe.answered |= answered
     if output is not None:

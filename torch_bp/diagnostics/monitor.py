@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch_bp.diagnostics.assembly import Assembly
 from torch_bp.diagnostics.hearing import Hearing, measure
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
-from torch_bp.diagnostics.parameters import ParameterSums, measures_itself
+from torch_bp.diagnostics.parameters import COLUMNS, ParameterSums, measures_itself
 from torch_bp.diagnostics.probe import EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.recorder import Cadence, signals
@@ -261,7 +261,7 @@ class Monitor:
         self._end(self._safely(self._parameters.after, optimizer) if self._recording else None)
 
     @torch.no_grad()
-    def _end(self, sums: tuple[list[int], Tensor] | None) -> None:
+    def _end(self, sums: tuple[list[int], Sequence[Tensor]] | None) -> None:
         if sums is not None:
             self._safely(self._record, *sums)
         now = time.perf_counter()
@@ -316,12 +316,12 @@ class Monitor:
                 exc_info=error,
             )
 
-    def _record(self, rows: list[int], sums: Tensor) -> None:
+    def _record(self, rows: list[int], sums: Sequence[Tensor]) -> None:
         probe, measurements = self._probe, self._measurements
         probe.finish()
         named = signals(measurements, self._reduce)
         if rows:
-            named["params"] = sums
+            named |= dict(zip(COLUMNS, sums))
         labels, output = self._losses.labels, self._losses.output
         loss, validation = self._losses.take()
         carried = self._now.pop("carried", None)
@@ -364,7 +364,10 @@ class Monitor:
             named["before"], named["clipped norm"] = self._now.pop("before"), self._now.pop("clipped norm")
         if self._optimizer is not None:
             rates = [group["lr"] for group in self._optimizer.param_groups]
-            named["lr"] = torch.stack([torch.as_tensor(rate, dtype=torch.float64).reshape(()) for rate in rates])
+            if any(isinstance(rate, Tensor) for rate in rates):  # which may be on a device
+                named["lr"] = torch.stack([torch.as_tensor(rate, dtype=torch.float64).reshape(()) for rate in rates])
+            else:
+                facts["lr"] = tuple(map(float, rates))
         snapshot = Snapshot(self.step, facts)
         snapshot.take(named)
         self._waiting.append(snapshot)
