@@ -25,9 +25,9 @@ DATA = DataLoader(TensorDataset(X, X.sum(1, keepdim=True)), 8)
 ALWAYS = {"every": 1, "budget": None}
 
 
-def module():
+def module(**options):
     torch.manual_seed(0)
-    return BackpropModule(nn.MLP([4, 6, 1]), nn.MSELoss(), lambda params: optim.Adam(params, lr=1e-2))
+    return BackpropModule(nn.MLP([4, 6, 1]), nn.MSELoss(), lambda params: optim.Adam(params, lr=1e-2), **options)
 
 
 def trainer(callback, **options):
@@ -55,6 +55,32 @@ def test_readings_in_memory_and_the_same_weights():
     assert readings[0].layers["model.0"].signal_norm > 0
     expected = torch.nn.functional.mse_loss(module().model(X[:8]), X[:8].sum(1, keepdim=True))
     assert readings[0].loss == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}], ids=str)
+def test_both_engines_say_the_same(options):
+    found, weights = [], []
+    for engine in ("step", "autograd"):
+        callback, model = BackpropMonitor("full", **ALWAYS), module(engine=engine, capture=engine == "step" or "auto")
+        trainer(callback, **options).fit(model, DATA, DATA)
+        found.append(callback.monitor.readings)
+        weights.append([p.detach() for p in model.parameters()])
+    assert len(found[0]) == len(found[1]) > 1
+    for one, other in zip(*found):
+        assert (one.step, one.batch) == (other.step, other.batch)
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5)
+        for name, layer in other.layers.items():
+            for field in ("signal_norm", "signal_ratio", "update_norm", "activation_mean", "dead_units"):
+                expected = getattr(layer, field)
+                assert getattr(one.layers[name], field) == (
+                    None if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-7)
+                ), field
+            assert one.layers[name].per_example.mean == pytest.approx(layer.per_example.mean, rel=1e-5)
+    torch.testing.assert_close(*weights)
+    unwatched = module(engine="step")
+    trainer(BackpropMonitor(every=1000), **options).fit(unwatched, DATA, DATA)
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], unwatched.parameters()))
 
 
 def test_accumulated_batches_are_one_step():

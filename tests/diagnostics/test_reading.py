@@ -45,7 +45,13 @@ FULL = Reading(
     },
     unknown={"3": "no rule for LSTM"},
     input=SPREAD,
-    labels=Labels(8, 3, 0.5, 0.75),
+    input_finite=Finiteness(32, 1, 0, (3, 5)),
+    output=SPREAD,
+    loss_function="MSELoss",
+    carried=0.5,
+    unused=("0.weight",),
+    frozen=("1.weight", "1.bias"),
+    labels=Labels(8, 3, 0.5, 0.75, 2),
 )
 
 

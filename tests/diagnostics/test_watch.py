@@ -391,6 +391,141 @@ def test_a_grad_scaler_scales_no_reading_and_a_skipped_step_none():
         assert layer.forward.count == 12 * layer.units
 
 
+def test_gradients_that_were_not_cleared_are_seen():
+    model, loss_fn = network(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, loss_fn=loss_fn, **ALWAYS) as monitor:
+        for number in range(4):
+            loss = loss_fn(model(X), Y)
+            if number == 2:
+                optimizer.zero_grad()  # between forward and backward, as many do
+            if number == 3:
+                optimizer.zero_grad(set_to_none=False)
+            left = math.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
+            loss.backward()
+            optimizer.step()
+            if number == 1:
+                expected = left
+        carried = [reading.carried for reading in monitor.readings]
+    assert carried[0] is None
+    assert carried[1] == pytest.approx(expected, rel=1e-6)
+    assert expected > 0
+    assert carried[2:] == [0.0, 0.0]
+
+
+def test_micro_batches_carry_nothing_from_each_other():
+    model, loss_fn = network(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, loss_fn=loss_fn, **ALWAYS) as monitor:
+        for _ in range(2):
+            optimizer.zero_grad()
+            for x, y in zip(X.chunk(3), Y.chunk(3)):
+                loss_fn(model(x), y).backward()
+            optimizer.step()
+    assert monitor.last.carried == 0.0
+
+
+class Branches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle, self.fixed = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3), torch.nn.Linear(3, 3)
+        self.fixed.requires_grad_(False)
+
+    def forward(self, x):
+        return self.fixed(self.used(x))
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, torch.optim.SGD], ids=["ours", "torchs"])
+def test_parameters_that_are_not_used_frozen_or_not_updated(kind):
+    model, loss_fn = Branches(), nn.CrossEntropyLoss()
+    optimizer = kind([*model.idle.parameters(), *model.fixed.parameters()], lr=0.1)  # `used` is forgotten
+    with watch(model, optimizer, loss_fn=loss_fn, **ALWAYS) as monitor:
+        step(model, optimizer, loss_fn)
+    reading = monitor.last
+    assert reading.unused == ("idle.weight", "idle.bias")
+    assert reading.frozen == ("fixed.weight", "fixed.bias")
+    assert [layer.update_norm for layer in reading.layers.values()] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_the_loss_was_given(told):
+    model, loss_fn = torch.nn.Sequential(network("torchs"), torch.nn.Softmax(1)), torch.nn.CrossEntropyLoss()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    output = model(X).detach()
+    with watch(model, optimizer, loss_fn=loss_fn if told else None, **ALWAYS) as monitor:
+        step(model, optimizer, loss_fn)
+    reading = monitor.last
+    assert reading.loss_function == ("CrossEntropyLoss" if told else None)
+    found = reading.output
+    values = (output.mean(), output.std(correction=0), output.min(), output.max())
+    expected = (output.numel(), *map(float, values))
+    assert (found.count, found.mean, found.std, found.min, found.max) == pytest.approx(expected, rel=1e-5)
+    assert (reading.labels.commonest if told else None) == (Y.bincount().argmax().item() if told else None)
+
+
+def test_examples_that_are_not_finite_are_named():
+    model, loss_fn = network("torchs"), nn.CrossEntropyLoss()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    x = X.clone()
+    x[3, 1], x[10, 0], x[11, 4] = math.nan, math.inf, math.nan
+    with watch(model, optimizer, loss_fn=loss_fn, level="full", **ALWAYS) as monitor:
+        optimizer.zero_grad()
+        for part, y in zip(x.chunk(2), Y.chunk(2)):
+            loss_fn(model(part), y).backward()
+        optimizer.step()
+    reading = monitor.last
+    assert (reading.input_finite.nan, reading.input_finite.inf) == (2, 1)
+    assert reading.input_finite.examples == (3, 10, 11)
+    assert reading.layers["0"].forward.examples == (3, 10, 11)
+    assert set(reading.layers["4"].backward.examples) >= {3, 11}
+    model = network("torchs")
+    with watch(model, optim.SGD(model.parameters()), level="full", **ALWAYS) as monitor:
+        loss_fn(model(torch.full((40, 5), math.nan)), torch.zeros(40, dtype=torch.long)).backward()
+        monitor._optimizer.step()
+    assert monitor.last.input_finite.examples == tuple(range(8))
+
+
+@pytest.mark.parametrize("level", ["summary", "layers", "full"])
+def test_a_run_that_diverges_is_read_to_its_end(level):
+    model, loss_fn = nn.MLP([5, 8, 7, 1], activation="relu"), nn.MSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=20.0)
+    model.double()
+    with watch(model, optimizer, loss_fn=loss_fn, level=level, **ALWAYS) as monitor:
+        for _ in range(12):
+            step(model, optimizer, loss_fn, 1e3 * X.double(), Y.double()[:, None])
+    assert len(monitor.readings) == 12
+    assert any(math.isinf(r.grad_norm) or math.isnan(r.grad_norm) for r in monitor.readings)
+    assert not monitor._said
+
+
+@pytest.mark.parametrize("where", ["reading", "signals", "hook", "update"])
+def test_what_fails_in_the_monitor_does_not_stop_the_training(where, caplog, monkeypatch):
+    from torch_bp.diagnostics import assembly, measurements, monitor, parameters
+
+    def fail(*args, **keywords):
+        raise OverflowError("too large")
+
+    if where == "reading":
+        monkeypatch.setattr(assembly, "mean_and_variance", fail)
+    elif where == "signals":
+        monkeypatch.setattr(monitor, "signals", fail)
+    elif where == "hook":
+        monkeypatch.setattr(measurements, "active_counts", fail)
+    else:
+        monkeypatch.setattr(parameters.ParameterSums, "after", fail)
+    model, loss_fn = network(), nn.CrossEntropyLoss()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with caplog.at_level(logging.WARNING), watch(model, optimizer, loss_fn=loss_fn, **ALWAYS) as watched:
+        for _ in range(3):
+            step(model, optimizer, loss_fn)
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before))
+    assert len(caplog.records) == 1
+    assert "a reading could not be made; training goes on" in caplog.records[0].getMessage()
+    assert "OverflowError: too large" in caplog.records[0].getMessage()
+    assert len(watched.readings) == (3 if where == "hook" else 0)
+
+
 WRONG = {
     "model": (lambda m, o: watch(o, m), TypeError, "model must be a torch.nn.Module"),
     "optimizer": (lambda m, o: watch(m, "logs"), TypeError, "optimizer must be a torch.optim.Optimizer, got str"),

@@ -120,6 +120,7 @@ class Tape:
         self._noted = noted
         self._numbers: dict[int, int] = {}
         self._count = 0
+        self._observers: dict[int, list[Callable[[Tensor], None]]] = {}
         self._there: dict[int, weakref.ref[Tensor]] = {}  # an address names a tensor while the tensor is there
         for leaf in self.leaves:
             self._track(leaf)
@@ -141,8 +142,8 @@ class Tape:
                 torch.autograd.Function.apply = _torchs_apply  # type: ignore[method-assign]
 
     @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Run what is one entry, whatever it is made of."""
+    def aside(self) -> Iterator[None]:
+        """Run what is one entry, whatever it is made of, or what the tape is not to note."""
         functions.tapes.pop(self._thread, None)
         try:
             with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -153,6 +154,15 @@ class Tape:
     def tracks(self, value: Any) -> bool:
         """True if a gradient is for this tensor, or for something that it depends on."""
         return id(value) in self._numbers
+
+    def observe(self, tensor: Tensor, function: Callable[[Tensor], None]) -> None:
+        """Call a function, in the backward, with the error signal at a tensor once that is complete. It only reads it.
+
+        A tensor that no gradient goes through has none, and nothing is called.
+        """
+        number = self._numbers.get(id(tensor))
+        if number is not None:
+            self._observers.setdefault(number, []).append(function)
 
     def _track(self, tensor: Tensor) -> int:
         self._count += 1
@@ -168,7 +178,7 @@ class Tape:
         """Run a Function, and note it if a gradient goes through it."""
         recording = torch.is_grad_enabled()  # False within no_grad, in a forward
         context = Context(tuple(recording and self.tracks(a) for a in args))
-        with self._aside():
+        with self.aside():
             outputs = function.forward(*args)
             if not any(context.needs_input_grad):
                 return outputs
@@ -299,6 +309,8 @@ class Tape:
                 dys = [
                     torch.zeros_like(t) if d is None and _differentiable(t) else d for d, t in zip(dys, entry.outputs)
                 ]
+            if self._observers:
+                self._tell(entry.targets, dys)
             found = entry.backward(*dys)
             found = found if isinstance(found, tuple | list) else (found,)
             for source, gradient in zip(entry.sources, found):
@@ -307,7 +319,15 @@ class Tape:
                     signals[source] = gradient if before is None else before + gradient
             if seen is not None:
                 seen(entry, found)
+        if self._observers:
+            self._tell(self._leaf_numbers, [signals.get(n) for n in self._leaf_numbers])
         return [signals.get(n) for n in self._leaf_numbers]
+
+    def _tell(self, numbers: Sequence[int | None], signals: Sequence[Tensor | None]) -> None:
+        for number, signal in zip(numbers, signals):
+            if number is not None and signal is not None:
+                for function in self._observers.pop(number, ()):
+                    function(signal)
 
 
 _lock = threading.Lock()

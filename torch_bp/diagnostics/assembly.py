@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_bp.diagnostics.dead_units import Ledger, describe
 from torch_bp.diagnostics.layer import Layer
 from torch_bp.diagnostics.measurements import AFTER, BACKWARD, BEFORE, FORWARD, KINDS
+from torch_bp.diagnostics.parameters import COLUMNS
 from torch_bp.diagnostics.quantities import mean_and_variance, noise
 from torch_bp.diagnostics.reading import Finiteness, Histogram, Labels, LayerReading, Reading, Spread
 from torch_bp.diagnostics.snapshot import Snapshot
@@ -43,8 +44,10 @@ class Assembly:
                 self.ledger.since, self._noise, self._clips = kept
         numbers, facts = snapshot.numbers(), snapshot.facts
         scale = float(numbers["scale"]) if "scale" in numbers else 1.0
-        by_row = dict(zip(facts.get("rows", ()), numbers["params"].tolist() if "params" in numbers else ()))
-        signals = _Signals(numbers["signals"].tolist(), scale)
+        columns = [numbers[name].tolist() for name in COLUMNS if name in numbers]
+        columns += [[math.nan] * len(facts["rows"])] * (len(COLUMNS) - len(columns))
+        by_row = dict(zip(facts["rows"], zip(*columns)))
+        signals = _Signals(numbers["signals"].tolist(), scale, _bad_examples(facts, numbers))
         order = [*facts["order"], *(layer for layer in self.layers if layer not in facts["order"])]
         chain = [layer for layer in facts["order"] if layer.chained]
         following = dict(zip(map(id, chain), chain[1:]))
@@ -67,16 +70,24 @@ class Assembly:
             layers=layers,
             unknown={layer.name: layer.unknown for layer in self.layers if layer.unknown},
             input=signals.spread(KINDS * len(self.layers)),
+            input_finite=signals.finiteness(KINDS * len(self.layers)),
+            output=_output(numbers.get("output")),
+            carried=self._carried(snapshot.step, facts, numbers),
             per_example=spread,
             noise_scale=self._noise_scale(spread, by_row, facts, numbers),
             labels=_labels(numbers.get("labels")),
             **self._known(facts, numbers),
         )
 
+    def _carried(self, step: int, facts: Mapping[str, Any], numbers: Mapping[str, Tensor]) -> float | None:
+        if step == 0 or not facts.get("answered"):
+            return None
+        return float(numbers["carried"]) if "carried" in numbers else 0.0
+
     def _known(self, facts: Mapping[str, Any], numbers: Mapping[str, Tensor]) -> dict[str, Any]:
-        names = ("epoch", "batch", "seconds", "share")
+        names = ("epoch", "batch", "seconds", "share", "loss_function", "unused", "frozen")
         found = {name: facts[name] for name in names if facts.get(name) is not None}
-        found["lr"] = tuple(numbers["lr"].tolist()) if "lr" in numbers else ()
+        found["lr"] = tuple(numbers["lr"].tolist()) if "lr" in numbers else facts.get("lr", ())
         for name in ("validation_loss", "achieved_decrease"):
             if name in numbers:
                 found[name] = float(numbers[name])
@@ -113,7 +124,7 @@ class Assembly:
             units=snapshot.facts.get("widths", {}).get(layer.index),
             grad_norm=norms[0],
             weight_norm=norms[1],
-            update_norm=norms[2] if snapshot.facts["updated"] else None,
+            update_norm=(norms[2] if of_params else snapshot.facts["idle"]) if snapshot.facts["updated"] else None,
             update_ratio=_ratio(norms[2], norms[1]) if snapshot.facts["updated"] else None,
             signal_norm=signal,
             signal_ratio=_ratio(signal, ahead),
@@ -164,8 +175,9 @@ class Assembly:
         rows = {row for index in facts["examples"] for row in self._rows[index]}
         square = sum(by_row[row][0] for row in rows if row in by_row)
         if "before" in numbers and "clipped norm" in numbers:  # of the gradient before clipping
-            square *= (float(numbers["before"]) / max(float(numbers["clipped norm"]), 1e-300)) ** 2
-        mean_square = spread.std**2 + spread.mean**2
+            factor = float(numbers["before"]) / max(float(numbers["clipped norm"]), 1e-300)
+            square *= factor * factor
+        mean_square = spread.std * spread.std + spread.mean * spread.mean  # `**` would raise where it is infinite
         found = noise(mean_square, square, spread.count)
         if not all(map(math.isfinite, found)):
             return None
@@ -178,8 +190,8 @@ class Assembly:
 class _Signals:
     """Rows (count, sum, square, nan, inf) of the buffer; gradients without the factor of a GradScaler."""
 
-    def __init__(self, rows: Sequence[Sequence[float]], scale: float) -> None:
-        self._all, self.scale = rows, scale
+    def __init__(self, rows: Sequence[Sequence[float]], scale: float, examples: Mapping[int, tuple[int, ...]]) -> None:
+        self._all, self.scale, self._examples = rows, scale, examples
 
     def norm(self, slot: int) -> float | None:
         """NaN where a number is, else infinite where one is."""
@@ -193,8 +205,8 @@ class _Signals:
         return mean_and_variance(count - nan - inf, total, square) if count else (None, None)
 
     def finiteness(self, slot: int) -> Finiteness | None:
-        count, _, _, nan, inf = map(int, self._all[slot])
-        return Finiteness(count, nan, inf) if count else None
+        count, nan, inf = (int(self._all[slot][column]) for column in (0, 3, 4))  # the sums may be infinite
+        return Finiteness(count, nan, inf, self._examples.get(slot, ())) if count else None
 
     def spread(self, slot: int) -> Spread | None:
         count = int(self._all[slot][0])
@@ -217,15 +229,33 @@ def _spread(row: Sequence[float], facts: Mapping[str, Any], scale: float) -> Spr
         return None
     share = facts["mean over"]
     factor = (1 if share is None else count * share) / scale
-    mean, variance = mean_and_variance(count, total * factor, square * factor**2)
+    mean, variance = mean_and_variance(count, total * factor, square * factor * factor)
     return Spread(int(count), mean, math.sqrt(variance), low * factor, high * factor)
 
 
 def _labels(numbers: Tensor | None) -> Labels | None:
     if numbers is None:
         return None
-    count, classes, largest, changes = numbers.tolist()
-    return Labels(int(count), int(classes), largest / count, changes / max(count - 1, 1)) if count else None
+    count, classes, largest, changes, commonest = numbers.tolist()
+    if not count:
+        return None
+    return Labels(int(count), int(classes), largest / count, changes / max(count - 1, 1), int(commonest))
+
+
+def _output(numbers: Tensor | None) -> Spread | None:
+    if numbers is None:
+        return None
+    count, total, square, low, high = numbers.tolist()
+    mean, variance = mean_and_variance(count, total, square)
+    return Spread(int(count), mean, math.sqrt(variance), low, high)
+
+
+def _bad_examples(facts: Mapping[str, Any], numbers: Mapping[str, Tensor]) -> dict[int, tuple[int, ...]]:
+    """Places of examples that are not finite, of each signal; those of none are infinite."""
+    if "bad examples" not in numbers:
+        return {}
+    rows = numbers["bad examples"].tolist()
+    return {slot: tuple(int(i) for i in row if math.isfinite(i)) for slot, row in zip(facts["looked at"], rows)}
 
 
 def _root(square: float) -> float:

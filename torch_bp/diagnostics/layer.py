@@ -36,6 +36,7 @@ class Layer:
     activation: nn.Module | None = None
     norm: nn.Module | None = None
     params: list[Tensor] = field(default_factory=list)
+    param_names: list[str] = field(default_factory=list)  # in the model
 
     @property
     def kind(self) -> str:
@@ -72,9 +73,10 @@ def layers_of(model: nn.Module, which: Which = None) -> list[Layer]:
     layers: list[Layer] = []
     for name, module in model.named_modules():
         name = name.replace("_orig_mod.", "").removeprefix("module.") if name else name
-        params = list(module.parameters(recurse=False))
+        params = dict(module.named_parameters(recurse=False))
         if params and chosen(name, module):
-            layers.append(Layer(name, module, len(layers), params=params))
+            full = [f"{name}.{own}" if name else own for own in params]
+            layers.append(Layer(name, module, len(layers), params=list(params.values()), param_names=full))
     if not layers:
         names = ", ".join(
             repr(name) for name, module in model.named_modules() if list(module.parameters(recurse=False))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from torch_bp.diagnostics.quantities import sums
 
 
 class Losses:
@@ -19,7 +22,8 @@ class Losses:
         self.training: list[Tensor] = []
         self.validation: list[Tensor] = []
         self.labels: Tensor | None = None
-        self.divisor = 0  # examples that the mean of the loss was taken over
+        self.output: Tensor | None = None  # what `output_statistics` says of the last one
+        self.name = None if loss_fn is None else type(loss_fn).__name__
         self.wanted = True
         self._with_labels = labels
         self._hook = None if loss_fn is None else loss_fn.register_forward_hook(self._called, with_kwargs=True)
@@ -38,11 +42,12 @@ class Losses:
 
     def forget(self) -> None:
         """A step begins."""
-        self.training, self.labels = [], None
+        self.training, self.labels, self.output = [], None, None
 
     def close(self) -> None:
         if self._hook is not None:
             self._hook.remove()
+            self._hook = None
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
         if torch.compiler.is_compiling() or not isinstance(loss, Tensor):
@@ -55,12 +60,22 @@ class Losses:
         self.add(loss)
         target = args[1] if len(args) > 1 else kwargs.get("target")
         output = args[0] if args else kwargs.get("input")
-        if self._with_labels and isinstance(target, Tensor) and isinstance(output, Tensor):
-            self.labels = label_statistics(output, target)
+        if isinstance(output, Tensor):
+            self.compared(output, target)
+
+    def compared(self, output: Tensor, target: Any = None) -> None:
+        """Note what the loss compares: the output of the model, and targets of any kind."""
+        if not self._with_labels:
+            return
+        with torch.no_grad():
+            self.output = output_statistics(output.detach())
+            self.labels = label_statistics(output, target) if isinstance(target, Tensor) else None
 
 
 def label_statistics(output: Tensor, target: Tensor) -> Tensor | None:
-    """Count of labels, different ones, the commonest one's count, changes from one to the next; None of other targets.
+    """Count of labels, different ones, the commonest one's count, changes from one to the next, and the commonest one.
+
+    None of other targets.
 
     Args:
         output: (N, C), of which the labels are classes.
@@ -74,7 +89,18 @@ def label_statistics(output: Tensor, target: Tensor) -> Tensor | None:
     counts.index_add_(0, torch.where(valid, target, classes), torch.ones_like(target, dtype=torch.float64))
     counts = counts[:classes]
     changes = (target[1:] != target[:-1]).sum().double()
-    return torch.stack([counts.sum(), (counts > 0).sum().double(), counts.max(), changes])
+    return torch.stack([counts.sum(), (counts > 0).sum().double(), counts.max(), changes, counts.argmax().double()])
+
+
+def output_statistics(output: Tensor) -> Tensor | None:
+    """Count, sum, sum of squares, least and largest value, in float64; None of no real numbers."""
+    if not output.is_floating_point() or not output.numel() or output.layout is not torch.strided:
+        return None
+    found = sums([output])[0]
+    low, high = output.aminmax()
+    bad = found[2:].sum() > 0  # sums are of the finite values
+    count = torch.full_like(found[0], output.numel())
+    return torch.stack([count, *(torch.where(bad, math.nan, s) for s in (*found[:2], low.double(), high.double()))])
 
 
 def _mean(losses: list[Tensor]) -> Tensor | None:

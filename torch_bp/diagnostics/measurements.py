@@ -7,8 +7,10 @@ are collected and summed together, one call of a kernel for all of a small netwo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch_bp.diagnostics import quantities
 from torch_bp.diagnostics.derivative import SATURATED, active_counts, differentiable, from_output
 from torch_bp.diagnostics.layer import Layer
 from torch_bp.kernels import Table
+from torch_bp.kernels.plain import PLAIN_TYPES
 
 FORWARD, BACKWARD, AFTER, BEFORE = range(4)  # a, dz, da, and the gradient at the input of the activation
 KINDS = 4
@@ -31,14 +34,47 @@ class Detail:
     Attributes:
         units: counts of active examples for each unit: saturation, dead units.
         causes: what tells why a unit is dead.
+        places: of which examples an activation, an error signal or the input is not finite.
         histograms: of activations and error signals.
         per_example: norms of the gradients of single examples.
     """
 
     units: bool = False
     causes: bool = False
+    places: bool = False
     histograms: bool = False
     per_example: bool = False
+
+
+class _Batch:
+    """Sums of signals of the same slots and sizes, again and again.
+
+    Args:
+        key: their rows of the buffer, and how many numbers each has.
+        input: the row of the model's input.
+        device: of the buffer.
+    """
+
+    def __init__(self, key: tuple[tuple[int, ...], tuple[int, ...]], input: int, device: torch.device) -> None:
+        slots, sizes = key
+        self._tables = Table(), Table(), Table()
+        self._where = torch.tensor(slots, device=device)
+        self._counts = torch.tensor(sizes, dtype=torch.float64, device=device)[:, None]
+        self._squares_only = [slot != input and slot % KINDS != FORWARD for slot in slots]
+
+    def add(self, tensors: list[Tensor], values: Tensor) -> None:
+        """Add to the buffer."""
+        first = tensors[0]
+        alike = first.is_floating_point() and all(
+            t.is_cpu and t.dtype is first.dtype and type(t) in PLAIN_TYPES and t.layout is torch.strided
+            for t in tensors
+        )
+        light = quantities.moments(tensors, self._squares_only, self._tables[:2]) if alike else None
+        if light is not None:
+            values[:, :3].index_add_(0, self._where, torch.cat([self._counts, light], dim=1))
+            return
+        found = quantities.sums(tensors, self._tables[2]).to(values.device)
+        values.index_add_(0, self._where, torch.cat([self._counts, found], dim=1))
 
 
 class Measurements:
@@ -72,10 +108,11 @@ class Measurements:
         self.histograms: dict[tuple[int, int], Tensor] = {}
         self.examples: dict[int, list[Tensor]] = {}  # (N) of each micro-batch
         self.inputs: dict[int, list[Tensor]] = {}  # that wait for their error signal
+        self.not_finite: dict[int, list[Tensor]] = {}  # how many numbers of each example (N), of each micro-batch
         self._pending: list[tuple[int, Tensor, int]] = []
         self._bytes = 0
-        # for signals of the same slots and sizes: the table of addresses, the rows, and how many numbers
-        self._tables: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Table, Tensor, Tensor]] = {}
+        self._batches: dict[tuple[tuple[int, ...], tuple[int, ...]], _Batch] = {}  # for the same slots and sizes
+        self._again: dict[int, tuple[Any, list[tuple[int, Tensor]]]] = {}  # of calls that come again, by their number
 
     def begin(self) -> None:
         """Forget: a new step begins. Buffers keep their addresses."""
@@ -85,12 +122,13 @@ class Measurements:
         self.rows.clear()
         self._pending.clear()
         self._bytes = 0
-        for kept in (self.causes, self.histograms, self.examples, self.inputs):
+        for kept in (self.causes, self.histograms, self.examples, self.inputs, self.not_finite):
             kept.clear()  # type: ignore[attr-defined]
 
     def observe_input(self, x: Tensor) -> None:
         """The model's input."""
         self._add(KINDS * len(self.layers), x)
+        self._look(KINDS * len(self.layers), x)
 
     def observe_forward(self, layer: Layer, input: Tensor | None, z: Tensor, output: Tensor) -> None:
         """A layer has run: z is what its activation got, or its own output, and `output` what the activation made.
@@ -101,6 +139,7 @@ class Measurements:
             z, output: the same tensor where there is no activation.
         """
         self._add(KINDS * layer.index + FORWARD, output)
+        self._look(KINDS * layer.index + FORWARD, output)
         if self.detail.per_example and layer.linear and input is not None and input.is_floating_point():
             self.inputs.setdefault(layer.index, []).append(input.detach())
         if self.detail.histograms:
@@ -121,6 +160,7 @@ class Measurements:
     def observe_backward(self, layer: Layer, dz: Tensor, da: Tensor | None = None) -> None:
         """The error signals of a layer are there; `da` is the one behind its activation, if that is known."""
         self._add(KINDS * layer.index + BACKWARD, dz)
+        self._look(KINDS * layer.index + BACKWARD, dz)
         if da is not None:
             self._add(KINDS * layer.index + AFTER, da)
         if self.detail.histograms:
@@ -139,22 +179,48 @@ class Measurements:
             return
         pending, self._pending, self._bytes = self._pending, [], 0
         # memory that has been written to since does not hold the signal any more
-        unchanged = [(slot, t) for slot, t, version in pending if version < 0 or t._version == version]
-        slots = tuple(slot for slot, _ in unchanged)
+        self._sum([(slot, t) for slot, t, version in pending if version < 0 or t._version == version])
+
+    def sum_again(self, calls: Sequence[tuple[str, Any, tuple[Any, ...]]]) -> None:
+        """Make these calls of `observe_...` and sum at once; fast where the same object has come before.
+
+        Args:
+            calls: method, layer or None, and the other arguments: tensors that stay the same.
+        """
+        if self.detail != Detail() or not self.batched:
+            for method, layer, arguments in calls:
+                call: Callable[..., None] = getattr(self, method)
+                call(*arguments) if layer is None else call(layer, *arguments)
+            self.flush()
+            return
+        known = self._again.get(id(calls))
+        if known is None or known[0] is not calls:
+            if len(self._again) >= TABLES:
+                self._again.clear()
+            held = self._pending
+            self._pending, self._bytes = [], -sys.maxsize  # nothing is summed in between
+            for method, layer, arguments in calls:
+                call = getattr(self, method)
+                call(*arguments) if layer is None else call(layer, *arguments)
+            known = calls, [(slot, t) for slot, t, _ in self._pending]
+            self._again[id(calls)] = known
+            self._pending, self._bytes = held, 0
+        self.flush()
+        self._sum(known[1])
+
+    def _sum(self, signals: list[tuple[int, Tensor]]) -> None:
+        slots = tuple(slot for slot, _ in signals)
         if not slots:
             return
-        key = slots, tuple(t.numel() for _, t in unchanged)
-        if key not in self._tables:
-            if len(self._tables) >= TABLES:
-                self._tables.clear()
-            counts = torch.tensor(key[1], dtype=torch.float64, device=self.device)[:, None]
-            self._tables[key] = Table(), torch.tensor(slots, device=self.device), counts
-        table, where, counts = self._tables[key]
-        found = quantities.sums([t for _, t in unchanged], table).to(self.device)
-        self.values.index_add_(0, where, torch.cat([counts, found], dim=1))
+        key = slots, tuple(t.numel() for _, t in signals)
+        if key not in self._batches:
+            if len(self._batches) >= TABLES:
+                self._batches.clear()
+            self._batches[key] = _Batch(key, KINDS * len(self.layers), self.device)
+        self._batches[key].add([t for _, t in signals], self.values)
 
     def _add(self, slot: int, x: Tensor) -> None:
-        x = x.detach()
+        x = x.detach() if x.requires_grad else x  # the same object: what a captured step reads may be put elsewhere
         if not self.batched:
             self.values[slot, 0] += x.numel()
             self.values[slot, 1:] += quantities.sums([x])[0]
@@ -163,6 +229,10 @@ class Measurements:
         self._bytes += x.nbytes
         if self._bytes > HELD:
             self.flush()
+
+    def _look(self, slot: int, x: Tensor) -> None:
+        if self.detail.places and not x.is_complex() and x.layout is torch.strided:
+            self.not_finite.setdefault(slot, []).append(quantities.examples_not_finite(x))
 
     def _histogram(self, layer: Layer, kind: int, x: Tensor) -> None:
         # of the last micro-batch: bins of several would not have the same edges

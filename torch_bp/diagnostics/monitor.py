@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from torch_bp.diagnostics.assembly import Assembly
+from torch_bp.diagnostics.hearing import Hearing, measure
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
-from torch_bp.diagnostics.parameters import ParameterSums, measures_itself
-from torch_bp.diagnostics.probe import Probe
+from torch_bp.diagnostics.parameters import COLUMNS, ParameterSums, measures_itself
+from torch_bp.diagnostics.probe import EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.recorder import Cadence, signals
 from torch_bp.diagnostics.snapshot import Snapshot
 from torch_bp.diagnostics.writers import Output
+
+_log = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -27,6 +31,7 @@ class Monitor:
     Attributes:
         step: optimizer steps so far.
         epoch: set it, and readings have it.
+        alone: set it to False where other optimizers update parts of the model, whose updates are unknown then.
         last: the latest reading, or None.
         unknown: layers of which only parameters and output are watched, with the reason.
     """
@@ -43,7 +48,7 @@ class Monitor:
         probe: Probe,
         options: Mapping[str, Any],
     ) -> None:
-        self.step = 0
+        self.step, self.alone = 0, True
         self.epoch: int | None = None
         self._model, self._optimizer, self._output, self._cadence = model, optimizer, output, cadence
         self._losses, self._measurements, self._probe = losses, measurements, probe
@@ -59,11 +64,13 @@ class Monitor:
         self._now: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         self._began, self._writing, self._closed = time.perf_counter(), 0.0, False
-        if optimizer is not None:
-            self._hooks.append(optimizer.register_step_pre_hook(self._step_begins))
-            self._hooks.append(optimizer.register_step_post_hook(self._step_ended))
+        self._explicit = self._whole = False  # passes are those of a TrainStep; and so are updates
+        self._listen_to_optimizer()
         self._recording = False
-        probe.anew = self._anew
+        probe.anew, probe.answers, probe.failed = self._anew, self._backward_begins, self._failed
+        if losses.name is None and detail.units:
+            probe.returned = losses.compared
+        self._said = False  # that something has failed
         self._next()
 
     # --- what loops may tell
@@ -81,7 +88,7 @@ class Monitor:
     def clipped(self, total_norm: Any, max_norm: float) -> Any:
         """Note what `clip_grad_norm_` returned, and return it; `max_norm` is what it was given."""
         if self._recording:
-            norm = torch.as_tensor(total_norm).detach().double()
+            norm = torch.as_tensor(total_norm, dtype=torch.float64).detach()
             self._now["before"] = norm
             self._now["clipped norm"] = norm.clamp(max=max_norm)
         return total_norm
@@ -93,7 +100,7 @@ class Monitor:
     def gradients_ready(self) -> None:
         """Say, in a closure that `optimizer.step` calls, that gradients are there; torch_bp's optimizers can tell."""
         if self._recording and self._optimizer is not None and not measures_itself(self._optimizer):
-            self._parameters.before(self._optimizer)
+            self._safely(self._parameters.before, self._optimizer)
 
     def step_done(self, loss: Any = None) -> None:
         """A step is over; for loops without an optimizer that was given to `watch`."""
@@ -104,8 +111,71 @@ class Monitor:
             )
         if loss is not None:
             self.loss(loss)
-        rows, sums = self._parameters.gradients() if self._recording else ([], torch.zeros(0, 4))
-        self._end(rows, sums)
+        self._end(self._safely(self._parameters.gradients) if self._recording else None)
+
+    # --- what a TrainStep tells
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Whose steps are counted."""
+        return self._optimizer
+
+    @property
+    def explicit(self) -> bool:
+        """Whether a `TrainStep` tells losses and error signals."""
+        return self._explicit
+
+    @property
+    def recording(self) -> bool:
+        """Whether the step that comes, or is under way, is recorded."""
+        return self._recording
+
+    def follow(self, loss_name: str, whole: bool) -> None:
+        """From now on a `TrainStep` says what happens, and nothing is attached to the model but for a pass of its own.
+
+        Args:
+            loss_name: of its loss function.
+            whole: it does the updates too; else they are those of the optimizer, as ever.
+        """
+        if self._explicit and self._whole == whole:
+            return
+        if not isinstance(self._probe, EagerProbe):
+            raise RuntimeError(
+                "watch: a model that a TrainStep runs must not be compiled; give the step the module itself."
+            )
+        self._probe.detach()
+        self._losses.close()
+        self._losses.name = loss_name
+        self._explicit, self._whole = True, whole
+        self._listen_to_optimizer()
+
+    def hearing(self, copied: frozenset[int] | None = None) -> Hearing:
+        """An ear for a pass; see there."""
+        assert isinstance(self._probe, EagerProbe)
+        return Hearing(self._probe, self._measurements, copied)
+
+    def heard(self, heard: tuple[Any, ...], loss: Tensor, loss_scale: Tensor | float | None = None) -> None:
+        """A pass has run; `heard` by a `Hearing`."""
+        if heard and self._recording:
+            self._losses.add(loss.clone())
+            if loss_scale is not None:
+                self._now["scale"] = torch.as_tensor(loss_scale, dtype=torch.float64).detach().clone()
+            self._safely(measure, heard, self._probe, self._measurements, self._losses)
+
+    def updating(self) -> None:
+        """The optimizer is about to step."""
+        if self._whole and self._recording and self._optimizer is not None:
+            self._safely(self._parameters.before, self._optimizer)
+
+    def updated(self) -> None:
+        """The optimizer has stepped."""
+        if self._whole and self._optimizer is not None and not self._closed:
+            self._end(self._safely(self._parameters.after, self._optimizer) if self._recording else None)
+
+    def skipped(self) -> None:
+        """What has been heard is of a step that was not taken."""
+        self._anew()
+        self._probe.forget()
 
     # --- what is read
 
@@ -113,19 +183,24 @@ class Monitor:
     def readings(self) -> list[Reading]:
         """All readings that are kept, the latest last. It waits for those that are on their way to the host."""
         self._read(wait=True)
-        for place, kept in enumerate(self._kept):
-            if isinstance(kept, Snapshot):
-                self._kept[place] = self._assembly.reading(kept, remember=False)
+        found = [self._assembled(kept) if isinstance(kept, Snapshot) else kept for kept in self._kept]
+        self._kept.clear()
+        self._kept += [reading for reading in found if reading is not None]
         return list(self._kept)  # type: ignore[arg-type]
 
     @property
     def last(self) -> Reading | None:
         self._read(wait=True)
-        if not self._kept:
-            return None
-        if isinstance(self._kept[-1], Snapshot):
-            self._kept[-1] = self._assembly.reading(self._kept[-1], remember=False)
-        return self._kept[-1]  # type: ignore[return-value]
+        while self._kept:
+            kept = self._kept.pop()
+            reading = self._assembled(kept) if isinstance(kept, Snapshot) else kept
+            if reading is not None:
+                self._kept.append(reading)
+                return reading
+        return None
+
+    def _assembled(self, snapshot: Snapshot) -> Reading | None:
+        return self._safely(self._assembly.reading, snapshot, remember=False)
 
     def close(self, metrics: Mapping[str, float] | None = None, hparams: Mapping[str, Any] | None = None) -> None:
         """Read and write what is left, and leave the model as it was.
@@ -135,11 +210,10 @@ class Monitor:
         """
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._recording = True, False
         self._probe.detach()
         self._losses.close()
-        for hook in self._hooks:
-            hook.remove()
+        self._listen_to_optimizer()
         if self._optimizer is not None:
             self._parameters.abandon(self._optimizer)
         self._read(wait=True)
@@ -169,19 +243,27 @@ class Monitor:
 
     # --- the course of a step
 
+    def _listen_to_optimizer(self) -> None:
+        wanted = self._optimizer is not None and not self._whole and not self._closed
+        if wanted and not self._hooks:
+            self._hooks.append(self._optimizer.register_step_pre_hook(self._step_begins))  # type: ignore[union-attr]
+            self._hooks.append(self._optimizer.register_step_post_hook(self._step_ended))  # type: ignore[union-attr]
+        elif not wanted:
+            while self._hooks:
+                self._hooks.pop().remove()
+
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = args[1:] or kwargs.get("closure")  # which computes the gradients in the step
         if self._recording and (not closure or measures_itself(optimizer)):
-            self._parameters.before(optimizer)
+            self._safely(self._parameters.before, optimizer)
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows, sums = self._parameters.after(optimizer) if self._recording else ([], torch.zeros(0, 4))
-        self._end(rows, sums)
+        self._end(self._safely(self._parameters.after, optimizer) if self._recording else None)
 
     @torch.no_grad()
-    def _end(self, rows: list[int], sums: Tensor) -> None:
-        if self._recording:
-            self._record(rows, sums)
+    def _end(self, sums: tuple[list[int], Sequence[Tensor]] | None) -> None:
+        if sums is not None:
+            self._safely(self._record, *sums)
         now = time.perf_counter()
         if not self._probe.compiled and not self._reduce:
             self._cadence.tell(self.step, self._recording, now - self._began, self._writing)
@@ -193,10 +275,12 @@ class Monitor:
 
     def _next(self) -> None:
         """Listen to the next step, or do not."""
-        self._recording = self._losses.wanted = self._cadence.records(self.step)
+        self._recording = self._losses.wanted = not self._closed and self._cadence.records(self.step)
         self._measurements.begin()
         self._probe.forget()
         self._losses.forget()
+        if self._explicit:
+            return
         if self._recording or self._probe.compiled:
             self._probe.attach()
         else:
@@ -204,18 +288,50 @@ class Monitor:
 
     def _anew(self) -> None:
         """The last step was skipped: what it left is no part of this one."""
+        for name in ("carried", "before", "clipped norm", "scale"):
+            self._now.pop(name, None)
         self._measurements.begin()
         self._losses.forget()
 
-    def _record(self, rows: list[int], sums: Tensor) -> None:
+    def _backward_begins(self) -> None:
+        if self.step and not self._explicit and (carried := self._parameters.carried()) is not None:
+            self._now["carried"] = carried
+
+    def _safely(self, call: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        """What a call returns; None if it has failed, which is said once, and no reason to stop a training."""
+        try:
+            return call(*args, **keywords)
+        except Exception as error:
+            self._failed(error)
+            return None
+
+    def _failed(self, error: Exception) -> None:
+        if not self._said:
+            self._said = True
+            _log.warning(
+                "watch: at step %d a reading could not be made; training goes on, and further ones are tried. %s: %s",
+                self.step,
+                type(error).__name__,
+                error,
+                exc_info=error,
+            )
+
+    def _record(self, rows: list[int], sums: Sequence[Tensor]) -> None:
         probe, measurements = self._probe, self._measurements
         probe.finish()
         named = signals(measurements, self._reduce)
         if rows:
-            named["params"] = sums
-        labels = self._losses.labels
+            named |= dict(zip(COLUMNS, sums))
+        labels, output = self._losses.labels, self._losses.output
         loss, validation = self._losses.take()
-        for name, value in (("loss", loss), ("validation_loss", validation), ("labels", labels)):
+        carried = self._now.pop("carried", None)
+        for name, value in (
+            ("loss", loss),
+            ("validation_loss", validation),
+            ("labels", labels),
+            ("output", output),
+            ("carried", carried),
+        ):
             if value is not None:
                 named[name] = value
         if self._reduce and loss is not None:
@@ -223,14 +339,21 @@ class Monitor:
         if (after := self._now.pop("after", None)) is not None and self._latest is not None:
             named["achieved_decrease"] = self._latest.double() - after
         self._latest = named.get("loss")
+        if "scale" in self._now:
+            named["scale"] = self._now.pop("scale")
         if self._scaler is not None and (scale := getattr(self._scaler, "_scale", None)) is not None:
             named["scale"] = scale
         facts: dict[str, Any] = {
             "rows": rows,
-            "updated": self._optimizer is not None,
+            "updated": self._optimizer is not None and "_applied_in_backward" not in vars(self._optimizer),
+            "idle": 0.0 if self.alone else None,  # what the optimizer has changed of layers that it does not have
+            "answered": probe.answered,
+            "loss_function": self._losses.name,
+            "looked at": list(measurements.not_finite),
             "order": tuple(probe.order),
             "epoch": self.epoch,
         }
+        facts["unused"], facts["frozen"] = self._parameters.without_gradient()
         facts["batch"] = probe.batch or None
         # each process takes a mean over its own examples
         facts["mean over"] = (1 / distributed.get_world_size() if self._reduce else 1) if self._mean else None
@@ -241,7 +364,10 @@ class Monitor:
             named["before"], named["clipped norm"] = self._now.pop("before"), self._now.pop("clipped norm")
         if self._optimizer is not None:
             rates = [group["lr"] for group in self._optimizer.param_groups]
-            named["lr"] = torch.stack([torch.as_tensor(rate, dtype=torch.float64).reshape(()) for rate in rates])
+            if any(isinstance(rate, Tensor) for rate in rates):  # which may be on a device
+                named["lr"] = torch.stack([torch.as_tensor(rate, dtype=torch.float64).reshape(()) for rate in rates])
+            else:
+                facts["lr"] = tuple(map(float, rates))
         snapshot = Snapshot(self.step, facts)
         snapshot.take(named)
         self._waiting.append(snapshot)
@@ -254,7 +380,9 @@ class Monitor:
             if not (due or snapshot.nonfinite):
                 self._kept.append(snapshot)
                 continue
-            reading = self._assembly.reading(snapshot)
+            reading = self._safely(self._assembly.reading, snapshot)
+            if reading is None:
+                continue
             self._kept.append(reading)
             self._output.write(reading)
             if self._on_reading is not None:

@@ -16,7 +16,7 @@ from torch_bp.diagnostics.layer import Layer
 from torch_bp.diagnostics.quantities import plain, predicted_decrease
 from torch_bp.kernels import Table
 from torch_bp.kernels.extras import Extras
-from torch_bp.kernels.norm import sum_of_squares
+from torch_bp.kernels.norm import sum_of_squares, total_of_squares
 
 COLUMNS = ("grad", "weight", "update", "product")
 
@@ -37,11 +37,16 @@ class ParameterSums:
     def __init__(self, layers: Sequence[Layer], projected: bool) -> None:
         self.params = list({id(p): p for layer in layers for p in layer.params}.values())
         self.rows = {id(p): row for row, p in enumerate(self.params)}
+        self._names: dict[int, str] = {}
+        for layer in layers:
+            for p, name in zip(layer.params, layer.param_names):
+                self._names.setdefault(id(p), name)
         self._projected = projected
         self._extras: Extras | None = None
         self._own = False
         self._before: tuple[list[Tensor], Tensor, Tensor, list[Tensor], list[Tensor]] | None = None
         self._tables: dict[str, Table] = {}
+        self._carried_tables: dict[Any, Table] = {}
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
         """The step is about to run."""
@@ -62,37 +67,47 @@ class ParameterSums:
             kept = gradients if self._projected else []
             self._before = params, *sums, kept, [w.clone() for w in weights]
 
-    def after(self, optimizer: torch.optim.Optimizer) -> tuple[list[int], Tensor]:
-        """The step has run: rows of `params` that were updated, and `COLUMNS` of each, (n, 4) in float64."""
+    def after(self, optimizer: torch.optim.Optimizer) -> tuple[list[int], Sequence[Tensor]]:
+        """The step has run: rows of `params` that were updated, and `COLUMNS`, (n) in float64, as far as measured."""
         if self._extras is not None:
             extras, self._extras = self._extras, None
             if self._own:
                 del optimizer._extras  # type: ignore[attr-defined]
             params = [p for p in extras.params if id(p) in self.rows]
-            found = list(extras.totals(params))
-            if len(found) < len(COLUMNS):
-                found.append(torch.full_like(found[0], float("nan")))
-            return [self.rows[id(p)] for p in params], torch.stack(found, dim=1)
+            return [self.rows[id(p)] for p in params], extras.totals(params)
         if self._before is None:
-            return [], torch.zeros(0, len(COLUMNS), dtype=torch.float64)
+            return [], ()
         (params, grad, weight, gradients, weights), self._before = self._before, None
         updates = [plain(p) - w for p, w in zip(params, weights)]
         update = self._squares("update", updates)
-        product = torch.full_like(update, float("nan"))
+        found = [grad, weight, update]
         if gradients:
-            product = torch.stack([-predicted_decrease([g], [u]) for g, u in zip(gradients, updates)])
-        return [self.rows[id(p)] for p in params], torch.stack([grad, weight, update, product], dim=1)
+            found.append(torch.stack([-predicted_decrease([g], [u]) for g, u in zip(gradients, updates)]))
+        return [self.rows[id(p)] for p in params], found
 
-    def gradients(self) -> tuple[list[int], Tensor]:
-        """As `after`, of parameters that nobody is seen to update: those columns are NaN."""
+    def without_gradient(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the parameters that are to be trained and have no gradient, and of those that are frozen.
+
+        None are unused where nobody has a gradient: it has been cleared then, as by an update in the backward.
+        """
+        frozen = tuple(self._names[id(p)] for p in self.params if not p.requires_grad)
+        unused = tuple(self._names[id(p)] for p in self.params if p.requires_grad and p.grad is None)
+        return (() if len(unused) + len(frozen) == len(self.params) else unused), frozen
+
+    def carried(self) -> Tensor | None:
+        """The norm of the gradients that are there; None where there are none."""
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        return total_of_squares(gradients, self._carried_tables).sqrt() if gradients else None
+
+    def gradients(self) -> tuple[list[int], Sequence[Tensor]]:
+        """As `after`, of parameters that nobody is seen to update."""
         params = [p for p in self.params if p.grad is not None]
         if not params:
-            return [], torch.zeros(0, len(COLUMNS), dtype=torch.float64)
+            return [], ()
         gradients: list[Any] = [p.grad for p in params]
         grad = self._squares("grad", list(map(plain, gradients)))
         weight = self._squares("weight", list(map(plain, params)))
-        unknown = torch.full_like(grad, float("nan"))
-        return [self.rows[id(p)] for p in params], torch.stack([grad, weight, unknown, unknown], dim=1)
+        return [self.rows[id(p)] for p in params], [grad, weight]
 
     def abandon(self, optimizer: Any) -> None:
         """The step has failed, or nobody waits for it any more."""

@@ -15,6 +15,7 @@ without gradients, as `use_reentrant=True` has it, it is counted there. A forwar
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_bp.autograd import function as functions
 from torch_bp.diagnostics import quantities
 from torch_bp.diagnostics.layer import ACTIVATIONS, PASSING, Layer, is_norm, linked, tensor_in
 from torch_bp.diagnostics.measurements import AFTER, BACKWARD, BEFORE, FORWARD, KINDS, Measurements
@@ -40,10 +42,15 @@ class EagerProbe:
     compiled = False
 
     def __init__(self, model: nn.Module, measurements: Measurements) -> None:
-        self.measurements, self._model = measurements, model
+        self.measurements: Any = measurements
+        self._model = model
+        self._tape: Any = None  # that is open while a hook runs
         self.anew: Callable[[], None] = measurements.begin  # called where a step begins that no optimizer's step ended
         self._params = [p for layer in measurements.layers for p in layer.params]
-        self._answered = False  # an error signal has come
+        self.answered = False  # an error signal has come
+        self.answers: Callable[[], None] = lambda: None  # called before the first of a step
+        self.failed: Callable[[Exception], None] | None = None  # told of what has gone wrong, which is not raised then
+        self.returned: Callable[[Tensor], None] | None = None  # told of what the model has returned
         layers = {id(layer.module): layer for layer in measurements.layers}
         self.order: list[Layer] = []  # in which they have run
         self.widths: dict[int, int] = {}
@@ -58,18 +65,51 @@ class EagerProbe:
         self._open: tuple[Layer, Tensor | None, Tensor] | None = None
         self._tail: Tensor | None = None
 
-    def attach(self) -> None:
-        """Listen from now on."""
+    def attach(self, model: nn.Module | None = None) -> None:
+        """Listen from now on; `model` is called in the place of the whole one."""
         if self._hooks:
             return
-        add = self._hooks.append
-        add(self._model.register_forward_pre_hook(self._model_runs))
+        add, model = self._hooks.append, model or self._model
+        add(model.register_forward_pre_hook(partial(self._runs, self._model_runs)))
+        if self.returned is not None:
+            add(model.register_forward_hook(partial(self._runs, self._model_ran)))
         for module in self._activations:
-            add(module.register_forward_hook(self._activation_ran))
+            add(module.register_forward_hook(partial(self._runs, self._activation_ran)))
         for module, hook in self._layers:
-            add(module.register_forward_hook(hook))
+            add(module.register_forward_hook(partial(self._runs, hook)))
         for module in self._between:
-            add(module.register_forward_hook(self._passed))
+            add(module.register_forward_hook(partial(self._runs, self._passed)))
+
+    def _runs(self, hook: Callable[..., None], *args: Any) -> None:
+        """Call a hook of a module; what it does is no part of the pass, for a tape either."""
+        if not self._recorded():
+            return
+        tape = functions.tapes.get(threading.get_ident()) if functions.tapes else None
+        if tape is None:
+            self._safely(hook, *args)
+            return
+        self._tape = tape
+        try:
+            with tape.aside():
+                self._safely(hook, *args)
+        finally:
+            self._tape = None
+
+    def _when_signalled(self, tensor: Tensor, hook: Callable[..., None], *args: Any) -> None:
+        """Call a hook with the gradient at a tensor, when it comes."""
+        if self._tape is not None:
+            self._tape.observe(tensor, partial(self._safely, hook, *args))
+        elif tensor.requires_grad:
+            tensor.register_hook(partial(self._safely, hook, *args))
+
+    def _safely(self, hook: Callable[..., None], *args: Any) -> None:
+        """Nothing that goes wrong here is the training's business."""
+        try:
+            hook(*args)
+        except Exception as error:
+            if self.failed is None:
+                raise
+            self.failed(error)
 
     def detach(self) -> None:
         """Leave no trace on the model."""
@@ -82,7 +122,7 @@ class EagerProbe:
         """The step is over."""
         self._seen.clear()
         self._open = self._tail = None
-        self._answered = False
+        self.answered = False
         self.batch = 0
 
     def finish(self) -> None:
@@ -94,10 +134,8 @@ class EagerProbe:
         return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
     def _model_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._recorded():
-            return
         # After a step that a GradScaler has skipped, gradients have been cleared with nothing between.
-        if self._answered and _in_backward() == -1 and all(p.grad is None for p in self._params):
+        if self._tape is None and self.answered and _in_backward() == -1 and all(p.grad is None for p in self._params):
             self.forget()
             self.anew()
         x = tensor_in(args)
@@ -107,9 +145,11 @@ class EagerProbe:
         if x is not None:
             self.measurements.observe_input(x)
 
+    def _model_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.returned is not None and (found := tensor_in(output)) is not None:
+            self.returned(found.detach())
+
     def _layer_ran(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._recorded():
-            return
         again = _in_backward() != -1
         if again and layer.index in self._seen:
             return
@@ -129,14 +169,18 @@ class EagerProbe:
             self.measurements.observe_forward(layer, x, z, z)
         else:
             self._open, self._tail = (layer, x, z), z
-        if z.requires_grad:
-            z.register_hook(partial(self._signal_came, layer))
+        self._when_signalled(z, self._signal_came, layer)
 
     def _signal_came(self, layer: Layer, dz: Tensor) -> None:
         if self._open is not None and self._open[0] is layer:
             self._close()
-        self._answered = True
+        self._answer()
         self.measurements.observe_backward(layer, dz)
+
+    def _answer(self) -> None:
+        if not self.answered:
+            self.answered = True
+            self.answers()
 
     def _passed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._open is not None and args and args[0] is self._tail and isinstance(output, Tensor):
@@ -154,12 +198,12 @@ class EagerProbe:
         before = args[0]
         self._open = None
         self.measurements.observe_forward(layer, x, before, output)
-        if output.requires_grad:
-            output.register_hook(partial(self._gradient_came, layer, AFTER))
-        if before is not z and before is not output and before.requires_grad:
-            before.register_hook(partial(self._gradient_came, layer, BEFORE))
+        self._when_signalled(output, self._gradient_came, layer, AFTER)
+        if before is not z and before is not output:
+            self._when_signalled(before, self._gradient_came, layer, BEFORE)
 
     def _gradient_came(self, layer: Layer, kind: int, gradient: Tensor) -> None:
+        self._answer()
         self.measurements.observe_gradient(layer, kind, gradient)
 
     def _close(self) -> None:
@@ -220,9 +264,13 @@ class CompiledProbe:
         self.widths = {layer.index: size for layer, size in sizes if size is not None}
         self._hooks: list[Any] = []
         self.batch = 0
+        self.answered = False
+        self.answers: Callable[[], None] = lambda: None
+        self.failed: Callable[[Exception], None] | None = None
+        self.returned: Callable[[Tensor], None] | None = None
         self.anew: Callable[[], None] = measurements.begin  # what a skipped step leaves stays, as nobody sees it end
 
-    def attach(self) -> None:
+    def attach(self, model: nn.Module | None = None) -> None:
         if self._hooks:
             return
         values = self.measurements.values

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torch_bp.kernels import Table, formula, row_sum, total, where, zeros_like
+from torch_bp.kernels.norm import sum_of_squares
 
 BINS = 30
 
@@ -31,6 +33,34 @@ def sums_of(x):
         total(where(number, nothing, 1)),
         total(where(finite, nothing, where(number, 1 + nothing, 0))),
     )
+
+
+@formula
+def moments_of(x):
+    """The sum of a tensor and the sum of its squares; not finite where a value is not, or a square is too large."""
+    return total(x), total(x * x)
+
+
+def moments(tensors: Sequence[Tensor], squares_only: Sequence[bool], tables: tuple[Table, Table]) -> Tensor | None:
+    """The columns sum and square of `sums` (n, 2), in one light pass; None where something is not finite.
+
+    The host looks at the result, so it is for the CPU: there it costs less than to tell in every pass what is finite.
+
+    Args:
+        tensors: plain ones of one dtype, on the CPU.
+        squares_only: of which no sum is wanted, which is then 0.
+        tables: kept for the next call with tensors of the same shapes.
+    """
+    whole = [t for t, only in zip(tensors, squares_only) if not only]
+    rest = [t for t, only in zip(tensors, squares_only) if only]
+    found = torch.zeros(len(tensors), 2, dtype=torch.float64)
+    values = found.numpy()
+    only = np.asarray(squares_only, bool)
+    if whole:
+        values[~only] = np.stack([t.numpy() for t in moments_of.foreach_(whole, table=tables[0])], axis=1)
+    if rest:
+        values[only, 1] = sum_of_squares.foreach_(rest, table=tables[1]).numpy()
+    return found if np.isfinite(values.sum()) else None
 
 
 def sums(tensors: Sequence[Tensor], table: Table | None = None) -> Tensor:
@@ -68,6 +98,27 @@ def mean_and_variance(count: float, total_: float, square: float) -> tuple[float
 def row_squares(x):
     """The sum of squares of each row of (R, C): (R, 1)."""
     return row_sum(x * x)
+
+
+@formula(per_row=())
+def row_not_finite(x):
+    """How many numbers of each row of (R, C) are NaN or infinite: (R, 1)."""
+    return row_sum(where(x - x == 0, zeros_like(x), 1))
+
+
+def examples_not_finite(x: Tensor) -> Tensor:
+    """How many numbers of each example of x (N, *) are NaN or infinite (N)."""
+    x = plain(x)
+    if not x.numel():
+        return x.new_zeros(len(x) if x.dim() else 1)
+    return row_not_finite(x.reshape(len(x) if x.dim() else 1, -1)).reshape(-1)
+
+
+def first_of(marked: Tensor, most: int) -> Tensor:
+    """Where the first `most` numbers above 0 lie in each row of (R, N), in order, in float64; infinite for none."""
+    places = torch.arange(marked.shape[1], dtype=torch.float64, device=marked.device)
+    places = torch.where(marked > 0, places, math.inf)
+    return places.topk(min(most, marked.shape[1]), largest=False, sorted=True).values
 
 
 def per_example_squares(before: Tensor, dz: Tensor, bias: bool) -> Tensor:

@@ -24,11 +24,17 @@ _Read = TypeVar("_Read")
 
 @dataclass(frozen=True, slots=True)
 class Finiteness:
-    """How many numbers there were, and how many of them are NaN or infinite; of weights 1 stands for at least one."""
+    """How many numbers there were, and how many of them are NaN or infinite; of weights 1 stands for at least one.
+
+    Attributes:
+        examples: places of the first 8 examples that hold such a number, along dimension 0 of the micro-batches of the
+            step one after the other; at level "full" alone, and of this process.
+    """
 
     count: int
     nan: int
     inf: int
+    examples: tuple[int, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -81,7 +87,7 @@ class DeadUnit:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Numbers of which only this is kept: norms of single examples' gradients, or values of an input.
+    """Numbers of which only this is kept: norms of single examples' gradients, values of an input or an output.
 
     `min` and `max` are NaN where they have not been measured, as for inputs.
     """
@@ -104,7 +110,7 @@ class LayerReading:
             normalisation; None where there is none, or it is applied as a function.
         units: width of the output.
         weight_norm, grad_norm, update_norm: of all parameters of the layer together: before the step, of their
-            gradient, and of what the step changed.
+            gradient, and of what the step changed: 0 for a layer that the optimizer does not have, or has not updated.
         update_ratio: update_norm / weight_norm; about 1e-3 in healthy training.
         signal_norm: |dz|.
         signal_ratio: |dz| / |dz| of the next layer: below 1 the signal fades on its way back, above 1 it grows. It is
@@ -114,7 +120,8 @@ class LayerReading:
         derivative_factor: |f'(z) da| / |da|, item 2: what this layer's activation does to it.
         activation_mean, activation_var: over all examples and units of a, or of z where `activation` is None.
         dead_units: units whose derivative was 0, or below the threshold, for all examples of the step.
-        saturated: share of all units of all examples whose derivative was so; ReLU's is about a half.
+        saturated: share of all units of all examples whose derivative was so, |f'(z)| < 0.01, whatever its largest
+            value is (0.25 for a sigmoid); ReLU's is about a half.
         dead: the dead units one by one, at level "full", at most 32 of them; none after an activation that has written
             over z.
         histogram: of a.
@@ -157,12 +164,14 @@ class Labels:
 
     Attributes:
         changes: share of neighbours in the batch with different labels; near 0 the data is sorted, not shuffled.
+        commonest: the commonest class, the first of several.
     """
 
     count: int
     classes: int
     largest_share: float
     changes: float
+    commonest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +197,16 @@ class Reading:
         achieved_decrease: loss before minus loss after the step on the same batch, where a loop tells it.
         layers: by name, in the order of the forward pass.
         unknown: layers of which only the parameters can be watched, with the reason.
-        input: values of the model's first input.
+        input: values of the model's first input, and `input_finite` how many of them are finite.
+        output: values of the first argument of the loss function, else of what the model returned, in the last
+            micro-batch.
+        loss_function: name of the loss function, or of its class.
         labels: class indices among the arguments of the loss function.
+        carried: norm of the gradients that lay there when the first backward pass of the step began: 0 where they had
+            been cleared, and in a `TrainStep`, which writes over them. None for step 0, and where nothing told when
+            that was.
+        unused: parameters that are to be trained and had no gradient in this step, as of a layer that was not called.
+        frozen: parameters with `requires_grad=False`.
         seconds: how long a step takes without the monitor, in the mean since the reading before.
         share: what the monitor adds to that, 0.02 for 2 %, as far as it has measured itself.
     """
@@ -211,7 +228,13 @@ class Reading:
     layers: Mapping[str, LayerReading] = field(default_factory=dict)
     unknown: Mapping[str, str] = field(default_factory=dict)
     input: Spread | None = None
+    input_finite: Finiteness | None = None
+    output: Spread | None = None
+    loss_function: str | None = None
     labels: Labels | None = None
+    carried: float | None = None
+    unused: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     seconds: float | None = None
     share: float | None = None
 
@@ -262,9 +285,12 @@ _PARTS: dict[str, Any] = {
     "signal_histogram": Histogram,
     "per_example": Spread,
     "input": Spread,
+    "input_finite": Finiteness,
+    "output": Spread,
     "labels": Labels,
 }
-_TEXTS = {"name", "kind", "activation", "cause", "unknown"}
+_TEXTS = {"name", "kind", "activation", "cause", "unknown", "loss_function"}
+_NAMES = {"unused", "frozen"}
 
 
 def _plain(value: Any) -> Any:
@@ -286,6 +312,8 @@ def _read(cls: type[_Read], values: Mapping[str, Any]) -> _Read:
 def _read_field(name: str, value: Any) -> Any:
     if name in _TEXTS:
         return value
+    if name in _NAMES:
+        return tuple(value)
     if name in _PARTS:
         return _read(_PARTS[name], value)
     if name == "layers":

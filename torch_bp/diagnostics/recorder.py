@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,9 @@ from torch import Tensor, distributed
 
 from torch_bp.diagnostics.layer import Layer
 from torch_bp.diagnostics.measurements import AFTER, BACKWARD, BEFORE, KINDS, Measurements
+from torch_bp.diagnostics.quantities import first_of
 
+PLACES = 8  # of examples that are not finite
 _log = logging.getLogger(__name__)
 _WINDOW = 20  # steps of each sort that are compared
 _ENOUGH = 6
@@ -102,8 +105,24 @@ def signals(measurements: Measurements, reduce: bool) -> dict[str, Tensor]:
         bias = bias_of(measurements.layers[index])
         if bias is not None:
             found[f"bias {index}"] = bias
+    if measurements.not_finite:
+        found["bad examples"] = _places(list(measurements.not_finite.values()))
     for (index, kind), histogram in measurements.histograms.items():
         found[f"histogram {index} {kind}"] = histogram
+    return found
+
+
+def _places(by_slot: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Where the first examples lie that are not finite, (slots, `PLACES`); infinite where there are no more."""
+    counts = [torch.cat(list(of_one)) if len(of_one) > 1 else of_one[0] for of_one in by_slot]
+    found = torch.full((len(counts), PLACES), math.inf, dtype=torch.float64, device=counts[0].device)
+    if len({(len(c), c.device) for c in counts}) == 1:
+        first = first_of(torch.stack(counts), PLACES)
+        found[:, : first.shape[1]] = first
+        return found
+    for row, count in zip(found, counts):
+        first = first_of(count[None], PLACES)[0]
+        row[: len(first)] = first
     return found
 
 

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_OF_NUMPY = {torch.float32, torch.float64}
 
 
 @dataclass
@@ -31,7 +34,10 @@ class Snapshot:
         self._shapes = [(name, tuple(t.shape)) for name, t in named.items()]
         parts = [t.detach().reshape(-1) for t in named.values()]
         device = parts[0].device
-        vector = torch.cat([t.to(device, torch.float64) for t in parts])
+        if device.type == "cpu" and all(t.is_cpu and t.dtype in _OF_NUMPY for t in parts):  # as `cat`, in less time
+            vector = torch.from_numpy(np.concatenate([t.numpy() for t in parts], dtype=np.float64))
+        else:
+            vector = torch.cat([t.to(device, torch.float64) for t in parts])
         if device.type == "cuda":
             host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
             host.copy_(vector, non_blocking=True)
@@ -52,7 +58,7 @@ class Snapshot:
             self._event.synchronize()
         assert self._vector is not None
         rows, columns = self._shapes[0][1]
-        return bool(self._vector[: rows * columns].view(rows, columns)[:, 3:].any())
+        return bool(self._vector.numpy()[: rows * columns].reshape(rows, columns)[:, 3:].any())
 
     def numbers(self) -> dict[str, Any]:
         """The tensors by name, on the host."""

@@ -24,12 +24,12 @@ Level = Literal["summary", "layers", "full"]
 _LEVELS: dict[str, Detail] = {
     "summary": Detail(),
     "layers": Detail(units=True),
-    "full": Detail(units=True, causes=True, histograms=True, per_example=True),
+    "full": Detail(units=True, causes=True, places=True, histograms=True, per_example=True),
 }
 
 
 def watch(
-    model: nn.Module,
+    model: nn.Module | Any,
     optimizer: torch.optim.Optimizer | None = None,
     output: str | Path | Any = None,
     *,
@@ -59,7 +59,8 @@ def watch(
     Of layers that are not known, such as an `LSTM`, parameters and output are watched, and `monitor.unknown` says so.
 
     Args:
-        model: of any modules.
+        model: of any modules; or a `torch_bp.TrainStep`, whose model and optimizer are watched, and whose steps tell
+            their losses and clipping by themselves.
         optimizer: whose steps are counted and measured. Default: none, the loop calls `monitor.step_done(loss)`.
         output: a folder for TensorBoard's events and `readings.jsonl`, or an object with `add_scalar`. Default: none,
             readings are kept in memory.
@@ -101,6 +102,11 @@ def watch(
         >>> [reading.step for reading in monitor.readings], list(monitor.last.layers)
         ([0, 1, 2], ['0', '2'])
     """
+    step = None if isinstance(model, nn.Module) or not hasattr(model, "watch") else model
+    if step is not None:
+        if optimizer is not None:
+            raise TypeError("watch: optimizer must be left out where a TrainStep is given, which has its own.")
+        model, optimizer = step.model, step.optimizer
     _check(model, optimizer, level, every, budget, write_every, loss_fn, reduction, keep, on_reading)
     detail = _LEVELS[level]
     detail = replace(
@@ -121,7 +127,10 @@ def watch(
     options = {"scaler": scaler, "reduce": reduce, "reduction": reduction, "write_every": write_every, "keep": keep}
     options["on_reading"] = on_reading
     cadence = Cadence(every, None if is_compiled or reduce else budget)
-    return Monitor(model, optimizer, destination, detail, cadence, losses, measurements, probe, options)
+    monitor = Monitor(model, optimizer, destination, detail, cadence, losses, measurements, probe, options)
+    if step is not None:
+        step.watch = monitor
+    return monitor
 
 
 def _check(

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau  # torch_bp'
 from torchmetrics import Metric, MetricCollection
 
 from torch_bp.lightning.lr_finder import total_steps
+from torch_bp.lightning.monitor import BackpropMonitor
 
 
 class BackpropModule(LightningModule):
@@ -218,6 +219,10 @@ class _ExplicitPass:
         self._metrics = bool(module.train_metrics)
         options: Any = {"keep_output": self._metrics, "capture": module.capture, "fallback": module.fallback}
         self._step = TrainStep(module.model, loss, self.trainer.optimizers[0], **options)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if isinstance(callback, BackpropMonitor) and monitor and monitor.optimizer is self.trainer.optimizers[0]:
+                self._step.watch = monitor
 
     def __call__(self, x: tuple[Any, ...], y: tuple[Any, ...], batch_idx: int) -> tuple[Tensor, Any]:
         """Return the loss, with the node that has the gradients, and the output if there are metrics, else None."""

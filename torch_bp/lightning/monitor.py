@@ -13,7 +13,7 @@ from torch_bp.diagnostics import Monitor, watch
 
 
 class BackpropMonitor(Callback):
-    """Watches the training of a LightningModule: see `torch_bp.watch`.
+    """Watches the training of a LightningModule, with either engine of a `BackpropModule`: see `torch_bp.watch`.
 
     Readings go to the first `TensorBoardLogger` of the trainer with all that it can show, to other loggers as metrics,
     and to `readings.jsonl` in the trainer's log folder, from the first process. With `logger=False` they are kept in
@@ -70,6 +70,7 @@ class BackpropMonitor(Callback):
         several = trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
         output = _output(trainer) if trainer.is_global_zero else None
         self.monitor = watch(pl_module, optimizer, output, scaler=scaler, reduce=several, **self._options)
+        self.monitor.alone = len(trainer.optimizers) == 1
         if self._state is not None:
             self.monitor.load_state_dict(self._state)
 
@@ -78,7 +79,9 @@ class BackpropMonitor(Callback):
             self.monitor.epoch = trainer.current_epoch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
-        if self.monitor is not None:  # Lightning has divided it by the number of accumulated batches
+        if (
+            self.monitor is not None and not self.monitor.explicit
+        ):  # Lightning has divided it by the number of accumulated batches
             scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self.monitor.loss(loss.detach() * scale)
 

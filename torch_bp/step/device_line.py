@@ -32,6 +32,7 @@ from torch_bp.step.plan import Plan
 from torch_bp.step.recorder import NotCapturableError, Recorder, tensors_in
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm, Update
+from torch_bp.step.watched import Monitor
 
 TAKEN, NOT_FINITE, OVERFLOWED = 0, 1, 2  # what became of a step; the last for the scale of its loss alone
 
@@ -113,9 +114,11 @@ class DeviceLine:
         loss_scale: that gradients are divided by before the update. None for none.
         pool: memory that the graphs of one step share.
         bad: an int32 on the device, what became of the window so far.
+        monitor: hears the pass. None for none.
 
     Attributes:
         updates: True if the update is in the graph.
+        heard: what the monitor is to measure after a run.
         bytes: of memory that the graph has added to what the device keeps.
     """
 
@@ -131,12 +134,17 @@ class DeviceLine:
         loss_scale: LossScale | None,
         pool: Any,
         bad: Tensor,
+        monitor: Monitor | None = None,
     ) -> None:
         self.unchanged = Unchanged(modules, leaves)
         self.plan = Plan()
         inputs, batch = apart(inputs, modules)
         with Recorder(batch) as recorder:
-            loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of))
+            hearing = None if monitor is None else monitor.hearing()
+            loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of), hearing=hearing)
+        self._monitor, self.heard, self._overwritten = monitor, (), frozenset[int]()
+        if hearing is not None:
+            self.heard, self._overwritten = hearing.heard, hearing.overwritten
         _refuse_the_host(recorder, leaves[0].device)
         if not self.unchanged.holds():
             raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
@@ -239,7 +247,10 @@ class DeviceLine:
     def _pass(self) -> tuple[Tensor, list[Tensor], Any]:
         if self.written:
             torch._foreach_copy_(self._before, self.written)
-        loss, found = self._passes.run(self._inputs, self._leaves, self._scale)
+        hearing = None if self._monitor is None else self._monitor.hearing(self._overwritten)
+        loss, found = self._passes.run(self._inputs, self._leaves, self._scale, hearing=hearing)
+        if hearing is not None:
+            self.heard = hearing.heard
         output, self._passes.output = self._passes.output, None
         return loss, _apart_from_all(self.reached, [g for g in found if g is not None], self._batch), output
 

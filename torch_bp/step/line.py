@@ -24,6 +24,7 @@ from torch_bp.step.recorder import NotCapturableError, Place, Recorder
 from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
+from torch_bp.step.watched import Hearing, OverwrittenError, heard_by
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,6 +66,7 @@ class Passes:
         scale: float,
         noted: Callable[[Entry], None] | None = None,
         seen: Callable[[Entry, Sequence[Any]], None] | None = None,
+        hearing: Hearing | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Return the loss, and the gradients of `leaves` times `scale`.
 
@@ -74,16 +76,19 @@ class Passes:
             scale: the error signal at the loss.
             noted: called with each entry as it has run forward.
             seen: called with each entry as it has run backward, and the gradients that it gave.
+            hearing: of a monitor, for this pass alone.
 
         Raises:
             TypeError, ValueError: the loss is no tensor, or no number.
         """
-        with torch.no_grad(), Tape(leaves, noted, whole=seen is not None) as tape:
+        with torch.no_grad(), heard_by(hearing, self.model), Tape(leaves, noted, whole=seen is not None) as tape:
             tape.copies = self.copies
             # As in training through autograd, for what asks, and for no_grad inside.
             with torch.enable_grad(), Explicit(tape, self.fallback, self.path), self._autocast(leaves):
                 output = self.model(*inputs[0])
                 loss = self.loss_fn(output, *inputs[1])
+            if hearing is not None:
+                hearing.compared(output, inputs[1])
             self.output = output if self._keep_output else None
             if not isinstance(loss, Tensor):
                 raise TypeError(f"TrainStep: loss_fn must return a tensor, got {type(loss).__name__}.")
@@ -115,6 +120,7 @@ class Line:
         add: add to the gradients that are there.
         before: brings back what a pass changes besides.
         own: give the first gradients memory of their own.
+        hearing: of a monitor, for this pass; it has `copied` what the pass writes to.
 
     Attributes:
         loss: of the last run; `output` is what the model returned.
@@ -123,9 +129,11 @@ class Line:
         program: what runs.
         plan: what it does.
         written: the model's own tensors that a run writes to, as running statistics.
+        heard: what the monitor is to measure after a run.
 
     Raises:
         NotCapturableError: what the pass does depends on values.
+        OverwrittenError: more must be copied.
     """
 
     def __init__(
@@ -138,26 +146,33 @@ class Line:
         add: bool,
         before: Snapshot,
         own: bool = False,
+        hearing: Hearing | None = None,
+        copied: frozenset[int] = frozenset(),
     ) -> None:
         self.unchanged = Unchanged(modules, leaves)
         self.plan = Plan()
         inputs, batch = apart(inputs, modules)
         with Recorder(batch) as recorder:
             try:
-                loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of))
+                loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of), hearing=hearing)
             except NotCapturableError:
                 recorder.rewind()
                 raise
+        if hearing is not None and not hearing.overwritten <= copied:
+            recorder.rewind()
+            raise OverwrittenError(hearing.overwritten)
         if not self.unchanged.holds():
             raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
         places = [recorder.place(gradient) for gradient in found if gradient is not None]
+        heard = () if hearing is None else tree_map_only(Tensor, recorder.place, hearing.heard)
         output, loss_at = tree_map_only(Tensor, recorder.place, passes.output), recorder.place(loss)
         # What was noted ran for its notes alone: its memory is given back before that of the program is asked for.
-        passes.output = found = loss = None  # type: ignore[assignment]
+        passes.output = found = loss = hearing = None  # type: ignore[assignment]
         before.restore()
         recorder.rewind()
-        self.program = Program(recorder, [loss_at, *places, *tree_leaves(output)])
+        self.program = Program(recorder, [loss_at, *places, *tree_leaves((output, heard))])
+        self.heard: Any = tree_map_only(Place, self.program.tensor, heard)
         self.output = tree_map_only(Place, self.program.tensor, output)
         self._made = [self.program.tensor(place) for place in places]
         self.loss = self.program.tensor(loss_at)

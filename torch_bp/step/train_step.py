@@ -26,6 +26,7 @@ from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.table import Trace
 from torch_bp.step.unchanged import hooked, refuse_backward_hooks
 from torch_bp.step.update import Norm, Update
+from torch_bp.step.watched import Monitor, OverwrittenError, name_of, require_monitor
 
 _set_recording = torch._C._set_grad_enabled
 _LINES = 16  # that are kept, each with buffers of its own
@@ -64,6 +65,9 @@ class TrainStep:
             updates. "fp16": the same in float16, with a loss scale that finds its size as `torch.amp.GradScaler`'s
             does: a step whose gradients overflow is left out, without an error, and the scale halved. Default: None,
             the precision of the model, which may be float64.
+        watch: a monitor, as `torch_bp.watch` returns for this model and optimizer, which then reads these steps. Those
+            that it records are captured apart, as they keep what it measures. A step whose loss or gradients are not
+            finite has no reading. Default: none; it can be set, also by `torch_bp.watch(step)`.
 
     Raises:
         TypeError, ValueError: an argument is none of these, or the optimizer holds no parameter of the model.
@@ -93,6 +97,7 @@ class TrainStep:
         fallback: str = "error",
         keep_output: bool = False,
         precision: str | None = None,
+        watch: Monitor | None = None,
     ) -> None:
         check(model, loss_fn, optimizer, clip_grad_norm, clip_grad_value, accumulate, capture, fallback)
         if precision not in (None, "bf16", "fp16"):
@@ -126,9 +131,11 @@ class TrainStep:
         self._gradients: list[Tensor] = []  # of the last pass
         self._waiting = 0  # batches since the last update
         self._by_hand = False  # True if `backward` has left gradients
+        self._monitor: Monitor | None = None  # that records the last pass
         self._device: tuple[Any, Tensor] | None = None  # memory of graphs, and whether a window was not finite
         self._outcomes: Outcomes | None = None  # of steps that a device may still be at
         self._replayed: DeviceLine | None = None  # the line of the last pass, if it was a graph
+        self.watch = watch
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a step knows that neither model nor optimizer do: how many there were, and the loss scale."""
@@ -146,7 +153,7 @@ class TrainStep:
         return {"made": made, "arguments": self._arguments, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(*state["made"], **state["arguments"])  # type: ignore[misc]
+        self.__init__(*state["made"], **state["arguments"])  # type: ignore[misc]  # a monitor is of the original alone
         self.load_state_dict(state["state"])
 
     def __call__(self, x: Any, y: Any) -> Tensor:
@@ -181,6 +188,8 @@ class TrainStep:
         add = any(p.grad is not None for p in self._parameters())
         self._by_hand = True
         self._raise_found()
+        if self.watch is not None:  # updates may be the optimizer's own
+            self.watch.follow(name_of(self.loss_fn), whole=False)
         return self._pass(as_inputs(x, y), add, scale, own=True)[0].clone()
 
     def many(self, xs: Any, ys: Any) -> Tensor:
@@ -277,11 +286,26 @@ class TrainStep:
         self._waiting, self._by_hand = 0, False
         for p in self._parameters():
             p.grad = None
+        if self._update.monitor is not None:
+            self._update.monitor.skipped()
 
     def reset(self) -> None:
         """Forget what was captured; the next step is captured anew."""
         self._lines.clear()
         self._never.clear()
+
+    @property
+    def watch(self) -> Monitor | None:
+        """As given; it can be set."""
+        return self._update.monitor
+
+    @watch.setter
+    def watch(self, monitor: Monitor | None) -> None:
+        if monitor is not None:
+            require_monitor(monitor, self.model, self.optimizer)
+            monitor.follow(name_of(self.loss_fn), whole=True)
+        self._update.monitor = monitor
+        self.reset()
 
     @property
     def clip_grad_norm(self) -> float | None:
@@ -337,6 +361,8 @@ class TrainStep:
 
     def _one(self, inputs: Inputs) -> Tensor:
         self._raise_found()
+        if self._update.monitor is not None:
+            self._update.monitor.follow(name_of(self.loss_fn), whole=True)
         if not self._waiting:  # gradients by hand are replaced
             self._by_hand = False
         final = self._waiting + 1 >= self.accumulate
@@ -347,6 +373,8 @@ class TrainStep:
                 self._waiting, self._by_hand = 0, False
                 self.steps += 1
                 self._outcomes.note(self._device[1], (self.steps, inputs, self._replayed))  # type: ignore[index, union-attr]
+                if self._update.monitor is not None:
+                    self._update.monitor.updated()
             return loss
         size = norm()
         # a norm can overflow where no number does
@@ -425,6 +453,9 @@ class TrainStep:
             final: an update follows at once.
         """
         inputs, batch, kind = kind_of(inputs, add, scale)
+        self._monitor = self._update.monitor if self._update.monitor and self._update.monitor.recording else None
+        if kind is not None and self._monitor is not None:
+            kind = (*kind, "watched")
         self._passes.loss_scale = None
         if self._loss_scale is not None and not own and batch:
             self._loss_scale.to_(batch[0].device)
@@ -454,10 +485,15 @@ class TrainStep:
                     self._gradients = line.gradients
                     self._output = functools.partial(getattr, line, "output")
                     self._replayed = line if isinstance(line, DeviceLine) else None
+                    self._measure(line.heard, loss)
                     return loss, line.norm
             return self._first(inputs, kind, add, scale, own, final)
         finally:
             _set_recording(recording)
+
+    def _measure(self, heard: Any, loss: Tensor) -> None:
+        if self._monitor is not None:
+            self._monitor.heard(heard, loss, self._passes.loss_scale)
 
     def _cannot(self, kind: Any) -> None:
         """Remember that a kind of batch cannot be captured; raise where it must be."""
@@ -495,13 +531,22 @@ class TrainStep:
         leaves = self._parameters()
         line: Line | DeviceLine
         if device_line.serves(leaves[0]):
-            update = self._update if final else None
+            update = self._update if final and self._monitor is None else None
             scales = None if own else self._loss_scale
             line = DeviceLine(
-                self._passes, self._modules, inputs, leaves, scale, add, update, scales, *self._on_device(leaves[0])
+                self._passes,
+                self._modules,
+                inputs,
+                leaves,
+                scale,
+                add,
+                update,
+                scales,
+                *self._on_device(leaves[0]),
+                self._monitor,
             )
         else:
-            line = Line(self._passes, self._modules, inputs, leaves, scale, add, before, own)
+            line = self._line(inputs, leaves, scale, add, before, own)
         self._lines.setdefault(kind, []).append(line)
         while sum(map(len, self._lines.values())) > _LINES:
             oldest = next(iter(self._lines))
@@ -510,7 +555,20 @@ class TrainStep:
                 del self._lines[oldest]
         self._plan, self._gradients = line.plan, line.gradients
         self._output = functools.partial(getattr, line, "output")
+        self._measure(line.heard, line.loss)
         return line.loss, line.norm
+
+    def _line(self, inputs: Inputs, leaves: list[Tensor], scale: float, add: bool, before: Snapshot, own: bool) -> Line:
+        about = self._passes, self._modules, inputs, leaves, scale, add, before, own
+        if self._monitor is None:
+            return Line(*about)
+        copied: frozenset[int] = frozenset()
+        while True:
+            try:
+                return Line(*about, self._monitor.hearing(copied), copied)
+            except OverwrittenError as error:
+                before.restore()
+                copied = error.which
 
     def _on_device(self, leaf: Tensor) -> tuple[Any, Tensor]:
         """Return what the graphs of one device share: memory, and whether a pass of the window was not finite."""
@@ -525,7 +583,10 @@ class TrainStep:
         refuse_backward_hooks(self._modules)
         self._output = functools.partial(getattr, self._passes, "output")
         plan = Plan()
-        loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path.of))
+        hearing = None if self._monitor is None else self._monitor.hearing()
+        loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path.of), hearing=hearing)
+        if hearing is not None:
+            self._measure(hearing.heard, loss)
         if not add:
             for module in self._modules:
                 module.zero_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_bp.kernels.norm import ratio, sum_of_squares, values_of
+from torch_bp.step.watched import Monitor
 
 _place_of = Tensor.data_ptr
 
@@ -54,10 +55,14 @@ class Update:
     Args:
         optimizer: any.
         max_norm, max_value: as `clip_grad_norm` and `clip_grad_value` of `TrainStep`.
+
+    Attributes:
+        monitor: told of what happens; None for none.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float | None, max_value: float | None) -> None:
         self.optimizer, self.max_norm, self.max_value = optimizer, max_norm, max_value
+        self.monitor: Monitor | None = None
 
     def __call__(self, gradients: list[Tensor], norm: float) -> None:
         """Update the parameters; `norm` is that of all gradients."""
@@ -70,4 +75,11 @@ class Update:
             factor = ratio(self.max_norm, norm)
             if factor < 1:
                 torch._foreach_mul_(gradients, factor)
+        if self.monitor is None:
+            self.optimizer.step()
+            return
+        if self.max_norm is not None:
+            self.monitor.clipped(norm, self.max_norm)
+        self.monitor.updating()
         self.optimizer.step()
+        self.monitor.updated()
