@@ -30,6 +30,7 @@ from torch_bp.step.line import Passes, apart
 from torch_bp.step.loss_scale import LossScale
 from torch_bp.step.plan import Plan
 from torch_bp.step.recorder import NotCapturableError, Recorder, tensors_in
+from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm, Update
 from torch_bp.step.watched import Monitor
@@ -109,7 +110,7 @@ class DeviceLine:
     """A kind of step on a device; interface as of `torch_bp.step.line.Line`.
 
     Args:
-        passes, modules, inputs, leaves, scale, add: as of `Line`. Constructing it runs the pass, eagerly.
+        passes, modules, inputs, leaves, scale, add, before: as of `Line`. Constructing it runs the pass, eagerly.
         update: clips and steps. None for a pass after which there is no update.
         loss_scale: that gradients are divided by before the update. None for none.
         pool: memory that the graphs of one step share.
@@ -118,6 +119,7 @@ class DeviceLine:
 
     Attributes:
         updates: True if the update is in the graph.
+        replayed: True once the graph has run.
         heard: what the monitor is to measure after a run.
         bytes: of memory that the graph has added to what the device keeps.
     """
@@ -130,6 +132,7 @@ class DeviceLine:
         leaves: Sequence[Tensor],
         scale: float,
         add: bool,
+        before: Snapshot,
         update: Update | None,
         loss_scale: LossScale | None,
         pool: Any,
@@ -163,6 +166,8 @@ class DeviceLine:
         passes.output = None
         self.loss = loss
         self._graph: Graph | None = None
+        self._snapshot: Snapshot | None = before  # of what the first run has written to
+        self.replayed = False
         self._step: CapturedStep | None = None
         self._made: list[Tensor] = []
         self.bytes = 0
@@ -177,6 +182,7 @@ class DeviceLine:
         """Do the step on another batch; return the loss, which the next run overwrites."""
         if self._graph is None:
             self._capture()
+            self._snapshot, self.replayed = None, True
         for static, given in zip(self._batch, batch):
             if static is not given:
                 static.copy_(given, non_blocking=True)
@@ -203,9 +209,11 @@ class DeviceLine:
 
     def restore(self) -> None:
         """Take back what the last run wrote to the model's own tensors."""
-        if self._graph is not None:
-            for tensor, before in zip(self.written, self._before):
-                tensor.copy_(before)
+        if self._snapshot is not None:
+            self._snapshot.restore(random=False)
+            return
+        for tensor, before in zip(self.written, self._before):
+            tensor.copy_(before)
 
     def take_back(self) -> None:
         """Note on the host that the device has not taken one of the steps."""

@@ -136,6 +136,8 @@ class Line:
         OverwrittenError: more must be copied.
     """
 
+    replayed = updates = False  # what only a graph of a device does
+
     def __init__(
         self,
         passes: Passes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -13,23 +12,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.kernels.norm import values_of
 from torch_bp.optim.copies import Copies
-from torch_bp.step import device_line
-from torch_bp.step.arguments import Inputs, as_inputs, at, check, kind_of
-from torch_bp.step.device_line import NOT_FINITE, DeviceLine, Outcomes
+from torch_bp.step.arguments import Inputs, as_inputs, at, check
+from torch_bp.step.device_line import NOT_FINITE, DeviceLine
 from torch_bp.step.line import DTYPES, Line, Passes
 from torch_bp.step.loss_scale import LossScale
 from torch_bp.step.origin import origin
 from torch_bp.step.plan import Plan
 from torch_bp.step.record import record
-from torch_bp.step.recorder import NotCapturableError
-from torch_bp.step.snapshot import Snapshot
+from torch_bp.step.runner import Runner, Uncaptured
 from torch_bp.step.table import Trace
-from torch_bp.step.unchanged import hooked, refuse_backward_hooks
 from torch_bp.step.update import Norm, Update
-from torch_bp.step.watched import Monitor, OverwrittenError, name_of, require_monitor
-
-_set_recording = torch._C._set_grad_enabled
-_LINES = 16  # that are kept, each with buffers of its own
+from torch_bp.step.watched import Monitor, name_of, require_monitor
 
 
 class TrainStep:
@@ -112,29 +105,21 @@ class TrainStep:
             "precision": precision,
         }
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
-        self.accumulate, self.capture = accumulate, capture
+        self.accumulate = accumulate
         self.steps = 0
         self._loss_scale = LossScale() if precision == "fp16" else None
         self._passes = Passes(model, loss_fn, fallback == "autograd", keep_output, precision)
         self._keep_output = keep_output
-        self._copies = None if precision is None else Copies(DTYPES[precision])
-        if self._copies is not None:
-            self._copies.attach(optimizer)
-            self._passes.copies = self._copies
+        if precision is not None:
+            self._passes.copies = Copies(DTYPES[precision])
+            self._passes.copies.attach(optimizer)
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
-        self._lines: dict[Any, list[Line | DeviceLine]] = {}
-        self._never: set[Any] = set()  # kinds of batches that cannot be captured
         self._update = Update(optimizer, clip_grad_norm, clip_grad_value)
-        self._plan: Plan | None = None
-        self._output: Callable[[], Any] = lambda: None
-        self._restore: Callable[[], None] = lambda: None  # takes back what the last pass wrote to buffers
-        self._gradients: list[Tensor] = []  # of the last pass
+        self._runner = Runner(self._passes, self._modules, self._parameters, self._update, self._loss_scale)
+        self.capture = capture
+        self._ran: Line | DeviceLine | Uncaptured | None = None  # the last pass
         self._waiting = 0  # batches since the last update
         self._by_hand = False  # True if `backward` has left gradients
-        self._monitor: Monitor | None = None  # that records the last pass
-        self._device: tuple[Any, Tensor] | None = None  # memory of graphs, and whether a window was not finite
-        self._outcomes: Outcomes | None = None  # of steps that a device may still be at
-        self._replayed: DeviceLine | None = None  # the line of the last pass, if it was a graph
         self.watch = watch
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,7 +175,8 @@ class TrainStep:
         self._raise_found()
         if self.watch is not None:  # updates may be the optimizer's own
             self.watch.follow(name_of(self.loss_fn), whole=False)
-        return self._pass(as_inputs(x, y), add, scale, own=True)[0].clone()
+        self._ran = self._runner.run(as_inputs(x, y), add, scale, own=True)
+        return self._ran.loss.clone()
 
     def many(self, xs: Any, ys: Any) -> Tensor:
         """Do a step on each batch along the first dimension.
@@ -291,8 +277,7 @@ class TrainStep:
 
     def reset(self) -> None:
         """Forget what was captured; the next step is captured anew."""
-        self._lines.clear()
-        self._never.clear()
+        self._runner.reset()
 
     @property
     def watch(self) -> Monitor | None:
@@ -306,6 +291,15 @@ class TrainStep:
             monitor.follow(name_of(self.loss_fn), whole=True)
         self._update.monitor = monitor
         self.reset()
+
+    @property
+    def capture(self) -> bool | str:
+        """As given; it can be set."""
+        return self._runner.capture
+
+    @capture.setter
+    def capture(self, value: bool | str) -> None:
+        self._runner.capture = value
 
     @property
     def clip_grad_norm(self) -> float | None:
@@ -328,13 +322,13 @@ class TrainStep:
     @property
     def plan(self) -> Plan:
         """What the last step did; `print` it. RuntimeError before the first."""
-        if self._plan is None:
+        if self._ran is None:
             raise RuntimeError("TrainStep.plan: a plan is made for a batch, and none was seen; do a step first.")
-        return self._plan
+        return self._ran.plan
 
     def memory(self) -> dict[str, int]:
         """Bytes of what the step owns: "buffers", and of these "gradients"."""
-        lines = [line for kept in self._lines.values() for line in kept]
+        lines = self._runner.lines
         gradients = {g.data_ptr(): g.numel() * g.element_size() for line in lines for g in line.gradients}
         return {"buffers": sum(line.bytes for line in lines), "gradients": sum(gradients.values())}
 
@@ -347,7 +341,7 @@ class TrainStep:
         """
         if not self._keep_output:
             raise RuntimeError("TrainStep.output: it must be kept; make the step with keep_output=True.")
-        return tree_map_only(Tensor, lambda t: t.detach().clone(), self._output())
+        return tree_map_only(Tensor, lambda t: t.detach().clone(), None if self._ran is None else self._ran.output)
 
     def _parameters(self) -> list[Tensor]:
         unique = dict.fromkeys(p for module in self._modules for p in module.parameters())
@@ -366,20 +360,17 @@ class TrainStep:
         if not self._waiting:  # gradients by hand are replaced
             self._by_hand = False
         final = self._waiting + 1 >= self.accumulate
-        loss, norm = self._pass(inputs, self._waiting > 0, 1 / self.accumulate, final=final)
-        if self._replayed is not None and (self._replayed.updates or not final):  # whether it is finite, it will tell
+        self._ran = ran = self._runner.run(inputs, self._waiting > 0, 1 / self.accumulate, final=final)
+        loss = ran.loss
+        if ran.replayed and (ran.updates or not final):  # whether it is finite, the device will tell
             self._waiting += 1
             if final:
-                self._waiting, self._by_hand = 0, False
-                self.steps += 1
-                self._outcomes.note(self._device[1], (self.steps, inputs, self._replayed))  # type: ignore[index, union-attr]
-                if self._update.monitor is not None:
-                    self._update.monitor.updated()
+                self._told(inputs)
             return loss
-        size = norm()
+        size = ran.norm()
         # a norm can overflow where no number does
-        finite = math.isfinite(size) or all(map(_finite, self._gradients))
-        earlier = self._replayed is not None and self.accumulate > 1 and int(self._device[1]) == NOT_FINITE  # type: ignore[index]
+        finite = math.isfinite(size) or all(map(_finite, ran.gradients))
+        earlier = ran.replayed and self.accumulate > 1 and int(self._runner.window) == NOT_FINITE  # type: ignore[arg-type]
         if earlier or not math.isfinite(loss) or not (finite or self._can_scale_down()):
             self._refuse(inputs, loss, size)
         if not finite:
@@ -389,6 +380,14 @@ class TrainStep:
         if final:
             self._finish(size if self.accumulate == 1 else None)
         return loss
+
+    def _told(self, inputs: Inputs) -> None:
+        """Note that a device was told to do a whole step."""
+        self._waiting, self._by_hand = 0, False
+        self.steps += 1
+        self._runner.outcomes.note(self._runner.window, (self.steps, inputs, self._ran))  # type: ignore[union-attr, arg-type]
+        if self._update.monitor is not None:
+            self._update.monitor.updated()
 
     def _can_scale_down(self) -> bool:
         """True if gradients may have overflowed for their scale alone."""
@@ -401,7 +400,8 @@ class TrainStep:
 
     def _raise_found(self, wait: bool = False) -> None:
         """Raise if a device has come upon a step that was not finite, which it has not taken."""
-        found = [] if self._outcomes is None else self._outcomes.found(wait)
+        outcomes = self._runner.outcomes
+        found = [] if outcomes is None else outcomes.found(wait)
         for _, (_, _, line) in found:
             line.take_back()
         self.steps -= len(found)
@@ -419,7 +419,7 @@ class TrainStep:
 
     def _finish(self, norm: float | None) -> None:
         by_hand, self._waiting, self._by_hand = self._by_hand, 0, False
-        gradients = self._gradients
+        gradients = [] if self._ran is None else self._ran.gradients
         if norm is None:  # other batches of the window may have reached others
             gradients = [p.grad for p in self._parameters() if p.grad is not None]
         if self._loss_scale is not None and not by_hand:
@@ -432,7 +432,7 @@ class TrainStep:
     def _refuse(self, inputs: Inputs, loss: Tensor, norm: float) -> NoReturn:
         """Leave everything as it was before the batch, but for the gradients of its window, and say what is wrong."""
         value = loss.item()
-        self._restore()
+        self._ran.restore()  # type: ignore[union-attr]
         self.drop()
         where = origin(self._passes, inputs, self._parameters(), self._modules)
         raise FloatingPointError(
@@ -441,181 +441,6 @@ class TrainStep:
             "are dropped; leave the batch out, or lower the rate, or clip gradients by clip_grad_norm."
         )
 
-    def _pass(
-        self, inputs: Inputs, add: bool, scale: float, own: bool = False, final: bool = False
-    ) -> tuple[Tensor, Callable[[], float]]:
-        """Leave gradients in `p.grad`; return the loss, which the next pass overwrites, and the gradients' norm.
-
-        Args:
-            add: to those that are there.
-            scale: the error signal at the loss.
-            own: give the gradients memory of their own.
-            final: an update follows at once.
-        """
-        inputs, batch, kind = kind_of(inputs, add, scale)
-        self._monitor = self._update.monitor if self._update.monitor and self._update.monitor.recording else None
-        if kind is not None and self._monitor is not None:
-            kind = (*kind, "watched")
-        self._passes.loss_scale = None
-        if self._loss_scale is not None and not own and batch:
-            self._loss_scale.to_(batch[0].device)
-            self._passes.loss_scale = self._loss_scale.value
-        if kind is not None and self._loss_scale is not None:
-            kind = (*kind, own)
-        if kind is not None and batch and device_line.serves(batch[0]):
-            kind = (*kind, own, final)
-        if self._copies is not None:
-            self._copies.refresh()
-        recording = torch.is_grad_enabled()
-        _set_recording(False)  # as no_grad, which takes a microsecond
-        self._replayed = None
-        try:
-            for line in self._lines.get(kind, ()):
-                if line.unchanged.holds() and line.intact():
-                    self._restore, self._plan = line.restore, line.plan
-                    try:
-                        loss = line.run(batch, own)
-                    except NotCapturableError:  # a graph, at its first replay
-                        del self._lines[kind]
-                        self._cannot(kind)
-                        break
-                    except BaseException:
-                        line.restore()
-                        raise
-                    self._gradients = line.gradients
-                    self._output = functools.partial(getattr, line, "output")
-                    self._replayed = line if isinstance(line, DeviceLine) else None
-                    self._measure(line.heard, loss)
-                    return loss, line.norm
-            return self._first(inputs, kind, add, scale, own, final)
-        finally:
-            _set_recording(recording)
-
-    def _measure(self, heard: Any, loss: Tensor) -> None:
-        if self._monitor is not None:
-            self._monitor.heard(heard, loss, self._passes.loss_scale)
-
-    def _cannot(self, kind: Any) -> None:
-        """Remember that a kind of batch cannot be captured; raise where it must be."""
-        if self.capture is True:
-            raise
-        self._never.add(kind)
-
-    def _first(
-        self, inputs: Inputs, kind: Any, add: bool, scale: float, own: bool, final: bool
-    ) -> tuple[Tensor, Callable[[], float]]:
-        """Run a pass of a kind that was not captured, and capture it if that can be done."""
-        before = Snapshot(self._modules)
-        self._restore = functools.partial(before.restore, random=False)
-        try:
-            if self.capture and kind not in self._never:
-                try:
-                    return self._captured(inputs, kind, add, scale, own, final, before)
-                except NotCapturableError:
-                    before.restore()
-                    self._cannot(kind)
-            return self._uncaptured(inputs, add, scale)
-        except BaseException:
-            before.restore()
-            raise
-
-    def _captured(
-        self, inputs: Inputs, kind: Any, add: bool, scale: float, own: bool, final: bool, before: Snapshot
-    ) -> tuple[Tensor, Callable[[], float]]:
-        if kind is None:
-            raise NotCapturableError(
-                "an argument that is no tensor cannot be compared with the next one (no hash), or a mode watches"
-            )
-        if hooked(self._modules):
-            raise NotCapturableError("hooks on modules or parameters would miss the calls of a captured step")
-        leaves = self._parameters()
-        line: Line | DeviceLine
-        if device_line.serves(leaves[0]):
-            update = self._update if final and self._monitor is None else None
-            scales = None if own else self._loss_scale
-            line = DeviceLine(
-                self._passes,
-                self._modules,
-                inputs,
-                leaves,
-                scale,
-                add,
-                update,
-                scales,
-                *self._on_device(leaves[0]),
-                self._monitor,
-            )
-        else:
-            line = self._line(inputs, leaves, scale, add, before, own)
-        self._lines.setdefault(kind, []).append(line)
-        while sum(map(len, self._lines.values())) > _LINES:
-            oldest = next(iter(self._lines))
-            del self._lines[oldest][0]
-            if not self._lines[oldest]:
-                del self._lines[oldest]
-        self._plan, self._gradients = line.plan, line.gradients
-        self._output = functools.partial(getattr, line, "output")
-        self._measure(line.heard, line.loss)
-        return line.loss, line.norm
-
-    def _line(self, inputs: Inputs, leaves: list[Tensor], scale: float, add: bool, before: Snapshot, own: bool) -> Line:
-        about = self._passes, self._modules, inputs, leaves, scale, add, before, own
-        if self._monitor is None:
-            return Line(*about)
-        copied: frozenset[int] = frozenset()
-        while True:
-            try:
-                return Line(*about, self._monitor.hearing(copied), copied)
-            except OverwrittenError as error:
-                before.restore()
-                copied = error.which
-
-    def _on_device(self, leaf: Tensor) -> tuple[Any, Tensor]:
-        """Return what the graphs of one device share: memory, and whether a pass of the window was not finite."""
-        if self._device is None or self._device[1].device != leaf.device:
-            pool = torch.cuda.graph_pool_handle() if leaf.is_cuda else None
-            self._device = pool, torch.zeros((), dtype=torch.int32, device=leaf.device)
-            self._outcomes = Outcomes(leaf.device)
-        return self._device
-
-    def _uncaptured(self, inputs: Inputs, add: bool, scale: float) -> tuple[Tensor, Callable[[], float]]:
-        leaves = self._parameters()
-        refuse_backward_hooks(self._modules)
-        self._output = functools.partial(getattr, self._passes, "output")
-        plan = Plan()
-        hearing = None if self._monitor is None else self._monitor.hearing()
-        loss, gradients = self._passes.run(inputs, leaves, scale, plan.noting(self._passes.path.of), hearing=hearing)
-        if hearing is not None:
-            self._measure(hearing.heard, loss)
-        if not add:
-            for module in self._modules:
-                module.zero_grad()
-        given: set[int] = set()
-        for p, gradient in zip(leaves, gradients):
-            if gradient is not None:
-                shared = gradient.layout is torch.strided and (
-                    gradient.stride() != p.stride() or gradient.untyped_storage()._cdata in given
-                )
-                gradient = torch.empty_like(p).copy_(gradient) if shared else gradient
-                if gradient.layout is torch.strided:
-                    given.add(gradient.untyped_storage()._cdata)
-                _accumulate(p, gradient, add)
-        names = {id(p): name for module in self._modules for name, p in module.named_parameters()}
-        plan.parameters = [names.get(id(p), "?") for p, gradient in zip(leaves, gradients) if gradient is not None]
-        self._plan = plan
-        self._gradients = [p.grad for p in leaves if p.grad is not None]
-        return loss, Norm(self._gradients)
-
 
 def _finite(gradient: Tensor) -> bool:
     return bool(values_of(gradient).isfinite().all())
-
-
-def _accumulate(p: Tensor, gradient: Tensor, add: bool) -> None:
-    """Do what autograd does with the gradient of a leaf: its hooks, `p.grad`, and the hooks after that."""
-    for hook in (p._backward_hooks or {}).values():
-        replaced = hook(gradient)
-        gradient = gradient if replaced is None else replaced
-    p.grad = p.grad + gradient if add and p.grad is not None else gradient
-    for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values():
-        hook(p)
