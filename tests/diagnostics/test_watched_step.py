@@ -179,7 +179,7 @@ def test_steps_that_are_not_recorded_are_those_of_a_step_that_is_not_watched():
     monitor = watch(step, every=4, budget=None)
     for x, y in batches(9):
         step(x, y)
-    kinds = {"watched" in kind: lines for kind, lines in step._lines.items()}
+    kinds = {"watched" in kind: lines for kind, lines in step._runner._lines.items()}
     assert [len(kinds[True]), len(kinds[False])] == [1, 1]
     assert kinds[False][0].heard == ()
     assert len(kinds[True][0].program.calls) >= len(kinds[False][0].program.calls)

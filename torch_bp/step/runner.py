@@ -221,14 +221,17 @@ class Runner:
             )
         if hooked(self._modules):
             raise NotCapturableError("hooks on modules or parameters would miss the calls of a captured step")
-        about: Any = (self._passes, self._modules, inputs, leaves, scale, add, before)
+        serves = device_line.serves(leaves[0])
+        make: Any = functools.partial(
+            DeviceLine if serves else Line, self._passes, self._modules, inputs, leaves, scale, add, before
+        )
         line: Line | DeviceLine
-        if device_line.serves(leaves[0]):
+        if serves:
             update = self._update if final and self.monitor is None else None
             scales = None if own else self._loss_scale
-            line = DeviceLine(*about, update, scales, *self._on_device(leaves[0]), self.monitor)
+            line = make(update, scales, *self._on_device(leaves[0]), self.monitor)
         else:
-            line = self._line(about, own)
+            line = self._line(make, before, own)
         self._lines.setdefault(kind, []).append(line)
         while sum(map(len, self._lines.values())) > _LINES:
             oldest = next(iter(self._lines))
@@ -237,16 +240,16 @@ class Runner:
                 del self._lines[oldest]
         return line
 
-    def _line(self, about: Any, own: bool) -> Line:
+    def _line(self, make: Callable[..., Line], before: Snapshot, own: bool) -> Line:
         """Capture a pass on the CPU; what a monitor hears is copied where the pass writes to it later."""
         if self.monitor is None:
-            return Line(*about, own)
+            return make(own)
         copied: frozenset[int] = frozenset()
         while True:
             try:
-                return Line(*about, own, self.monitor.hearing(copied), copied)
+                return make(own, self.monitor.hearing(copied), copied)
             except OverwrittenError as error:
-                about[-1].restore()
+                before.restore()
                 copied = error.which
 
     def _on_device(self, leaf: Tensor) -> tuple[Any, Tensor]:
