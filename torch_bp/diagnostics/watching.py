@@ -11,13 +11,13 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_bp.diagnostics.cadence import Cadence
 from torch_bp.diagnostics.layer import Which, compiled, device_of, layers_of
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
 from torch_bp.diagnostics.monitor import Monitor
 from torch_bp.diagnostics.probe import CompiledProbe, EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
-from torch_bp.diagnostics.recorder import Cadence
 from torch_bp.diagnostics.writers import open_output
 
 Level = Literal["summary", "layers", "full"]
