@@ -71,7 +71,7 @@ class Monitor:
         probe.anew, probe.answers, probe.failed = self._anew, self._backward_begins, self._failed
         if losses.name is None and detail.units:
             probe.returned = losses.compared
-        self._said = False  # that something has failed
+        self._said = self._deaf = False  # that something has failed; that nothing is heard
         self._next()
 
     # --- what loops may tell
@@ -255,8 +255,8 @@ class Monitor:
 
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = args[1:] or kwargs.get("closure")  # which computes the gradients in the step
-        if self._recording and (not closure or measures_itself(optimizer)):
-            self._safely(self._parameters.before, optimizer)
+        if self._recording:
+            self._safely(self._parameters.before, optimizer, computes=bool(closure))
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._end(self._safely(self._parameters.after, optimizer) if self._recording else None)
@@ -376,6 +376,12 @@ class Monitor:
         """Read the records that have come to the host, and write those whose turn it is."""
         while self._waiting and (wait or self._waiting[0].ready):
             snapshot = self._waiting.popleft()
+            if self._probe.compiled and not self._deaf and not snapshot.heard:
+                self._deaf = True
+                _log.warning(
+                    "watch: nothing is heard of the layers of the compiled model, as it ran before it was watched. "
+                    "Call watch before the first run, or torch.compiler.reset() after it."
+                )
             due = self._write_every is None or snapshot.step % self._write_every == 0
             if not (due or snapshot.nonfinite):
                 self._kept.append(snapshot)
