@@ -1,5 +1,7 @@
 """A compiled model is heard as the same model that is not, in one graph, compiled once."""
 
+import logging
+
 import pytest
 import torch
 
@@ -45,3 +47,33 @@ def test_one_graph_and_the_same_readings(backend, room):
             expected = getattr(other, field)
             assert getattr(layer, field) == (None if expected is None else pytest.approx(expected, rel=1e-5)), field
     assert found[0].layers["0"].signal_norm is None
+
+
+def test_what_is_not_measured_of_a_compiled_model_is_said(caplog):
+    torch._dynamo.reset()
+    model = torch.compile(torch.nn.Sequential(torch.nn.Linear(5, 3)), backend="eager")
+    with caplog.at_level(logging.WARNING):
+        watch(model, level="summary").close()
+        assert not [r for r in caplog.records if r.name.startswith("torch_bp")]
+        watch(model, level="full").close()
+    assert "as at level 'summary', got level 'full'" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_model_that_ran_before_it_was_watched(before, caplog):
+    torch._dynamo.reset()
+    model, loss_fn = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), nn.MSELoss()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    run = torch.compile(model, backend="aot_eager")
+    if before:
+        run(X)
+    with caplog.at_level(logging.WARNING), watch(run, optimizer, level="summary", every=1, budget=None) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_fn(run(X), torch.zeros(12, 3)).backward()
+            optimizer.step()
+    heard = monitor.last.layers["0"].forward is not None
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("torch_bp")]
+    assert heard or len(said) == 1
+    assert ["nothing is heard of the layers" in text for text in said] == ([] if heard else [True])
+    assert heard or before

@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_bp
 from torch_bp import nn, optim, watch
-from torch_bp.diagnostics.recorder import Cadence
 
 ALWAYS = {"every": 1, "budget": None}
 X = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
@@ -554,30 +553,6 @@ def test_what_is_wrong_is_said_before_anything_is_attached(case):
         call(model, optimizer)
     assert hooks_of(model) == 0
     assert not optimizer._optimizer_step_post_hooks
-
-
-def test_records_get_rarer_where_they_cost_more_than_the_budget(caplog):
-    cadence = Cadence(2, 0.02)
-    with caplog.at_level(logging.WARNING):
-        for number in range(200):
-            recorded = cadence.records(number)
-            cadence.tell(number, recorded, 1.2 if recorded else 1.0, 0.1 if recorded else 0.0)
-    assert cadence.every == 15  # 0.3 / 0.02
-    assert cadence.share == pytest.approx(0.02)
-    assert [r.getMessage().split(";")[0] for r in caplog.records] == [
-        "watch: recording a step takes 30.0 % of it, so every 15-th is recorded and not every 2-th, to stay within "
-        "2.0 %"
-    ]
-
-
-def test_records_stay_where_they_are_cheap_or_nobody_minds():
-    for every, budget, extra, expected in ((1, 0.02, 0.01, 1), (3, None, 9.0, 3)):
-        cadence = Cadence(every, budget)
-        for number in range(100):
-            recorded = cadence.records(number)
-            cadence.tell(number, recorded, 1 + extra * recorded, 0.0)
-        assert cadence.every == expected
-        assert sum(cadence.records(n) for n in range(60)) == 60 // expected
 
 
 def test_a_state_goes_on_where_it_was():

@@ -80,15 +80,10 @@ class _Batch:
 class Measurements:
     """What layers have been heard to say since `begin`.
 
-    A training step with no autograd graph tells it by `observe_forward` and `observe_backward`. With `batched=False`
-    both do torch operations and calls of kernels alone, on buffers that stay the same: a step that is captured on CUDA
-    can call them, and what its replays add is in the buffers.
-
     Args:
         layers: of one model.
         detail: what is measured.
         device: of the buffers.
-        batched: wait for more tensors before summing.
         threshold: see `active_counts`.
     """
 
@@ -97,10 +92,9 @@ class Measurements:
         layers: Sequence[Layer],
         detail: Detail,
         device: torch.device,
-        batched: bool = True,
         threshold: float = SATURATED,
     ) -> None:
-        self.layers, self.detail, self.device, self.batched, self.threshold = layers, detail, device, batched, threshold
+        self.layers, self.detail, self.device, self.threshold = layers, detail, device, threshold
         self.values = torch.zeros(KINDS * len(layers) + 1, 5, dtype=torch.float64, device=device)  # the last: the input
         self.units: dict[int, Tensor] = {}  # (O) examples for which a unit is active
         self.rows: dict[int, int] = {}  # examples and steps of sequences that were counted there
@@ -187,7 +181,7 @@ class Measurements:
         Args:
             calls: method, layer or None, and the other arguments: tensors that stay the same.
         """
-        if self.detail != Detail() or not self.batched:
+        if self.detail != Detail():
             for method, layer, arguments in calls:
                 call: Callable[..., None] = getattr(self, method)
                 call(*arguments) if layer is None else call(layer, *arguments)
@@ -221,10 +215,6 @@ class Measurements:
 
     def _add(self, slot: int, x: Tensor) -> None:
         x = x.detach() if x.requires_grad else x  # the same object: what a captured step reads may be put elsewhere
-        if not self.batched:
-            self.values[slot, 0] += x.numel()
-            self.values[slot, 1:] += quantities.sums([x])[0]
-            return
         self._pending.append((slot, x, -1 if x.is_inference() else x._version))
         self._bytes += x.nbytes
         if self._bytes > HELD:

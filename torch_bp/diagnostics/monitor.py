@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter as clock
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from torch_bp.diagnostics.assembly import Assembly
+from torch_bp.diagnostics.cadence import Cadence
 from torch_bp.diagnostics.hearing import Hearing, measure
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
 from torch_bp.diagnostics.parameters import COLUMNS, ParameterSums, measures_itself
 from torch_bp.diagnostics.probe import EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
-from torch_bp.diagnostics.recorder import Cadence, signals
+from torch_bp.diagnostics.recorder import signals
 from torch_bp.diagnostics.snapshot import Snapshot
 from torch_bp.diagnostics.writers import Output
 
@@ -63,14 +64,14 @@ class Monitor:
         self._latest: Tensor | None = None  # loss of the last step, if that was recorded
         self._now: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
-        self._began, self._writing, self._closed = time.perf_counter(), 0.0, False
+        self._began, self._closed = clock(), False
         self._explicit = self._whole = False  # passes are those of a TrainStep; and so are updates
         self._listen_to_optimizer()
         self._recording = False
         probe.anew, probe.answers, probe.failed = self._anew, self._backward_begins, self._failed
         if losses.name is None and detail.units:
             probe.returned = losses.compared
-        self._said = False  # that something has failed
+        self._said = self._deaf = False  # that something has failed; that nothing is heard
         self._next()
 
     # --- what loops may tell
@@ -254,8 +255,8 @@ class Monitor:
 
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = args[1:] or kwargs.get("closure")  # which computes the gradients in the step
-        if self._recording and (not closure or measures_itself(optimizer)):
-            self._safely(self._parameters.before, optimizer)
+        if self._recording:
+            self._safely(self._parameters.before, optimizer, computes=bool(closure))
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._end(self._safely(self._parameters.after, optimizer) if self._recording else None)
@@ -264,14 +265,13 @@ class Monitor:
     def _end(self, sums: tuple[list[int], Sequence[Tensor]] | None) -> None:
         if sums is not None:
             self._safely(self._record, *sums)
-        now = time.perf_counter()
-        if not self._probe.compiled and not self._reduce:
-            self._cadence.tell(self.step, self._recording, now - self._began, self._writing)
+        now = clock()
         self.step += 1
         self._read(wait=False)
-        self._writing = time.perf_counter() - now
+        if not self._probe.compiled and not self._reduce:
+            self._cadence.tell(self._recording, now - self._began, clock() - now)
         self._next()
-        self._began = time.perf_counter()
+        self._began = clock()
 
     def _next(self) -> None:
         """Listen to the next step, or do not."""
@@ -376,6 +376,12 @@ class Monitor:
         """Read the records that have come to the host, and write those whose turn it is."""
         while self._waiting and (wait or self._waiting[0].ready):
             snapshot = self._waiting.popleft()
+            if self._probe.compiled and not self._deaf and not snapshot.heard:
+                self._deaf = True
+                _log.warning(
+                    "watch: nothing is heard of the layers of the compiled model, as it ran before it was watched. "
+                    "Call watch before the first run, or torch.compiler.reset() after it."
+                )
             due = self._write_every is None or snapshot.step % self._write_every == 0
             if not (due or snapshot.nonfinite):
                 self._kept.append(snapshot)

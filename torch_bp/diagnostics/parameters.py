@@ -44,12 +44,12 @@ class ParameterSums:
         self._projected = projected
         self._extras: Extras | None = None
         self._own = False
-        self._before: tuple[list[Tensor], Tensor, Tensor, list[Tensor], list[Tensor]] | None = None
+        self._before: tuple[list[Tensor], Tensor | None, Tensor, list[Tensor] | None, list[Tensor]] | None = None
         self._tables: dict[str, Table] = {}
         self._carried_tables: dict[Any, Table] = {}
 
-    def before(self, optimizer: torch.optim.Optimizer) -> None:
-        """The step is about to run."""
+    def before(self, optimizer: torch.optim.Optimizer, computes: bool = False) -> None:
+        """The step is about to run; it `computes` the gradients, if it calls a closure."""
         self.abandon(optimizer)  # what a step that has raised has left
         inside = vars(optimizer).get("_extras")
         if measures_itself(optimizer):
@@ -60,12 +60,14 @@ class ParameterSums:
             if inside.measured and inside.projected >= self._projected:
                 self._extras = inside
                 return
-        params = [p for p in self.params if p.grad is not None]
+        params = [p for p in self.params if (p.requires_grad if computes else p.grad is not None)]
         if params:
-            gradients, weights = [plain(p.grad) for p in params], [plain(p) for p in params]  # type: ignore[arg-type]
-            sums = self._squares("grad", gradients), self._squares("weight", weights)
-            kept = gradients if self._projected else []
-            self._before = params, *sums, kept, [w.clone() for w in weights]
+            weights = [plain(p) for p in params]
+            weight = self._squares("weight", weights)
+            gradients: Any = None if computes else [plain(p.grad) for p in params]  # type: ignore[arg-type]
+            grad = None if computes else self._squares("grad", gradients)
+            kept = gradients if self._projected else None
+            self._before = params, grad, weight, kept, [w.clone() for w in weights]
 
     def after(self, optimizer: torch.optim.Optimizer) -> tuple[list[int], Sequence[Tensor]]:
         """The step has run: rows of `params` that were updated, and `COLUMNS`, (n) in float64, as far as measured."""
@@ -78,6 +80,14 @@ class ParameterSums:
         if self._before is None:
             return [], ()
         (params, grad, weight, gradients, weights), self._before = self._before, None
+        if grad is None:
+            there = [k for k, p in enumerate(params) if p.grad is not None]
+            if not there:
+                return [], ()
+            params, weights, weight = [params[k] for k in there], [weights[k] for k in there], weight[there]
+            gradients = [plain(p.grad) for p in params]  # type: ignore[arg-type]
+            grad = self._squares("grad", gradients)
+            gradients = gradients if self._projected else None
         updates = [plain(p) - w for p, w in zip(params, weights)]
         update = self._squares("update", updates)
         found = [grad, weight, update]

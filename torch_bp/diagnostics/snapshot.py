@@ -52,13 +52,21 @@ class Snapshot:
         return self._event is None or self._event.query()
 
     @property
+    def heard(self) -> bool:
+        """Whether there were signals at all; `nonfinite` says where they lie."""
+        return bool(self._signals()[:, 0].any())
+
+    @property
     def nonfinite(self) -> bool:
         """Whether a signal holds a NaN or an infinity: the first of the tensors, whose last two columns count them."""
+        return bool(self._signals()[:, 3:].any())
+
+    def _signals(self) -> np.ndarray:
         if self._event is not None:
             self._event.synchronize()
         assert self._vector is not None
         rows, columns = self._shapes[0][1]
-        return bool(self._vector.numpy()[: rows * columns].reshape(rows, columns)[:, 3:].any())
+        return self._vector.numpy()[: rows * columns].reshape(rows, columns)
 
     def numbers(self) -> dict[str, Any]:
         """The tensors by name, on the host."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,16 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_bp.diagnostics.cadence import Cadence
 from torch_bp.diagnostics.layer import Which, compiled, device_of, layers_of
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
 from torch_bp.diagnostics.monitor import Monitor
 from torch_bp.diagnostics.probe import CompiledProbe, EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
-from torch_bp.diagnostics.recorder import Cadence
 from torch_bp.diagnostics.writers import open_output
 
+_log = logging.getLogger(__name__)
 Level = Literal["summary", "layers", "full"]
 _LEVELS: dict[str, Detail] = {
     "summary": Detail(),
@@ -54,7 +56,7 @@ def watch(
     steps belongs to the later one: all micro-batches of an accumulation. Losses come from the calls of `loss_fn`, which
     is listened to, or from `monitor.loss(...)`; those computed without gradients are of the validation set. Watching
     changes no weight and draws no random number. Nothing is attached to the model in steps that are not recorded,
-    unless it is compiled: then `watch` it before it first runs.
+    unless it is compiled: then `watch` it before it first runs, and no level measures more than "summary" of layers.
 
     Of layers that are not known, such as an `LSTM`, parameters and output are watched, and `monitor.unknown` says so.
 
@@ -121,7 +123,13 @@ def watch(
     is_compiled = compiled(model)
     leads = not reduce or distributed.get_rank() == 0
     destination = open_output(output if leads else None, dict(tags or {}))
-    measurements = Measurements(measured, detail, device_of(model), batched=not is_compiled)
+    if is_compiled and detail != Detail():
+        _log.warning(
+            "watch: of a compiled model norms, moments and what is not finite are measured, as at level 'summary', got "
+            "level %r. Watch a model that is not compiled for more, or say level='summary'.",
+            level,
+        )
+    measurements = Measurements(measured, detail, device_of(model))
     probe: Probe = (CompiledProbe if is_compiled else EagerProbe)(model, measurements)
     losses = Losses(loss_fn, labels=detail.units)
     options = {"scaler": scaler, "reduce": reduce, "reduction": reduction, "write_every": write_every, "keep": keep}
