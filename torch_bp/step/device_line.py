@@ -50,7 +50,8 @@ class Graph:
 
     def capture(self, first: Callable[[], Any], then: Callable[[Any], None]) -> Any:
         """Capture `then(first())` without running it; return what `first` has returned, which replays overwrite."""
-        with torch.cuda.graph(self._graph, pool=self._pool):
+        # other threads, as a loader's that pins memory, go on meanwhile
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
             made = first()
             then(made)
         return made
