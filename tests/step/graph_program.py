@@ -251,5 +251,38 @@ def changes():
     print("changed")
 
 
+def watched():
+    """What a monitor reads of graphs is what it reads on the CPU; it changes no weight, and other steps stay graphs."""
+    for options in ({}, {"accumulate": 2}, {"clip_grad_norm": 0.05}):
+        readings, weights = [], []
+        for on_device, every in ((True, 2), (False, 2), (True, None)):
+            device_line.serves = (lambda _: True) if on_device else on_the_host
+            model = model_of("plain")
+            optimizer = optim.Adam(model.parameters(), lr=1e-2)
+            step = torch_bp.TrainStep(model, nn.CrossEntropyLoss(), optimizer, **options)
+            monitor = None if every is None else torch_bp.watch(step, level="full", every=every, budget=None)
+            torch.manual_seed(0)
+            StandIn.replays = 0
+            for _ in range(8 * options.get("accumulate", 1)):
+                watch(model, optimizer)
+                with use("triton" if on_device else "torch"):
+                    step(torch.randn(6, 5), torch.randint(3, (6,)))
+            step.check()
+            weights.append([p.detach().clone() for p in model.parameters()])
+            if monitor is not None:
+                readings.append(monitor.readings)
+                # the first of each kind is eager, and an update outside of a graph may have the next one captured anew
+                assert not on_device or StandIn.replays >= 5, StandIn.replays
+        assert [r.step for r in readings[0]] == [r.step for r in readings[1]] == [0, 2, 4, 6]
+        for ours, theirs in zip(*readings):
+            assert (ours.batch, ours.clipped) == (theirs.batch, theirs.clipped)
+            for name, layer in theirs.layers.items():
+                for field in ("signal_norm", "activation_mean", "grad_norm", "update_norm", "weight_factor"):
+                    one, other = (getattr(each, field) for each in (ours.layers[name], layer))
+                    assert one == other or abs(one - other) <= 1e-4 * abs(other) + 1e-7, (field, one, other)
+        torch.testing.assert_close(weights[0], weights[2], rtol=1e-6, atol=1e-7)
+    print("watched")
+
+
 if __name__ == "__main__":
-    {"agreement": agreement, "not_finite": not_finite, "changes": changes}[sys.argv[1]]()
+    {"agreement": agreement, "not_finite": not_finite, "changes": changes, "watched": watched}[sys.argv[1]]()

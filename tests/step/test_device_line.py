@@ -12,7 +12,7 @@ import torch_bp
 from torch_bp import nn, optim
 
 
-@pytest.mark.parametrize("part", ["agreement", "not_finite", "changes"])
+@pytest.mark.parametrize("part", ["agreement", "not_finite", "changes", "watched"])
 def test_with_a_stand_in_for_the_graph(part, tmp_path):
     pytest.importorskip("triton", reason="Triton is published for Linux and Windows only")
     done = subprocess.run(
@@ -23,7 +23,7 @@ def test_with_a_stand_in_for_the_graph(part, tmp_path):
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    said = {"agreement": "agreed 12", "not_finite": "refused", "changes": "changed"}
+    said = {"agreement": "agreed 12", "not_finite": "refused", "changes": "changed", "watched": "watched"}
     assert said[part] in done.stdout
 
 

@@ -204,8 +204,11 @@ class DeviceLine:
         """
         if self._graph is None:
             return not self._add or all(p.grad is not None for p in self.reached)
-        if (self._add or self._step is not None) and not _same([p.grad for p in self.reached], self.gradients):
-            return False
+        if not _same([p.grad for p in self.reached], self.gradients):
+            if self._add:
+                return False
+            if self._step is not None:  # another line has run in between: a run writes over what it has left
+                self._deliver(self._made)
         return self._step is None or (self._limits == _limits(self._update) and self._step.ready())
 
     def restore(self) -> None:

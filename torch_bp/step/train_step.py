@@ -60,7 +60,8 @@ class TrainStep:
             the precision of the model, which may be float64.
         watch: a monitor, as `torch_bp.watch` returns for this model and optimizer, which then reads these steps. Those
             that it records are captured apart, as they keep what it measures. A step whose loss or gradients are not
-            finite has no reading. Default: none; it can be set, also by `torch_bp.watch(step)`.
+            finite has no reading, and on CUDA the host waits for one that is recorded. Default: none; it can be set,
+            also by `torch_bp.watch(step)`.
 
     Raises:
         TypeError, ValueError: an argument is none of these, or the optimizer holds no parameter of the model.
