@@ -212,6 +212,11 @@ def changes():
     StandIn.replays = 0
     both(*batch())
     assert StandIn.replays == 1, "rate and betas are numbers"
+    with use("triton"):
+        optimizer.step()  # by hand
+    plain.step()
+    both(*batch())
+    assert StandIn.replays == 2, "a step by hand is no reason for a new graph"
     for group in (optimizer.param_groups[0], plain.param_groups[0]):
         group["weight_decay"] = 0.1  # another kernel
     for _ in range(3):

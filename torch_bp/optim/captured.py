@@ -162,6 +162,8 @@ class CapturedStep:
         if len(groups) != len(self._shares):
             return False
         for group, (known, share) in zip(groups, self._shares):
+            for bucket in share.buckets:
+                bucket.catch_up()
             if group is not known or not share.fits(self._optimizer, group, [p.grad for p in group["params"]]):
                 return False
         return all(part.ready() for part in self._parts)

@@ -180,6 +180,11 @@ class Bucket:
             return False
         return all(counter.holds(self.state[name]) for name, counter in self.counters.items())
 
+    def catch_up(self) -> None:
+        """Take up what the counts are by now, after steps that somebody else has done; `holds` sees if all agree."""
+        for name, counter in self.counters.items():
+            counter.value = self.state[name][0].item()
+
     def update(self, optimizer: Any, group: Mapping[str, Any], gradients: Gradients) -> bool:
         """Run the list kernel; False if it may not serve, and then nothing is changed."""
         grads = gradients if len(gradients) == len(self.positions) else [gradients[i] for i in self.positions]
