@@ -7,7 +7,7 @@ import torch
 
 from tests.optim.table import PAIRS, parameters, train
 from torch_bp import optim
-from torch_bp.kernels import use
+from torch_bp.kernels import formula, use
 from torch_bp.optim.copies import Copies
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -88,3 +88,45 @@ def test_what_has_no_copy():
     torch_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     copies.attach(torch_optimizer)
     assert "_copies" not in vars(torch_optimizer)
+
+
+@formula(updates=("momentum_buffer", "param"))
+def backwards(param, grad, momentum_buffer, *, lr):
+    momentum_buffer = 0.9 * momentum_buffer + grad
+    return momentum_buffer, param - lr * momentum_buffer
+
+
+class Backwards(optim.RuleOptimizer):
+    """Names its state before the parameter."""
+
+    rule, state_names = backwards, ("momentum_buffer",)
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+
+def test_the_copy_is_of_the_parameter_wherever_it_is_named():
+    weight = torch.nn.Parameter(torch.randn(5, 3))
+    copies, optimizer = Copies(torch.bfloat16), Backwards([weight])
+    half = copies.of(weight)
+    copies.attach(optimizer)
+    for _ in range(3):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        torch.testing.assert_close(half, weight.detach().bfloat16(), rtol=0, atol=0)
+
+
+def test_a_copy_that_is_wanted_later():
+    params = [torch.nn.Parameter(torch.randn(3, 2)) for _ in range(2)]
+    copies, optimizer = Copies(torch.bfloat16), optim.SGD(params, lr=0.1)
+    halves = [copies.of(params[0])]
+    copies.attach(optimizer)
+    for number in range(6):
+        if number == 3:  # the step repeats itself by then
+            halves.append(copies.of(params[1]))
+        train(optimizer, params, 1)
+        assert copies.stale() == []
+        torch.testing.assert_close(halves, rounded(params[: len(halves)], torch.bfloat16), rtol=0, atol=0)
+    copies.clear()
+    train(optimizer, params, 1)
+    assert copies.stale() == []

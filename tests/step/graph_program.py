@@ -21,7 +21,7 @@ class StandIn:
     watched = ()  # tensors that the functions write to
     replays = 0
 
-    def __init__(self, pool):
+    def __init__(self, pool, device):
         pass
 
     def capture(self, first, then):
@@ -174,6 +174,12 @@ def not_finite():
         torch.testing.assert_close(spoiled[3], model_before[3], rtol=0, atol=0)
         if per == 1:
             torch.testing.assert_close(spoiled[2], model_before[2], rtol=0, atol=0)
+    # NaN in a batch that is not the last of its window: told of that batch, and statistics are not NaN
+    spoiled = trained("norm", MAKERS["adam"], True, steps=8, spoil=6, schedule=False, accumulate=2)
+    assert len(spoiled[5]) == 1
+    assert "at step 4" in spoiled[5][0]
+    assert "it is in the input" in spoiled[5][0]
+    assert all(b.isfinite().all() for b in spoiled[2])
     # and training goes on
     losses, *_, refused = trained("plain", MAKERS["adam"], True, steps=10, spoil=4)
     assert len(refused) == 1
@@ -227,8 +233,13 @@ def changes():
         both(*batch())
     both(*batch(4))
     both(*batch(4))
-    optimizer.zero_grad(set_to_none=True)
-    both(*batch())
+    StandIn.replays = 0
+    for _ in range(4):  # a smaller last batch in every epoch, and gradients that are cleared
+        both(*batch())
+        both(*batch(4))
+        optimizer.zero_grad(set_to_none=True)
+    assert StandIn.replays == 8, "neither is a reason for a new graph"
+    assert len(step._runner.lines) <= 3
     optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
     for _ in range(3):
         both(*batch())

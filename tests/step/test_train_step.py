@@ -693,12 +693,35 @@ def test_gradients_that_overflow_for_their_scale_are_left_out(accumulate, captur
     got = torch.stack([step(x, y) for x, y in made])
     kept = step.state_dict()["loss_scale"]["scale"]
     assert kept < 2.0**24
-    assert step.steps * accumulate == len(made) - round(math.log2(2.0**24 / kept))  # at the first batch of a window
-    if accumulate == 1:
-        theirs = torch_bp.convert(theirs)
-        scaled = by_scaler(theirs, loss_fn, optim.SGD(theirs.parameters(), lr=0.1), made, scale=2.0**24)
-        torch.testing.assert_close(got, scaled, rtol=1e-6, atol=1e-6)
-        assert_same_state(mine, theirs, 1e-5)
+    assert step.steps == len(made) // accumulate - round(math.log2(2.0**24 / kept))
+    theirs = torch_bp.convert(theirs)
+    scaled = by_scaler(theirs, loss_fn, optim.SGD(theirs.parameters(), lr=0.1), made, accumulate, scale=2.0**24)
+    torch.testing.assert_close(got, scaled, rtol=1e-6, atol=1e-6)
+    assert_same_state(mine, theirs, 1e-5)
+
+
+def test_float16_in_an_open_window():
+    model, _ = pair("linear")
+    step = TrainStep(
+        model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.1), precision="fp16", accumulate=2
+    )
+    x, y = next(iter(batches("cross-entropy")))
+    step(x, y)
+    with pytest.raises(RuntimeError, match="a window must not be open with precision='fp16'"):
+        step.backward(x, y)
+    step.drop()
+    step.backward(x, y)
+
+
+@pytest.mark.parametrize("options", [{"reduction": "sum"}, {"label_smoothing": 0.1}, {"ignore_index": 1}], ids=str)
+def test_float16_with_losses_that_leave_out_defaults(options):
+    mine, theirs = pair("linear")
+    theirs, loss_fn = torch_bp.convert(theirs), nn.CrossEntropyLoss(**options)
+    step = TrainStep(mine, loss_fn, optim.SGD(mine.parameters(), lr=0.01), precision="fp16")
+    made = list(batches("cross-entropy"))
+    got = torch.stack([step(x, y) for x, y in made])
+    expected = by_scaler(theirs, loss_fn, optim.SGD(theirs.parameters(), lr=0.01), made)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_that_overflow_at_any_scale_are_an_error():
@@ -1160,3 +1183,121 @@ def test_zeros_that_are_filled_are_zeros_again_and_slices_are_where_they_are():
     expected = by_autograd(theirs, nn.CrossEntropyLoss(), optim.SGD(theirs.parameters(), lr=0.1), data)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
     assert_same_state(mine, theirs, 1e-6)
+
+
+class InPlace(torch.nn.Module):
+    """Writes to its batch, to a frozen copy of a weight, to an attribute, and past the version counter."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.last = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 5)
+        self.key.requires_grad_(False)
+        self.seen = torch.zeros(())
+        self.register_buffer("rows", torch.zeros(2, 8))
+
+    def forward(self, x):
+        x.mul_(0.5)
+        with torch.no_grad():
+            self.key.weight.mul_(0.9).add_(self.query.weight, alpha=0.1)
+            self.key.bias.data.mul_(0.5)
+            self.seen += 1
+            h = self.key(x)
+            self.rows[0].add_(h.mean(0))
+            self.rows[1].add_(h.var(0))
+        return self.last(torch.tanh(self.query(x)) + h) + 0.01 * self.rows.sum()
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_what_a_forward_writes_it_writes_once(capture):
+    torch.manual_seed(0)
+    mine = InPlace()
+    theirs = copy.deepcopy(mine)
+    loss_fn = nn.CrossEntropyLoss()
+    step = TrainStep(mine, loss_fn, optim.SGD(mine.parameters(), lr=0.1), capture=capture, fallback="autograd")
+    given, also = (list(batches("cross-entropy")) for _ in range(2))
+    got = torch.stack([step(x, y) for x, y in given])
+    optimizer = optim.SGD(theirs.parameters(), lr=0.1)
+    expected = by_autograd(theirs, loss_fn, optimizer, also)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    assert_same_state(mine, theirs, 1e-6)
+    assert mine.seen == theirs.seen
+    torch.testing.assert_close([x for x, _ in given], [x for x, _ in also])
+    if capture:  # else buffers alone are put back
+        before = copy.deepcopy(mine.state_dict())
+        x, y = next(iter(batches("cross-entropy")))
+        x[1, 2] = float("nan")
+        with pytest.raises(FloatingPointError):
+            step(x, y)
+        torch.testing.assert_close(dict(mine.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_the_first_step_takes_back_what_it_wrote_when_it_is_not_finite():
+    mine = InPlace()
+    before = copy.deepcopy(mine.state_dict())
+    step = TrainStep(mine, nn.CrossEntropyLoss(), optim.SGD(mine.parameters()), fallback="autograd", capture=True)
+    x, y = next(iter(batches("cross-entropy")))
+    x[1, 2] = float("nan")
+    with pytest.raises(FloatingPointError):
+        step(x, y)
+    torch.testing.assert_close(dict(mine.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_copies_in_bfloat16_see_what_versions_do_not():
+    mine, theirs = pair("linear")
+    theirs, loss_fn = torch_bp.convert(theirs), nn.CrossEntropyLoss()
+    step = TrainStep(mine, loss_fn, optim.Adam(mine.parameters(), lr=0.01), precision="bf16")
+    optimizer = optim.Adam(theirs.parameters(), lr=0.01)
+    for number, (x, y) in enumerate(batches("cross-entropy")):
+        for model in (mine, theirs):
+            first, *_, last = model.parameters()
+            if number == 2:
+                first.data.mul_(0.5)
+            if number == 3:
+                last.data = last.data + 1
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_fn(theirs(x), y)
+        loss.backward()
+        torch.testing.assert_close(step(x, y), loss.detach(), rtol=0, atol=0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_state(mine, theirs)
+
+
+def test_products_in_bfloat16_read_the_copies():
+    model, _ = pair("linear")
+    step = TrainStep(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters(), lr=0.0), precision="bf16")
+    x, y = next(iter(batches("cross-entropy")))
+    before = step(x, y)
+    step._runner.trusting = True
+    for p in model.parameters():
+        step._passes.copies.of(p).zero_()
+    assert step(x, y) != before
+
+
+def test_many_steps_in_bfloat16_are_those_of_single_ones():
+    mine, theirs = pair("linear")
+    loss_fn = nn.CrossEntropyLoss()
+    made = [b for b in batches("cross-entropy") if len(b[1]) == len(next(iter(batches("cross-entropy")))[1])]
+    xs, ys = torch.stack([x for x, _ in made]), torch.stack([y for _, y in made])
+    one = TrainStep(mine, loss_fn, optim.Adam(mine.parameters(), lr=0.01), precision="bf16")
+    other = TrainStep(theirs, loss_fn, optim.Adam(theirs.parameters(), lr=0.01), precision="bf16")
+    torch.testing.assert_close(one.many(xs, ys), torch.stack([other(x, y) for x, y in made]), rtol=0, atol=0)
+    assert_same_state(mine, theirs)
+
+
+def test_two_models_of_one_optimizer():
+    first, second = pair("linear")
+    plain = copy.deepcopy((first, second))
+    optimizer = optim.SGD([*first.parameters(), *second.parameters()], lr=0.1, momentum=0.9)
+    reference = torch.optim.SGD([p for model in plain for p in model.parameters()], lr=0.1, momentum=0.9)
+    loss_fn = nn.CrossEntropyLoss()
+    steps = [TrainStep(model, loss_fn, optimizer) for model in (first, second)]
+    for number, (x, y) in enumerate(batches("cross-entropy")):
+        steps[number % 2](x, y)
+        reference.zero_grad()
+        loss_fn(plain[number % 2](x), y).backward()
+        reference.step()
+    for mine, theirs in zip((first, second), plain):
+        assert_same_state(mine, theirs, 1e-6)
+    with pytest.raises(AttributeError):
+        steps[0].optimizer = reference

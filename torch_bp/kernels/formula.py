@@ -177,6 +177,7 @@ class Formula:
         Numbers are read now, one-element tensors at every call.
         """
         tensors = self.padded(tensors) if len(tensors) < len(self.tensors) else tensors
+        keywords = self.defaults | dict(keywords)
         present = [t for t in tensors if t is not None]
         program = self._prepare(present[0], _presence(tensors), keywords)
         targets = [t for t in results if t is not None]

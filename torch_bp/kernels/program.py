@@ -142,6 +142,7 @@ class Program:
                 )
         else:
             targets = [f"_result{i}" for i in range(len(expression.outputs) - len(expression.totals))]
+        self._first = names[0]
         self.targets, self.totals = targets, len(expression.totals)
         self.numba = engine == "numba"
         module: Any = cpu if self.numba else cuda
@@ -195,8 +196,8 @@ class Program:
         return as_returned(results, self.expression)
 
     def copied(self, table: Table) -> tuple[str, torch.dtype] | None:
-        """What a list kernel writes twice, where the table says so: the first target, in another dtype."""
-        return None if table.copies is None else (self.targets[0], table.copied)  # type: ignore[return-value]
+        """What a list kernel writes twice, where the table says so: the first argument, in another dtype."""
+        return None if table.copies is None else (self._first, table.copied)  # type: ignore[return-value]
 
     def run_list(self, table: Table, values: Sequence[Any], partial: Any = None) -> None:
         """Run the list kernel of the CPU; totals of each chunk go to `partial`."""

@@ -35,6 +35,7 @@ class Again:
         self._share, self._bucket, self._program = share, bucket, program
         self._names, self._static = tuple(static), tuple(static.values())
         self._engine, self._copies = engine.forced(), copies
+        self._generation = 0 if copies is None else copies.generation
         self._compiled: Any = native.functions()
         table = bucket.table
         self._handles = table.seen.handles.copy()  # type: ignore[union-attr]
@@ -70,7 +71,7 @@ class Again:
             return False
         if tuple(map(group.get, FLAGS)) != share.flags or tuple(optimizer.state_layout(group)) != share.layout:
             return False
-        if copies_of(optimizer) is not self._copies:
+        if copies_of(optimizer) is not self._copies or (self._copies and self._copies.generation != self._generation):
             return False
         if engine.forced() != self._engine or any(map(_is_neg, self._single)):
             return False

@@ -60,7 +60,7 @@ class Numbers:
         self.there.copy_(slot, non_blocking=True)
         if self._cuda:
             self._sent[number] = self._sent[number] or torch.cuda.Event()
-            self._sent[number].record()
+            self._sent[number].record(torch.cuda.current_stream(self.there.device))
         for k, value in tensors:  # a rate that is a tensor, where it is
             self.there[k].copy_(value.reshape(()), non_blocking=True)
 
@@ -88,6 +88,7 @@ class _Part:
             and self.table.elements > 0
         )
         copies = copies_of(optimizer)
+        self._generation = 0 if copies is None else copies.generation
         if copies is not None:
             copies.tell(self.table, bucket.params)
         self.values: Sequence[Any] = self.program.expression.host(**scalars) if self.serves else ()
@@ -101,6 +102,9 @@ class _Part:
 
     def ready(self) -> bool:
         """Compute the numbers of the next step; False where the kernel would have to be another, or elsewhere."""
+        copies = copies_of(self._optimizer)
+        if copies is not None and copies.generation != self._generation:
+            return False
         scalars = self._scalars()
         if any(scalars.get(name) != value for name, value in self._static.items()):
             return False
@@ -130,11 +134,18 @@ class CapturedStep:
     def of(cls, optimizer: Any) -> CapturedStep | None:
         """Return the update from the gradients that are in `p.grad`; None where it is not list kernels alone.
 
-        That is so for optimizers of other packages, on the first step, whose state is yet to be made, for sparse and
-        complex gradients, with `capturable` or `fused`, and with hooks on the step.
+        That is so for optimizers of other packages, for NAdam, on the first step, whose state is yet to be made, for
+        sparse and complex gradients, with `capturable` or `fused`, and with hooks on the step.
         """
         rule = getattr(getattr(optimizer, "rule", None), "formula", None)
-        if rule is None or rule.outer or _special(optimizer) or not lists_may_serve():
+        # numbers besides the step count could not be taken back
+        if (
+            rule is None
+            or rule.outer
+            or getattr(optimizer, "numbers", ())
+            or _special(optimizer)
+            or not lists_may_serve()
+        ):
             return None
         shares, parts = [], []
         for group in optimizer.param_groups:
@@ -203,8 +214,19 @@ class CapturedStep:
         """Lower the step counts by steps that the device has not taken."""
         for part in self._parts:
             counter = part.bucket.counters.get("step")
-            if counter is not None and not getattr(self._optimizer, "numbers", ()):
+            if counter is not None:
                 counter.set(part.bucket.state["step"], counter.value - count)
+
+
+def fresh(optimizer: Any) -> bool:
+    """True if the optimizer is yet to make the state of a parameter that has a gradient."""
+    if not hasattr(getattr(optimizer, "rule", None), "formula"):
+        return False
+    for group in optimizer.param_groups:
+        wanted = optimizer.counts_steps or any(optimizer.state_layout(group))
+        if wanted and any(p.grad is not None and not optimizer.state.get(p) for p in group["params"]):
+            return True
+    return False
 
 
 def _special(optimizer: Any) -> bool:

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torch_bp.kernels import Table
 from torch_bp.kernels.plain import dense
 
 
 class Copies:
-    """Parameters in half precision, for products that read them so; `attach` lets an optimizer keep them up to date.
+    """Parameters in half precision, for products that read them so; an optimizer may keep them up to date.
 
-    Whatever else writes to a parameter is seen by its version, and copied by `refresh`.
+    Whatever else writes to a parameter is copied by `refresh`. Where nobody but the optimizer can have written since
+    the last one, it goes by the versions of parameters. Anywhere else there may have been a `p.data.clamp_()`, of which
+    versions tell nothing, and it copies all.
 
     Args:
         dtype: `torch.bfloat16` or `torch.float16`.
@@ -38,6 +41,7 @@ class Copies:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.generation = 0  # grows with each copy that is made or forgotten: addresses are then told anew
         self._of: dict[int, Tensor] = {}
         self._params: list[Tensor] = []
         self._versions: dict[int, int] = {}
@@ -50,11 +54,21 @@ class Copies:
 
     def of(self, p: Tensor) -> Tensor:
         """Return the copy of a parameter, which stays where it is."""
-        if id(p) not in self._of:
-            self._of[id(p)] = p.detach().to(self.dtype, memory_format=torch.preserve_format)
-            self._params.append(p)
+        copy = self._of.get(id(p))
+        if copy is None or copy.shape != p.shape or copy.stride() != p.stride():
+            self._params += [p] * (copy is None)
+            with _disable_current_modes():  # whoever notes operations is to find the copy there
+                self._of[id(p)] = p.detach().to(self.dtype, memory_format=torch.preserve_format)
             self._versions[id(p)] = p._version
+            self.generation += 1
         return self._of[id(p)]
+
+    def clear(self) -> None:
+        """Forget all copies."""
+        self._of.clear()
+        self._params.clear()
+        self._versions.clear()
+        self.generation += 1
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimizer of torch_bp write the copies; others leave that to `refresh`."""
@@ -65,9 +79,9 @@ class Copies:
         """Return the parameters that somebody else has written to."""
         return [p for p in self._params if p._version != self._versions[id(p)]]
 
-    def refresh(self) -> None:
-        """Copy what is stale."""
-        stale = self.stale()
+    def refresh(self, trusting: bool = False) -> None:
+        """Copy all, or, `trusting` that nobody else was at it, what is stale."""
+        stale = self.stale() if trusting else self._params
         if stale:
             with torch.no_grad():
                 torch._foreach_copy_([self._of[id(p)] for p in stale], stale)

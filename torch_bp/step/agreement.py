@@ -47,7 +47,8 @@ def against_autograd(
     inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
     with torch.enable_grad(), isolated(modules, apart=True) as stand_ins:
         leaves = [stand_ins[p] for p in parameters.values()]
-        loss = passes.loss_fn(passes.model(*inputs[0]), *inputs[1])
+        with passes.autocast(leaves):
+            loss = passes.loss_fn(passes.model(*inputs[0]), *inputs[1])
         found = torch.autograd.grad(loss.reshape(()), leaves, allow_unused=True)
     norms = {}
     for name, theirs in zip(parameters, found):
@@ -62,16 +63,18 @@ def against_differences(
     passes: Passes, modules: Sequence[torch.nn.Module], inputs: Any, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, float], str]:
     """Return by the name of a parameter the relative error, and why it could not be told of others, or of any."""
+    passes = Passes(passes.model, passes.loss_fn, passes.fallback)  # in the precision of what is given
     autocasting = {t.device.type for t in parameters.values()}
     inputs = tree_map_only(Tensor, lambda t: t.detach().double() if t.is_floating_point() else t.detach(), inputs)
     try:
         with torch.no_grad(), _Disabled(autocasting), isolated(modules, dtype=torch.float64) as stand_ins:
             leaves = [stand_ins[p] for p in parameters.values()]
             found = _differences(passes, modules, inputs, dict(zip(parameters, leaves)))
-            if len(found) < len(leaves) or any(error > DIFFERENCES for error in found.values()):
+            doubtful = [name for name in parameters if not found.get(name, math.inf) <= DIFFERENCES]
+            if doubtful:
                 _move_aside(leaves)
                 beside = _differences(passes, modules, inputs, dict(zip(parameters, leaves)))
-                found = {name: min(found.get(name, math.inf), error) for name, error in beside.items()}
+                found |= {name: beside[name] for name in doubtful if name in beside}
     except GradcheckError as error:
         return {}, f"no central differences: {error}"
     except Exception as error:  # of the user's model, which need not run in float64

@@ -13,10 +13,10 @@ kernels of the update change nothing, running statistics are put back, and the h
 from __future__ import annotations
 
 import collections
+import contextlib
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.kernels import capture
 from torch_bp.kernels.norm import ratio, values_of
-from torch_bp.optim.captured import CapturedStep
+from torch_bp.optim.captured import CapturedStep, fresh
 from torch_bp.step.line import Passes, apart
 from torch_bp.step.loss_scale import LossScale
 from torch_bp.step.plan import Plan
@@ -43,18 +43,36 @@ class Graph:
 
     Args:
         pool: memory that the graphs of one step share.
+        device: of everything in it.
     """
 
-    def __init__(self, pool: Any) -> None:
-        self._graph, self._pool = torch.cuda.CUDAGraph(), pool
+    def __init__(self, pool: Any, device: torch.device) -> None:
+        self._graph, self._pool, self._device = torch.cuda.CUDAGraph(), pool, device
 
     def capture(self, first: Callable[[], Any], then: Callable[[Any], None]) -> Any:
-        """Capture `then(first())` without running it; return what `first` has returned, which replays overwrite."""
-        # other threads, as a loader's that pins memory, go on meanwhile
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-            made = first()
-            then(made)
-        return made
+        """Capture `then(first())` without running it; return what `first` has returned, which replays overwrite.
+
+        Raises:
+            NotCapturableError: an operation cannot be captured; the device is as it was.
+        """
+        before = torch.cuda.current_stream(self._device)
+        try:
+            # other threads, as a loader's that pins memory, go on meanwhile
+            with torch.cuda.graph(
+                self._graph,
+                pool=self._pool,
+                stream=torch.cuda.Stream(self._device),
+                capture_error_mode="thread_local",
+            ):
+                made = first()
+                then(made)
+            return made
+        except RuntimeError as error:
+            # where CUDA ends a capture itself, torch leaves its stream current, and memory going to the pool
+            torch.cuda.set_stream(before)
+            with contextlib.suppress(RuntimeError, AttributeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            raise NotCapturableError(f"CUDA could not capture it: {error}") from error
 
     def replay(self) -> None:
         """Do what was captured."""
@@ -84,7 +102,7 @@ class Outcomes:
         event = None
         if self._cuda:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(bad.device))
         self._waiting.append((event, slot, about))
 
     def found(self, wait: bool = False) -> list[tuple[int, Any]]:
@@ -145,12 +163,17 @@ class DeviceLine:
         inputs, batch = apart(inputs, modules)
         with Recorder(batch) as recorder:
             hearing = None if monitor is None else monitor.hearing()
-            loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of), hearing=hearing)
+            try:
+                loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of), hearing=hearing)
+                _refuse_the_host(recorder, leaves)
+            except BaseException:
+                recorder.rewind()
+                raise
         self._monitor, self.heard, self._overwritten = monitor, (), frozenset[int]()
         if hearing is not None:
             self.heard, self._overwritten = hearing.heard, hearing.overwritten
-        _refuse_the_host(recorder, leaves[0].device)
         if not self.unchanged.holds():
+            recorder.rewind()
             raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
         self._passes, self._inputs, self._leaves, self._scale, self._add = passes, inputs, list(leaves), scale, add
         self._batch = batch
@@ -158,10 +181,12 @@ class DeviceLine:
         self._limits: tuple[float | None, float | None] = (None, None)
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
         reached = set(self.reached)
-        self._others = [p for p in dict.fromkeys(p for m in modules for p in m.parameters()) if p not in reached]
+        every = dict.fromkeys([*leaves, *(p for m in modules for p in m.parameters())])
+        self._others = [p for p in every if p not in reached]
         names = {id(p): name for module in modules for name, p in module.named_parameters()}
         self.plan.parameters = [names.get(id(p), "?") for p in self.reached]
-        self.written = recorder.written
+        self.written, self._touched = recorder.written, recorder.touched
+        self._modules = list(modules)
         self._before = [torch.empty_like(t) for t in self.written]
         self.output = tree_map_only(Tensor, Tensor.clone, passes.output)
         passes.output = None
@@ -181,6 +206,10 @@ class DeviceLine:
 
     def run(self, batch: Sequence[Tensor], own: bool = False) -> Tensor:
         """Do the step on another batch; return the loss, which the next run overwrites."""
+        with _current(self._bad.device):
+            return self._run(batch, own)
+
+    def _run(self, batch: Sequence[Tensor], own: bool) -> Tensor:
         if self._graph is None:
             self._capture()
             self._snapshot, self.replayed = None, True
@@ -190,7 +219,7 @@ class DeviceLine:
         if self._step is not None:
             self._step.send()
         self._graph.replay()  # type: ignore[union-attr]
-        torch._C._increment_version(self.written)
+        torch._C._increment_version(self._touched)
         if self._step is not None:
             self._step.ran()
         elif not self._add:
@@ -200,15 +229,17 @@ class DeviceLine:
     def intact(self) -> bool:
         """True if the graph still does what is wanted: gradients are added to the same memory, the update is the same.
 
-        True as well before anything was captured.
+        Before anything was captured: true if it can be.
         """
         if self._graph is None:
+            if self._update is not None and fresh(self._update.optimizer):
+                return False  # an update that makes state is no graph yet: another eager step
             return not self._add or all(p.grad is not None for p in self.reached)
-        if not _same([p.grad for p in self.reached], self.gradients):
-            if self._add:
+        if self._add:
+            if not _same([p.grad for p in self.reached], self.gradients):
                 return False
-            if self._step is not None:  # another line has run in between: a run writes over what it has left
-                self._deliver(self._made)
+        elif self._step is not None:
+            self._deliver(self._made)  # others may have put theirs there since
         return self._step is None or (self._limits == _limits(self._update) and self._step.ready())
 
     def restore(self) -> None:
@@ -226,11 +257,10 @@ class DeviceLine:
 
     def _capture(self) -> None:
         # memory of the graph's own: the user's batch comes and goes
-        fixed = {id(t): torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in self._batch}
-        for t in self._batch:
-            fixed[id(t)].copy_(t)
+        fixed = {id(t): t.clone(memory_format=torch.preserve_format) for t in self._batch}
         self._inputs = tree_map_only(Tensor, lambda t: fixed[id(t)], self._inputs)
         self._batch = [fixed[id(t)] for t in self._batch]
+        self._rehearse()
         # of gradients that stand in: those of the graph are not there yet, and nothing may be sent while it is captured
         if not self._add:
             self._deliver([torch.empty_like(p) for p in self.reached])
@@ -240,12 +270,9 @@ class DeviceLine:
             step.prepare()
             self._step = step
         reserved = torch.cuda.memory_reserved(self._bad.device) if self._bad.is_cuda else 0
-        graph = Graph(self._pool)
+        graph = Graph(self._pool, self._bad.device)
         with _capturing():
-            try:
-                self.loss, made, self.output = graph.capture(self._pass, self._finish)
-            except RuntimeError as error:
-                raise NotCapturableError(f"CUDA could not capture it: {error}") from error
+            self.loss, made, self.output = graph.capture(self._pass, self._finish)
         self.bytes = torch.cuda.memory_reserved(self._bad.device) - reserved if self._bad.is_cuda else 0
         self._graph = graph
         if self._add:
@@ -255,6 +282,18 @@ class DeviceLine:
             self._deliver(made)
         if self._step is not None and not self._step.ready():
             raise RuntimeError("TrainStep: the update does not fit the gradients of its graph.")
+
+    def _rehearse(self) -> None:
+        """Run the pass where the graph will read, and take it back: what is compiled for this memory is so before."""
+        before = Snapshot(self._modules)
+        with Recorder(self._batch) as recorder:
+            try:
+                hearing = None if self._monitor is None else self._monitor.hearing(self._overwritten)
+                self._passes.run(self._inputs, self._leaves, self._scale, hearing=hearing)
+            finally:
+                self._passes.output = None
+                recorder.rewind()
+                before.restore()
 
     def _pass(self) -> tuple[Tensor, list[Tensor], Any]:
         if self.written:
@@ -277,6 +316,7 @@ class DeviceLine:
         bad = torch.where(self._bad == NOT_FINITE, NOT_FINITE, bad) if self._add else bad
         if self._step is None:
             self._bad.copy_(bad)
+            self._put_back()
             return
         if self._loss_scale is not None:
             self._loss_scale.unscale_(held)
@@ -286,17 +326,23 @@ class DeviceLine:
             of_gradients = torch.where(self._loss_scale.value > 1, OVERFLOWED, NOT_FINITE)
         self._bad.copy_(torch.where((bad == TAKEN) & ~total.isfinite(), of_gradients, bad))
         if self._loss_scale is not None:
-            self._loss_scale.update_(self._bad == OVERFLOWED)
-        for tensor, before in zip(self.written, self._before):
-            tensor.copy_(torch.where(self._bad == NOT_FINITE, before, tensor))
+            self._loss_scale.update_(self._bad != TAKEN)
+        self._put_back()
         max_norm, max_value = self._limits
         if max_value is not None:
             torch._foreach_clamp_max_(held, max_value)
             torch._foreach_clamp_min_(held, -max_value)
         if max_norm is not None:
             total = total if max_value is None else _total_norm(held)
-            torch._foreach_mul_(held, ratio(max_norm, total).clamp(max=1.0).to(held[0].dtype))
+            factor = ratio(max_norm, total).clamp(max=1.0)
+            for dtype in dict.fromkeys(g.dtype for g in held):
+                torch._foreach_mul_([g for g in held if g.dtype is dtype], factor.to(dtype))
         self._step.launch(self._bad)
+
+    def _put_back(self) -> None:
+        """Let running statistics be as before a batch that is not finite."""
+        for tensor, before in zip(self.written, self._before):
+            tensor.copy_(torch.where(self._bad == NOT_FINITE, before, tensor))
 
     def _deliver(self, gradients: Sequence[Tensor]) -> None:
         """Leave the gradients in `p.grad`."""
@@ -313,6 +359,11 @@ class DeviceLine:
     def _hold(self) -> None:
         self.gradients = [p.grad for p in self.reached if p.grad is not None]
         self.norm = Norm(self.gradients)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make the device current: streams, events and captures are of the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def serves(parameter: Tensor) -> bool:
@@ -347,9 +398,11 @@ def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack(norms).square().sum().sqrt()
 
 
-def _refuse_the_host(recorder: Recorder, device: torch.device) -> None:
-    """Raise where a pass takes numbers from the host's memory, which a graph would freeze."""
-    if device.type == "cpu":
+def _refuse_the_host(recorder: Recorder, leaves: Sequence[Tensor]) -> None:
+    """Raise where a pass takes numbers from the host's memory, which a graph would freeze, or uses several devices."""
+    if len({p.device for p in leaves}) > 1:
+        raise NotCapturableError("the parameters are on several devices, which no graph can be of")
+    if leaves[0].device.type == "cpu":
         return
     for call in recorder.calls:
         if any(t.device.type == "cpu" for t in tensors_in(tree_leaves((call.args, call.keywords)))):
@@ -363,7 +416,7 @@ class _Watcher:
         return NotImplemented
 
 
-@contextmanager
+@contextlib.contextmanager
 def _capturing() -> Iterator[None]:
     thread = threading.get_ident()
     capture.recorders[thread] = _Watcher()

@@ -53,7 +53,7 @@ class Passes:
         precision: str | None = None,
     ) -> None:
         self.model, self.loss_fn, self.fallback, self._keep_output = model, loss_fn, fallback, keep_output
-        self._precision = precision
+        self.precision = precision
         self.path = Paths({"": model, "loss": loss_fn})
         self.loss_scale: Tensor | None = None
         self.copies: Copies | None = None
@@ -84,7 +84,7 @@ class Passes:
         with torch.no_grad(), heard_by(hearing, self.model), Tape(leaves, noted, whole=seen is not None) as tape:
             tape.copies = self.copies
             # As in training through autograd, for what asks, and for no_grad inside.
-            with torch.enable_grad(), Explicit(tape, self.fallback, self.path), self._autocast(leaves):
+            with torch.enable_grad(), Explicit(tape, self.fallback, self.path), self.autocast(leaves):
                 output = self.model(*inputs[0])
                 loss = self.loss_fn(output, *inputs[1])
             if hearing is not None:
@@ -102,10 +102,11 @@ class Passes:
                 dy = dy * self.loss_scale
             return loss, tape.backward(loss, dy, seen)
 
-    def _autocast(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
-        if self._precision is None:
+    def autocast(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """The context for the precision of the products."""
+        if self.precision is None:
             return contextlib.nullcontext()
-        return torch.autocast(leaves[0].device.type, DTYPES[self._precision])
+        return torch.autocast(leaves[0].device.type, DTYPES[self.precision])
 
 
 class Line:
@@ -157,13 +158,14 @@ class Line:
         with Recorder(batch) as recorder:
             try:
                 loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of), hearing=hearing)
-            except NotCapturableError:
+            except BaseException:
                 recorder.rewind()
                 raise
         if hearing is not None and not hearing.overwritten <= copied:
             recorder.rewind()
             raise OverwrittenError(hearing.overwritten)
         if not self.unchanged.holds():
+            recorder.rewind()
             raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
         places = [recorder.place(gradient) for gradient in found if gradient is not None]
@@ -189,7 +191,8 @@ class Line:
         ]
         self.gradients: list[Tensor] = []
         reached = set(self.reached)
-        self._others = [p for p in dict.fromkeys(p for m in modules for p in m.parameters()) if p not in reached]
+        every = dict.fromkeys([*leaves, *(p for m in modules for p in m.parameters())])  # those of the optimizer too
+        self._others = [p for p in every if p not in reached]
         self._at = self.program.arena.storage.data_ptr()
         names = {id(p): name for module in modules for name, p in module.named_parameters()}
         self.plan.parameters = [names.get(id(p), "?") for p in self.reached]

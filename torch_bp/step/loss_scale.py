@@ -48,7 +48,7 @@ class LossScale:
 
     def update_(self, overflowed: Tensor) -> None:
         """Take note of a step: `overflowed` () is not 0 where it was left out."""
-        torch._amp_update_scale_(self.value, self._healthy, overflowed.float(), _GROWTH, _BACKOFF, _INTERVAL)
+        torch._amp_update_scale_(self.value, self._healthy, overflowed.to(self.value), _GROWTH, _BACKOFF, _INTERVAL)
 
     def state_dict(self) -> dict[str, Any]:
         """Return its numbers."""

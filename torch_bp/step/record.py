@@ -81,7 +81,7 @@ def _run(
         notes.in_loss = True
         return output[0]
 
-    own = Passes(model, passes.loss_fn, passes.fallback)
+    own = Passes(model, passes.loss_fn, passes.fallback, precision=passes.precision)
     own.path = passes.path
     with isolated(modules):
         loss, gradients = own.run(inputs, leaves, 1.0, noted=notes.noted, seen=notes.seen)

@@ -25,6 +25,8 @@ from torch_bp.kernels import capture
 _aten = torch.ops.aten
 _READS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
 _READS |= {_aten.mkldnn_rnn_layer.default}  # which returns less where no gradients are recorded
+# Where truth values are the index, places are counted; where values are written to them, on a device alone.
+_INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 _LIFTS = {_aten.lift_fresh.default, _aten.lift.default, _aten.lift_fresh_copy.default}
 EMPTY = {
     _aten.empty.memory_format,
@@ -96,7 +98,8 @@ class Recorder(TorchDispatchMode):
     Attributes:
         calls: in the order in which they ran.
         memories: by their number.
-        written: tensors from outside that calls write to.
+        written: memory from outside that calls write to, but for the batch, each as one tensor.
+        touched: tensors of that memory.
 
     Args:
         batch: tensors in memory of their own, for which others of the same form stand in when the pass runs again.
@@ -109,13 +112,26 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self.memories: dict[int, Memory] = {}
         self.written: list[Tensor] = []
+        self.touched: list[Tensor] = []
         self._lifted: set[int] = set()
         self._drawn: list[tuple[torch.Generator, Tensor]] = []  # generators of the model's own, as they were
+        self._overwritten: dict[int, tuple[Tensor, Tensor]] = {}  # memory that was there before, as it was
 
     def rewind(self) -> None:
-        """Let generators that a pass has drawn from give the same numbers again; torch's own is the caller's."""
+        """Take back what the pass did to memory that was there before, and to generators but for torch's own."""
         for generator, state in self._drawn:
             generator.set_state(state)
+        for whole, before in self._overwritten.values():
+            whole.copy_(before)
+
+    def _keep(self, tensor: Tensor) -> None:
+        """Note what memory holds that is written to, if the pass has not made it."""
+        key = _number(tensor)
+        known = self.memories.get(key)
+        if key in self._overwritten or (known is not None and known.made) or tensor.layout is not torch.strided:
+            return
+        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        self._overwritten[key] = whole, whole.clone()
 
     def __enter__(self) -> Any:
         capture.recorders[threading.get_ident()] = self
@@ -142,6 +158,8 @@ class Recorder(TorchDispatchMode):
         for value in kwargs.values():
             if isinstance(value, torch.Generator) and all(value is not known for known, _ in self._drawn):
                 self._drawn.append((value, value.get_state()))
+        for tensor in _written(func, args, kwargs):
+            self._keep(tensor)
         results = func(*args, **kwargs)
         self._note(func, args, kwargs, results)
         return results
@@ -177,8 +195,9 @@ class Recorder(TorchDispatchMode):
             memory = self._use(tensor, number)
             if _number(tensor) in self._lifted:
                 raise NotCapturableError(f"{operation} writes to a tensor that was made of numbers on the host")
-            if not memory.made and not memory.written:
-                self.written.append(tensor)
+            if not memory.made and not memory.written and _number(tensor) not in self.of_batch:
+                self.written.append(_whole(tensor))
+                self.touched.append(tensor)
             memory.written = True
         if fresh or written:  # else a view, or nothing that is kept
             from_nothing = not written and not is_random(operation) and (not given or operation in _FILLS)
@@ -195,9 +214,16 @@ class Recorder(TorchDispatchMode):
         return memory
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """All of the memory that a tensor lies in; several views may be written to."""
+    storage = tensor.untyped_storage()
+    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return whole.set_(storage, 0, (storage.nbytes() // tensor.itemsize,), (1,))  # type: ignore[call-overload]
+
+
 def _sized_by_values(operation: Any, args: tuple[Any, ...]) -> bool:
     """True if how large a result is depends on the values in a tensor."""
-    if operation is _aten.index.Tensor:  # by truth values, unlike by numbers
+    if operation in _INDEXED and args[0].is_cuda | (operation is _aten.index.Tensor):  # by truth values
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
     return torch.Tag.dynamic_output_shape in operation.tags
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from torch_bp.step import device_line
 from torch_bp.step.arguments import Inputs, kind_of
@@ -19,7 +20,7 @@ from torch_bp.step.device_line import DeviceLine, Outcomes
 from torch_bp.step.line import Line, Passes
 from torch_bp.step.loss_scale import LossScale
 from torch_bp.step.plan import Plan
-from torch_bp.step.recorder import NotCapturableError
+from torch_bp.step.recorder import NotCapturableError, tensors_in
 from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.unchanged import hooked, refuse_backward_hooks
 from torch_bp.step.update import Norm, Update
@@ -59,8 +60,8 @@ class Uncaptured:
         self.output, passes.output = passes.output, None
         self.heard = () if hearing is None else hearing.heard
         if not add:
-            for module in modules:
-                module.zero_grad()
+            for p in [*leaves, *(p for module in modules for p in module.parameters())]:
+                p.grad = None
         given: set[int] = set()
         for p, gradient in zip(leaves, found):
             if gradient is not None:
@@ -90,6 +91,7 @@ class Runner:
     Attributes:
         capture: as of `TrainStep`.
         outcomes: of steps that a device may still be at, None before there were any.
+        trusting: True while nobody but the optimizer can have written to parameters since the last pass.
         monitor: that records the last pass, if any.
     """
 
@@ -108,6 +110,7 @@ class Runner:
         self._never: set[Any] = set()  # kinds of batches that cannot be captured
         self._device: tuple[Any, Tensor] | None = None  # memory of graphs, and what became of a window
         self.outcomes: Outcomes | None = None
+        self.trusting = False
         self.monitor: Monitor | None = None
 
     @property
@@ -124,6 +127,8 @@ class Runner:
         """Forget what was captured."""
         self._lines.clear()
         self._never.clear()
+        if self._passes.copies is not None:
+            self._passes.copies.clear()
 
     def run(
         self, inputs: Inputs, add: bool, scale: float, own: bool = False, final: bool = False
@@ -148,10 +153,10 @@ class Runner:
             passes.loss_scale = self._loss_scale.value
         if kind is not None and self._loss_scale is not None:
             kind = (*kind, own)
-        if kind is not None and batch and device_line.serves(batch[0]):
+        if kind is not None and (not batch or device_line.serves(batch[0])):
             kind = (*kind, own, final)
         if passes.copies is not None:
-            passes.copies.refresh()
+            passes.copies.refresh(self.trusting)
         recording = torch.is_grad_enabled()
         _set_recording(False)  # as no_grad, which takes a microsecond
         try:
@@ -172,6 +177,8 @@ class Runner:
                     line.run(batch, own)
                 except NotCapturableError:  # a graph, at its first replay
                     del self._lines[kind]
+                    if self._device is not None and self._device[1].is_cuda:  # its memory may be left as it was
+                        self._device = torch.cuda.graph_pool_handle(), self._device[1]
                     self._cannot(kind)
                     return None
                 except BaseException:
@@ -227,12 +234,17 @@ class Runner:
         )
         line: Line | DeviceLine
         if serves:
+            if not all(map(device_line.serves, tensors_in(tree_leaves(inputs)))):
+                raise NotCapturableError("inputs and targets must be where the parameters are")
             update = self._update if final and self.monitor is None else None
             scales = None if own else self._loss_scale
             line = make(update, scales, *self._on_device(leaves[0]), self.monitor)
         else:
             line = self._line(make, before, own)
-        self._lines.setdefault(kind, []).append(line)
+        kept = self._lines.setdefault(kind, [])
+        if serves:  # a graph that no longer holds is of no use; a line may be, when a model is put back
+            kept.clear()
+        kept.append(line)
         while sum(map(len, self._lines.values())) > _LINES:
             oldest = next(iter(self._lines))
             del self._lines[oldest][0]

@@ -105,7 +105,7 @@ class TrainStep:
             "keep_output": keep_output,
             "precision": precision,
         }
-        self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
+        self.model, self.loss_fn, self._optimizer = model, loss_fn, optimizer
         self.accumulate = accumulate
         self.steps = 0
         self._loss_scale = LossScale() if precision == "fp16" else None
@@ -171,6 +171,11 @@ class TrainStep:
         Returns:
             The loss (), in memory of its own.
         """
+        if self._loss_scale is not None and self._waiting:
+            raise RuntimeError(
+                f"TrainStep.backward: a window must not be open with precision='fp16', whose gradients are scaled, got "
+                f"{self._waiting} of {self.accumulate} batches; finish it, or call update() or drop()."
+            )
         add = any(p.grad is not None for p in self._parameters())
         self._by_hand = True
         self._raise_found()
@@ -294,6 +299,11 @@ class TrainStep:
         self.reset()
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """As given; for another one, make another step."""
+        return self._optimizer
+
+    @property
     def capture(self) -> bool | str:
         """As given; it can be set."""
         return self._runner.capture
@@ -351,11 +361,19 @@ class TrainStep:
         return [p for p in unique if p.requires_grad]
 
     def _all(self, batches: Iterator[Inputs]) -> Tensor:
-        losses = [self._one(inputs).clone() for inputs in batches]
+        losses = []
+        try:
+            for inputs in batches:
+                losses.append(self._one(inputs).clone())
+                # From here to the next batch, nobody but the optimizer writes to parameters.
+                self._runner.trusting = not _observed(self.optimizer)
+        finally:
+            self._runner.trusting = False
         return torch.stack(losses) if losses else torch.empty(0)
 
     def _one(self, inputs: Inputs) -> Tensor:
-        self._raise_found()
+        # with a loss scale, steps that are left out are no exception: the counts of the next ones depend on them
+        self._raise_found(wait=self._loss_scale is not None)
         if self._update.monitor is not None:
             self._update.monitor.follow(name_of(self.loss_fn), whole=True)
         if not self._waiting:  # gradients by hand are replaced
@@ -365,8 +383,7 @@ class TrainStep:
         loss = ran.loss
         if ran.replayed and (ran.updates or not final):  # whether it is finite, the device will tell
             self._waiting += 1
-            if final:
-                self._told(inputs)
+            self._told(inputs, final)
             return loss
         size = ran.norm()
         # a norm can overflow where no number does
@@ -374,21 +391,22 @@ class TrainStep:
         earlier = ran.replayed and self.accumulate > 1 and int(self._runner.window) == NOT_FINITE  # type: ignore[arg-type]
         if earlier or not math.isfinite(loss) or not (finite or self._can_scale_down()):
             self._refuse(inputs, loss, size)
-        if not finite:
-            self._leave_out()
-            return loss
         self._waiting += 1
-        if final:
+        if final and not finite:
+            self._leave_out()
+        elif final:
             self._finish(size if self.accumulate == 1 else None)
         return loss
 
-    def _told(self, inputs: Inputs) -> None:
-        """Note that a device was told to do a whole step."""
-        self._waiting, self._by_hand = 0, False
-        self.steps += 1
-        self._runner.outcomes.note(self._runner.window, (self.steps, inputs, self._ran))  # type: ignore[union-attr, arg-type]
-        if self._update.monitor is not None:
-            self._update.monitor.updated()
+    def _told(self, inputs: Inputs, final: bool) -> None:
+        """Note that a device was told to do a pass, and if it is the `final` one of a window, the update."""
+        about = self.steps + 1, inputs, self._ran, final
+        self._runner.outcomes.note(self._runner.window, about)  # type: ignore[union-attr, arg-type]
+        if final:
+            self._waiting, self._by_hand = 0, False
+            self.steps += 1
+            if self._update.monitor is not None:
+                self._update.monitor.updated()
 
     def _can_scale_down(self) -> bool:
         """True if gradients may have overflowed for their scale alone."""
@@ -403,13 +421,15 @@ class TrainStep:
         """Raise if a device has come upon a step that was not finite, which it has not taken."""
         outcomes = self._runner.outcomes
         found = [] if outcomes is None else outcomes.found(wait)
-        for _, (_, _, line) in found:
+        untaken = [about for _, about in found if about[-1]]
+        for _, _, line, _ in untaken:
             line.take_back()
-        self.steps -= len(found)
+        self.steps -= len(untaken)
         refused = [about for code, about in found if code == NOT_FINITE]
         if refused:
-            step, inputs, _ = refused[0]
-            more = f", as at {len(refused) - 1} later" * (len(refused) > 1)
+            step, inputs, _, _ = refused[0]
+            later = len({about[0] for about in refused}) - 1
+            more = f", as at {later} later" * (later > 0)
             where = origin(self._passes, inputs, self._parameters(), self._modules)
             raise FloatingPointError(
                 f"TrainStep: at step {step}{more} the loss or the norm of the gradients was not finite: {where}. The "
@@ -441,6 +461,11 @@ class TrainStep:
             f"{where}. Parameters, optimizer and running statistics are as before the batch, gradients of its window "
             "are dropped; leave the batch out, or lower the rate, or clip gradients by clip_grad_norm."
         )
+
+
+def _observed(optimizer: Any) -> bool:
+    """True if somebody is called in the optimizer's step."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 def _finite(gradient: Tensor) -> bool:
