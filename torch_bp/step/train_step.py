@@ -372,8 +372,9 @@ class TrainStep:
         return torch.stack(losses) if losses else torch.empty(0)
 
     def _one(self, inputs: Inputs) -> Tensor:
-        # with a loss scale, steps that are left out are no exception: the counts of the next ones depend on them
-        self._raise_found(wait=self._loss_scale is not None)
+        if self._runner.outcomes is not None:
+            # with a loss scale, steps that are left out are no exception: the counts of the next ones depend on them
+            self._raise_found(wait=self._loss_scale is not None)
         if self._update.monitor is not None:
             self._update.monitor.follow(name_of(self.loss_fn), whole=True)
         if not self._waiting:  # gradients by hand are replaced
