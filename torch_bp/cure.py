@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_bp.diagnostics import Circumstances, Finding, Reading, Verdicts, watch
+from torch_bp.diagnostics import Finding, Reading, watch
 from torch_bp.diagnostics.replica import replica, same_random_numbers
 
 Batches = Sequence[tuple[Tensor, Any]]
@@ -92,8 +92,7 @@ class _Run:
     def course(self, steps: int) -> Course:
         losses: list[float] = []
         loss_fn = self.loss_fn if isinstance(self.loss_fn, nn.Module) else None
-        verdicts = Verdicts(circumstances=Circumstances(self.model, self.optimizer, loss_fn), silent=True)
-        options: dict[str, Any] = {"loss_fn": loss_fn, "level": "layers", "keep": steps, "on_reading": verdicts}
+        options: dict[str, Any] = {"loss_fn": loss_fn, "level": "layers", "keep": steps, "silent": True}
         with watch(self.model, self.optimizer, every=1, budget=None, **options) as monitor:
             for step in range(steps):
                 inputs, target = self.batches[step % len(self.batches)]
@@ -107,7 +106,7 @@ class _Run:
                     nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
                 self.optimizer.step()
                 losses.append(float(loss.detach()))
-        return Course(tuple(losses), tuple(verdicts.findings), tuple(monitor.readings))
+        return Course(tuple(losses), tuple(monitor.findings), tuple(monitor.readings))
 
 
 def try_cure(

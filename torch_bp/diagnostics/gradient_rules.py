@@ -12,8 +12,7 @@ from torch_bp.diagnostics.thresholds import Thresholds
 def unused_parameters(history: History, limit: Thresholds) -> Iterator[Finding]:
     """Parameters that take part in no step: of a layer that is not called, or cut off from the loss."""
     del limit
-    unused = history.fact("unused")
-    if unused:
+    if unused := history.now.unused:
         names = ", ".join(unused[:4]) + (", ..." if len(unused) > 4 else "")
         yield Finding(
             "unused parameters",
@@ -59,8 +58,7 @@ def not_zeroed(history: History, limit: Thresholds) -> Iterator[Finding]:
     """Gradients of the step before were still there when this step's were added."""
     del limit
     now = history.now
-    carried = history.fact("carried")
-    if carried:
+    if carried := now.carried:
         cause = f"gradients of the steps before, of norm {carried:.3g}, were there when backward began, and add up"
         yield Finding(
             *("gradient not zeroed", "", now.step, carried, 0.0, cause),

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from torch_bp.diagnostics.assembly import Assembly
 from torch_bp.diagnostics.cadence import Cadence
+from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.hearing import Hearing, measure
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
@@ -21,6 +22,7 @@ from torch_bp.diagnostics.probe import EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.recorder import signals
 from torch_bp.diagnostics.snapshot import Snapshot
+from torch_bp.diagnostics.verdicts import Verdicts
 from torch_bp.diagnostics.writers import Output
 
 _log = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class Monitor:
         epoch: set it, and readings have it.
         alone: set it to False where other optimizers update parts of the model, whose updates are unknown then.
         last: the latest reading, or None.
+        findings: what is wrong, by the readings that were written so far, the gravest first.
         unknown: layers of which only parameters and output are watched, with the reason.
     """
 
@@ -56,6 +59,9 @@ class Monitor:
         self._scaler, self._reduce = options["scaler"], options["reduce"]
         self._mean, self._write_every = options["reduction"] == "mean", options["write_every"]
         self._on_reading: Callable[[Reading], None] | None = options["on_reading"]
+        self._verdicts: Verdicts | None = None
+        if options["diagnose"]:
+            self._verdicts = Verdicts(self.text, silent=options["silent"])
         self._parameters = ParameterSums(measurements.layers, detail.per_example)
         self._assembly = Assembly(measurements.layers, self._parameters.rows)
         self.unknown = {layer.name: layer.unknown for layer in measurements.layers if layer.unknown}
@@ -199,6 +205,11 @@ class Monitor:
                 self._kept.append(reading)
                 return reading
         return None
+
+    @property
+    def findings(self) -> list[Finding]:
+        self._read(wait=True)
+        return [] if self._verdicts is None else self._verdicts.findings
 
     def _assembled(self, snapshot: Snapshot) -> Reading | None:
         return self._safely(self._assembly.reading, snapshot, remember=False)
@@ -391,6 +402,8 @@ class Monitor:
                 continue
             self._kept.append(reading)
             self._output.write(reading)
+            if self._verdicts is not None:
+                self._safely(self._verdicts, reading)
             if self._on_reading is not None:
                 self._on_reading(reading)
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 VERSION = 1  # of the lines that `to_json` writes
+PLACES = 8  # of examples that are not finite
 _Read = TypeVar("_Read")
 
 

@@ -49,8 +49,13 @@ def watch(
     keep: int = 1000,
     tags: Mapping[str, str] | None = None,
     on_reading: Callable[[Reading], None] | None = None,
+    diagnose: bool = True,
+    silent: bool = False,
 ) -> Monitor:
-    """Watch the training of a model in any loop, at next to no cost.
+    """Watch the training of a model in any loop, at next to no cost, and say what is wrong with it.
+
+    What is found by a reading that is written (`torch_bp.diagnostics.diagnose` has the rules) is logged once, as a
+    warning of the logger "torch_bp", written to `output` as a table, and kept in `monitor.findings`.
 
     With `optimizer` a step is over when `optimizer.step()` is, and a loop needs no other line. What happens between two
     steps belongs to the later one: all micro-batches of an accumulation. Losses come from the calls of `loss_fn`, which
@@ -84,6 +89,8 @@ def watch(
         keep: readings that are kept in memory.
         tags: other names for tags, as {"loss/train": "train_loss"}.
         on_reading: called with each reading that is written.
+        diagnose: look for faults. Default: True.
+        silent: do not log what is found.
 
     Returns:
         A `Monitor`, to be closed, or used in a `with` statement.
@@ -110,6 +117,9 @@ def watch(
             raise TypeError("watch: optimizer must be left out where a TrainStep is given, which has its own.")
         model, optimizer = step.model, step.optimizer
     _check(model, optimizer, level, every, budget, write_every, loss_fn, reduction, keep, on_reading)
+    for name, value in (("diagnose", diagnose), ("silent", silent)):
+        if not isinstance(value, bool):
+            raise TypeError(f"watch: {name} must be True or False, got {value!r}.")
     detail = _LEVELS[level]
     detail = replace(
         detail,
@@ -132,8 +142,14 @@ def watch(
     measurements = Measurements(measured, detail, device_of(model))
     probe: Probe = (CompiledProbe if is_compiled else EagerProbe)(model, measurements)
     losses = Losses(loss_fn, labels=detail.units)
-    options = {"scaler": scaler, "reduce": reduce, "reduction": reduction, "write_every": write_every, "keep": keep}
-    options["on_reading"] = on_reading
+    options: dict[str, Any] = {
+        "scaler": scaler,
+        "reduce": reduce,
+        "reduction": reduction,
+        "write_every": write_every,
+        "keep": keep,
+    }
+    options |= {"on_reading": on_reading, "diagnose": diagnose, "silent": silent or not leads}
     cadence = Cadence(every, None if is_compiled or reduce else budget)
     monitor = Monitor(model, optimizer, destination, detail, cadence, losses, measurements, probe, options)
     if step is not None:

@@ -23,7 +23,8 @@ class BackpropMonitor(Callback):
     `validation_loss` names. A checkpoint holds the count of steps, and since when units are dead.
 
     Args:
-        level, every, budget, write_every, layers, per_example, histograms, keep, tags: as of `torch_bp.watch`.
+        level, every, budget, write_every, layers, per_example, histograms, keep, tags, diagnose, silent: as of
+            `torch_bp.watch`.
         optimizer: which of several optimizers is watched. Default: the first.
         validation_loss: name under which the module logs it. Default: "loss/val", "val_loss" or "val/loss".
 
@@ -49,12 +50,14 @@ class BackpropMonitor(Callback):
         histograms: bool | None = None,
         keep: int = 1000,
         tags: dict[str, str] | None = None,
+        diagnose: bool = True,
+        silent: bool = False,
         optimizer: int = 0,
         validation_loss: str | None = None,
     ) -> None:
         self._options: dict[str, Any] = {"level": level, "every": every, "budget": budget, "write_every": write_every}
         self._options |= {"layers": layers, "per_example": per_example, "histograms": histograms, "keep": keep}
-        self._options["tags"] = tags
+        self._options |= {"tags": tags, "diagnose": diagnose, "silent": silent}
         self._which, self._validation_loss = optimizer, validation_loss
         self.monitor: Monitor | None = None
         self._state: Mapping[str, Any] | None = None
