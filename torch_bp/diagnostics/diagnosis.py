@@ -32,6 +32,7 @@ RULES: dict[Rule, int] = {
     data_rules.unscaled_input: 1,
     data_rules.output_of_loss: 1,
     data_rules.not_shuffled: 1,
+    gradient_rules.wrong_gradient: 1,
     gradient_rules.not_zeroed: 1,
     gradient_rules.not_in_optimizer: 1,
     gradient_rules.unused_parameters: 1,
@@ -59,6 +60,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "unscaled input": ("bad initialization",),
     "dead units": ("vanishing gradient", "rate too low"),
     "vanishing gradient": ("rate too low",),
+    "wrong gradient": ("divergence", "plateau"),
     "divergence": ("loss does not fall", "plateau"),
     "labels unrelated to inputs": ("loss does not fall", "plateau"),
 }
@@ -69,6 +71,7 @@ _EXPLAINS_CHANCE = (
     *("NaN or Inf", "bad initialization", "dead units", "saturation", "vanishing gradient", "rate too low"),
     *("rate too high", "divergence", "no gradient", "not in the optimizer", "data not shuffled"),
     *("softmax before its loss", "gradient not zeroed", "unscaled input", "exploding gradient", "unused parameters"),
+    "wrong gradient",
 )
 _CHANCE = ("labels unrelated to inputs", "loss does not fall")
 FOLLOWS |= {kind: (*FOLLOWS.get(kind, ()), *_CHANCE) for kind in _EXPLAINS_CHANCE}

@@ -5,6 +5,7 @@ scalars, evenly chosen, and all of them in the pictures, a row a layer and a col
 
     loss/train loss/val lr/<group> grad/total nonfinite/forward nonfinite/backward nonfinite/weight noise/scale
     clip/rate decrease/predicted decrease/achieved delta/<layer> update_ratio/<layer> weight/<layer> dead/<layer>
+    gradcheck/<layer>
     signals/picture dead/picture    histograms: activations/<layer> errors/<layer>    texts: by their own tags
 
 A writer that fails does not stop the training: it warns once, and is tried again with the next reading.
@@ -161,11 +162,15 @@ class Scalars:
             found += [
                 (f"{family}/{_shown(name)}", value_of(reading.layers[name])) for name in self._shown_layers(reading)
             ]
+        checked = [*self._shown_layers(reading), *(set(reading.gradient_errors) - set(reading.layers) - {"loss"})]
+        found += [(f"gradcheck/{_shown(name)}", reading.gradient_errors.get(name)) for name in ("loss", *checked)]
         return [(tag, float(value)) for tag, value in found if value is not None]
 
     def _shown_layers(self, reading: Reading) -> list[str]:
         if self._names is None:
-            names, room = list(reading.layers), (MOST - _BASE) // len(_OF_LAYERS)
+            names = list(reading.layers)
+            families = len(_OF_LAYERS) + bool(reading.gradient_errors)
+            room = (MOST - _BASE) // families - bool(reading.gradient_errors)  # one more for the loss
             if len(names) > room:
                 names = [names[i] for i in np.linspace(0, len(names) - 1, room).round().astype(int)]
             self._names = names
