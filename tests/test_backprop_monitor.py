@@ -200,7 +200,7 @@ def test_verdicts_under_a_trainer(options, caplog):
     sick = module()
     torch.nn.init.constant_(sick.model[0].bias, -100.0)
     callback = BackpropMonitor(**ALWAYS, **options)
-    trainer(callback).fit(sick, DATA)
+    trainer(callback).fit(sick, DATA, DATA)
     wanted = [] if "diagnose" in options else ["dead units"]
     assert [found.kind for found in callback.monitor.findings if found.layer == "model.0"] == wanted
     said = [record for record in caplog.records if "layer model.0" in record.getMessage()]
