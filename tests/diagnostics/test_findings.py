@@ -63,13 +63,12 @@ def test_lines_that_are_no_finding(line):
         Finding.from_json(line)
 
 
-def test_the_table_is_ordered_and_escaped():
-    graver = replace(FOUND, severity="error", step=30, last_step=40, cause="a|b")
-    lines = markdown([FOUND, graver]).splitlines()
-    assert len(lines) == 4
-    assert lines[2].startswith("| error | vanishing gradient | fc3 | 30 to 40 |")
-    assert "a\\|b" in lines[2]
-    assert {line.replace("\\|", "").count("|") for line in lines} == {9}
+def test_the_list_is_ordered():
+    graver = replace(FOUND, severity="error", step=30, last_step=40)
+    first, *_, second, _, cause, cure = markdown([FOUND, graver]).splitlines()
+    assert first == "**error: vanishing gradient** (layer fc3, steps 30 to 40: 3.1e-09, threshold 0.001)"
+    assert second.startswith("**warning: vanishing gradient** (layer fc3, step 20:")
+    assert (cause, cure) == ("* cause: sigmoids are flat", "* cure: use nn.ReLU()")
 
 
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1", None, True])
@@ -279,8 +278,10 @@ def test_a_monitor_says_once_what_it_finds(engine, tmp_path, caplog):
     said = [record for record in caplog.records if "dead units" in record.getMessage()]
     assert [(record.levelno, record.name) for record in said] == [(logging.WARNING, "torch_bp")]
     events = EventAccumulator(str(tmp_path)).Reload()
-    (text,) = events.Tensors("verdicts/text_summary")
-    assert "| dead units | 0 |" in text.tensor_proto.string_val[0].decode()
+    first, last = ((e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("verdicts/text_summary"))
+    assert first[1].startswith("**error: dead units** (layer 0, step 0:")
+    assert last[1].startswith("**error: dead units** (layer 0, steps 0 to 4:")
+    assert (first[0], last[0]) == (0, 4)
     assert [f.to_dict() for f in examine(tmp_path).findings] == [found.to_dict()]
 
 
@@ -292,6 +293,15 @@ def test_verdicts_that_are_switched_off(options, found, caplog, tmp_path):
     assert [each.kind for each in monitor.findings] == found
     assert not [record for record in caplog.records if "dead" in record.getMessage()]
     assert ("verdicts/text_summary" in EventAccumulator(str(tmp_path)).Reload().Tags()["tensors"]) == bool(found)
+
+
+def test_of_what_is_well_it_is_said_that_it_is(tmp_path):
+    model, loss_fn, optimizer = sick()
+    nn.init.zeros_(model[0].bias)
+    with torch_bp.watch(model, optimizer, tmp_path, loss_fn=loss_fn, **ALWAYS):
+        train(model, loss_fn, optimizer)
+    (text,) = EventAccumulator(str(tmp_path)).Reload().Tensors("verdicts/text_summary")
+    assert text.tensor_proto.string_val[0] == b"Nothing is wrong."
 
 
 @pytest.mark.parametrize("name", ["diagnose", "silent"])
@@ -319,16 +329,17 @@ def test_a_rule_that_fails_stops_neither_training_nor_other_rules(monkeypatch, c
         diagnose(monitor.readings)
 
 
-def test_verdicts_are_said_once_and_shown_as_a_table(caplog):
+def test_verdicts_are_said_once_and_shown_as_a_list(caplog):
     model, loss_fn, optimizer = sick()
     texts = []
-    verdicts = Verdicts(lambda tag, table: texts.append((tag, table)))
+    verdicts = Verdicts(lambda *text: texts.append(text))
     with torch_bp.watch(model, optimizer, loss_fn=loss_fn, diagnose=False, on_reading=verdicts, **ALWAYS):
         train(model, loss_fn, optimizer)
     said = [record.getMessage() for record in caplog.records if "dead units" in record.getMessage()]
     assert len(said) == 1
-    assert texts[0][0] == "verdicts"
-    assert "| dead units | 0 |" in texts[0][1]
+    ((tag, text, step),) = texts
+    assert (tag, step) == ("verdicts", 0)
+    assert "dead units** (layer 0" in text
 
 
 def test_silent_verdicts_and_runs_that_go_back(caplog):

@@ -59,7 +59,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "bad initialization": ("no gradient", "loss does not fall"),
     "unscaled input": ("bad initialization",),
     "dead units": ("vanishing gradient", "rate too low"),
-    "vanishing gradient": ("rate too low",),
+    "vanishing gradient": ("rate too low", "plateau"),
     "wrong gradient": ("divergence", "plateau"),
     "divergence": ("loss does not fall", "plateau"),
     "labels unrelated to inputs": ("loss does not fall", "plateau"),

@@ -62,7 +62,7 @@ class Monitor:
         self._on_reading: Callable[[Reading], None] | None = options["on_reading"]
         self._verdicts: Verdicts | None = None
         if options["diagnose"]:
-            self._verdicts = Verdicts(self.text, silent=options["silent"])
+            self._verdicts = Verdicts(output.text, silent=options["silent"])
         self._check: LiveCheck | None = options["check"]
         self._parameters = ParameterSums(measurements.layers, detail.per_example)
         self._assembly = Assembly(measurements.layers, self._parameters.rows)
@@ -247,6 +247,8 @@ class Monitor:
         if self._optimizer is not None:
             self._parameters.abandon(self._optimizer)
         self._read(wait=True)
+        if self._verdicts is not None:
+            self._safely(self._verdicts.close)
         if hparams is not None or metrics is not None:
             self._output.hparams(dict(hparams or {}), dict(metrics or {}))
         self._output.close()

@@ -1,4 +1,4 @@
-"""Findings while a run goes on: said once, when they are first found, and shown as a table."""
+"""Findings while a run goes on: said once, when they are first found, and shown as a list."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Verdicts:
     that raises is named once.
 
     Args:
-        write: called with a tag and a Markdown table of all findings when there is a new one, such as what calls
-            `SummaryWriter.add_text`. Default: none.
+        write: called with a tag, the list of all findings in Markdown, and the step, when there is a new one, as
+            `SummaryWriter.add_text` is. Default: none.
         silent: do not log.
         thresholds: limits of the rules.
 
@@ -36,13 +36,13 @@ class Verdicts:
 
     def __init__(
         self,
-        write: Callable[[str, str], object] | None = None,
+        write: Callable[[str, str, int], object] | None = None,
         *,
         silent: bool = False,
         thresholds: Thresholds = DEFAULT,
     ) -> None:
         if write is not None and not callable(write):
-            raise TypeError(f"Verdicts: write must be callable, got {type(write).__name__}. Pass monitor.text.")
+            raise TypeError(f"Verdicts: write must be callable, got {type(write).__name__}. Pass writer.add_text.")
         self._write, self._silent, self._thresholds = write, silent, thresholds
         self._broken: set[str] = set()  # rules that have failed
         self._diagnosis, self._step = Diagnosis(thresholds, self._failed), -1
@@ -60,7 +60,12 @@ class Verdicts:
         for found in new if not self._silent else ():
             _log.warning("%s", found)
         if new and self._write is not None:
-            self._write(TAG, markdown(self.findings))
+            self._write(TAG, markdown(self.findings), reading.step)
+
+    def close(self) -> None:
+        """Write all findings as they stand at the end."""
+        if self._step >= 0 and self._write is not None:
+            self._write(TAG, markdown(self.findings), self._step)
 
     def _failed(self, rule: str, error: Exception) -> None:
         if rule not in self._broken:
