@@ -12,10 +12,10 @@ _ANCHORS = np.array(
     dtype=np.float64,
 )
 MISSING, BROKEN = (230, 230, 230), (220, 20, 20)  # not measured, and not finite
-WIDTH = 720  # pixels of a picture
-_MOST, _ROWS = 1000, (4, 28)  # pixels of all rows together, and of one, at least and at most
-_TEXT, _GAP, _BAR = 13, 8, 14  # height of text, and of what lies between; width of the scale
-_LONGEST = 24  # letters of a name
+WIDTH = 350  # pixels of a picture: a card of TensorBoard, which makes letters of a wider one illegible
+_MOST, _ROWS = 500, (2, 20)  # pixels of all rows together, and of one, at least and at most
+_TEXT, _GAP, _BAR = 11, 5, 10  # height of text, and of what lies between; width of the scale
+_LONGEST = 16  # letters of a name
 
 
 def colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -63,7 +63,7 @@ def heat_map(values: np.ndarray, names: Sequence[str], steps: Sequence[int], tit
     every = -(-(_TEXT + 1) // row)  # rows from one name to the next
     for number in range(0, len(shown), every):
         draw.text((left - _GAP, top + row * number + row / 2), shown[number], "black", font, anchor="rm")
-    for value, place, anchor in zip(ends, (top, bottom), ("lt", "lb")):
+    for value, place, anchor in zip(ends, (top, bottom), ("lt", "ls")):
         draw.text((right + 2 * _GAP + _BAR, place), value, "black", font, anchor=anchor)
     for step, place, anchor in ((steps[0], left, "lt"), (steps[-1], right, "rt")):
         draw.text((place, bottom + _GAP), f"step {step}", "black", font, anchor=anchor)

@@ -29,8 +29,8 @@ MOST = 100  # scalars of a run
 READINGS = "readings.jsonl"
 _PICTURE_EVERY = 20  # readings
 _PICTURES = {  # by tag: which numbers, and what they are
-    "signals/picture": (0, "log10 of the error signal of each layer, first to last, at each reading"),
-    "dead/picture": (1, "share of dead units of each layer, first to last, at each reading"),
+    "signals/picture": (0, "log10 of the error signal of each layer"),
+    "dead/picture": (1, "share of dead units of each layer"),
 }
 _COLUMNS = 1600  # of a picture; then every second one is dropped
 _log = logging.getLogger(__name__)
