@@ -180,3 +180,28 @@ def test_an_optimizer_of_torch_is_measured_in_its_closure():
         layer = callback.monitor.last.layers["model.2"]
         updates += [[layer.grad_norm, layer.weight_norm, layer.update_norm]]
     assert updates[0] == pytest.approx(updates[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["step", "autograd"])
+def test_gradients_are_checked_and_findings_kept(engine, caplog):
+    callback = BackpropMonitor(every=3, budget=None, check_every=5)
+    trainer(callback).fit(module(engine=engine), DATA, DATA)
+    readings = callback.monitor.readings
+    assert [r.step for r in readings] == [0, 3, 5, 6, 9, 10]
+    assert [r.step for r in readings if r.gradient_errors] == [0, 5, 10]
+    assert all(set(r.gradient_errors) <= {"loss", "model.0", "model.2"} for r in readings)
+    assert len(readings[0].gradient_errors) == 3
+    assert [found.kind for found in callback.monitor.findings] == []
+    assert not [record for record in caplog.records if record.name == "torch_bp"]
+
+
+@pytest.mark.parametrize("options", [{}, {"silent": True}, {"diagnose": False}], ids=str)
+def test_verdicts_under_a_trainer(options, caplog):
+    sick = module()
+    torch.nn.init.constant_(sick.model[0].bias, -100.0)
+    callback = BackpropMonitor(**ALWAYS, **options)
+    trainer(callback).fit(sick, DATA, DATA)
+    wanted = [] if "diagnose" in options else ["dead units"]
+    assert [found.kind for found in callback.monitor.findings if found.layer == "model.0"] == wanted
+    said = [record for record in caplog.records if "layer model.0" in record.getMessage()]
+    assert len(said) == (not options)

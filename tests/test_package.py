@@ -26,7 +26,7 @@ ROOMS = {
     "lightning": {"optim", "config", "chart", "step", "diagnostics"},
     "lr_commands": {"cli", "chart", "config", "optim", "lightning"},
     "pytest_plugin": {"autograd"},
-    "doctor_command": {"cli", "diagnostics"},
+    "doctor_command": {"cli", "cure", "diagnostics"},
     "chart": set(),
     "config": set(),
 }

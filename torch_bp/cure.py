@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_bp.diagnostics import Circumstances, Finding, Reading, Verdicts, watch
+from torch_bp.diagnostics import Finding, Reading, watch
 from torch_bp.diagnostics.replica import replica, same_random_numbers
 
 Batches = Sequence[tuple[Tensor, Any]]
@@ -66,6 +66,21 @@ class Trial:
         found = [each.value for each in course.findings if each.kind == self.finding.kind] if course else []
         return found[0] if found else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; numbers that JSON does not know as the text that `float` reads."""
+        courses = {"before": self.before, "after": self.after}
+        values = dict(zip(courses, self.values))
+        return {
+            "kind": self.finding.kind,
+            "layer": self.finding.layer,
+            "action": self.finding.action,
+            "tried": self.tried,
+            "reason": self.reason,
+            "cured": self.cured,
+            "losses": {name: [_plain(loss) for loss in course.losses] for name, course in courses.items() if course},
+            "values": {name: _plain(value) for name, value in values.items() if value is not None},
+        }
+
     def __str__(self) -> str:
         if self.before is None or self.after is None:
             return f"{self.finding.kind}: nothing was tried, {self.reason}"
@@ -75,6 +90,10 @@ class Trial:
         lines += [f"  {'':8}{'loss':28}{self.finding.kind}", f"  {'before':8}{courses[0]:28}{was}"]
         lines += [f"  {'after':8}{courses[1]:28}{now}", f"  {'it helps' if self.cured else 'it does not help'}"]
         return "\n".join(lines)
+
+
+def _plain(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)
 
 
 @dataclass
@@ -92,8 +111,7 @@ class _Run:
     def course(self, steps: int) -> Course:
         losses: list[float] = []
         loss_fn = self.loss_fn if isinstance(self.loss_fn, nn.Module) else None
-        verdicts = Verdicts(circumstances=Circumstances(self.model, self.optimizer, loss_fn), silent=True)
-        options: dict[str, Any] = {"loss_fn": loss_fn, "level": "layers", "keep": steps, "on_reading": verdicts}
+        options: dict[str, Any] = {"loss_fn": loss_fn, "level": "layers", "keep": steps, "silent": True}
         with watch(self.model, self.optimizer, every=1, budget=None, **options) as monitor:
             for step in range(steps):
                 inputs, target = self.batches[step % len(self.batches)]
@@ -107,7 +125,7 @@ class _Run:
                     nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
                 self.optimizer.step()
                 losses.append(float(loss.detach()))
-        return Course(tuple(losses), tuple(verdicts.findings), tuple(monitor.readings))
+        return Course(tuple(losses), tuple(monitor.findings), tuple(monitor.readings))
 
 
 def try_cure(

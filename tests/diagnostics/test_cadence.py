@@ -66,9 +66,9 @@ def test_the_monitor_measures_itself(explicit, monkeypatch, caplog):
 
     if explicit:
         step = torch_bp.TrainStep(model, loss_fn, optimizer)
-        monitor = watch(step, every=2, on_reading=write)
+        monitor = watch(step, every=2, on_reading=write, silent=True)
     else:
-        monitor = watch(model, optimizer, loss_fn=loss_fn, every=2, on_reading=write)
+        monitor = watch(model, optimizer, loss_fn=loss_fn, every=2, on_reading=write, silent=True)
     with caplog.at_level(logging.WARNING), monitor:
         for _ in range(120):
             now[0] += 1.35 if monitor.recording else 1.0

@@ -249,3 +249,60 @@ def test_a_run_without_tensorboard(tmp_path, monkeypatch, capsys):
     assert main(["doctor", str(tmp_path)]) == 2
     assert 'pip install "torch_bp[tensorboard]"' in capsys.readouterr().err
     shutil.rmtree(tmp_path)
+
+
+def sick_run():
+    """What `train` trains with a bias that kills its rectifiers."""
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+    nn.init.constant_(model[0].bias, -50.0)
+    x = torch.randn(128, 8)
+    batches = list(zip(x.split(32), x[:, :3].argmax(1).split(32)))
+    return model, nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters(), lr=1e-2), batches
+
+
+CURE = ["--cure", "tests.diagnostics.test_doctor:sick_run"]
+
+
+def test_cures_are_tried(tmp_path, capsys):
+    train(tmp_path, bias=-50.0)
+    assert main(["doctor", str(tmp_path), *CURE]) == 1
+    said = capsys.readouterr().out
+    assert "dead units: weights drawn anew by torch_bp.nn.init.auto_, 20 steps on a copy" in said
+    assert "  it helps" in said
+    assert main(["doctor", str(tmp_path), *CURE, "--json", "--steps", "5"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    trial = next(each for each in content["cures"] if each["kind"] == "dead units")
+    assert (trial["layer"], trial["action"], trial["cured"], trial["reason"]) == ("0", "init", True, "")
+    assert trial["values"] == {"before": 1.0}
+    assert [len(losses) for losses in trial["losses"].values()] == [5, 5]
+    assert trial["losses"]["after"][-1] < trial["losses"]["before"][-1]
+    assert len(content["cures"]) == len(content["findings"])
+
+
+def test_cures_of_what_is_well(tmp_path, capsys):
+    train(tmp_path)
+    assert main(["doctor", str(tmp_path), *CURE, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cures"] == []
+
+
+def no_batches():
+    return (*sick_run()[:3], [])
+
+
+def three():
+    return sick_run()[:3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cure", "tests.diagnostics.test_doctor:nothing"], "nothing"),
+        (["--cure", "tests.diagnostics.test_doctor:three"], "model, loss_fn, optimizer and batches, got 3 values"),
+        (["--cure", "tests.diagnostics.test_doctor:no_batches"], "batches must be a list of pairs"),
+        ([*CURE, "--steps", "0"], "steps must be a whole number of 1 or more, got 0"),
+    ],
+)
+def test_cures_that_cannot_be_tried(tmp_path, capsys, arguments, message):
+    train(tmp_path, bias=-50.0)
+    assert main(["doctor", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 import torch_bp
 from torch_bp.diagnostics import (
@@ -21,6 +23,8 @@ from torch_bp.diagnostics import (
     Thresholds,
     Verdicts,
     diagnose,
+    diagnosis,
+    examine,
     markdown,
 )
 
@@ -59,13 +63,12 @@ def test_lines_that_are_no_finding(line):
         Finding.from_json(line)
 
 
-def test_the_table_is_ordered_and_escaped():
-    graver = replace(FOUND, severity="error", step=30, last_step=40, cause="a|b")
-    lines = markdown([FOUND, graver]).splitlines()
-    assert len(lines) == 4
-    assert lines[2].startswith("| error | vanishing gradient | fc3 | 30 to 40 |")
-    assert "a\\|b" in lines[2]
-    assert {line.replace("\\|", "").count("|") for line in lines} == {9}
+def test_the_list_is_ordered():
+    graver = replace(FOUND, severity="error", step=30, last_step=40)
+    first, *_, second, _, cause, cure = markdown([FOUND, graver]).splitlines()
+    assert first == "**error: vanishing gradient** (layer fc3, steps 30 to 40: 3.1e-09, threshold 0.001)"
+    assert second.startswith("**warning: vanishing gradient** (layer fc3, step 20:")
+    assert (cause, cure) == ("* cause: sigmoids are flat", "* cure: use nn.ReLU()")
 
 
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1", None, True])
@@ -182,6 +185,10 @@ def test_one_class_by_chance():
     alike, mixed = Labels(16, 1, 1.0, 0.0), Labels(16, 2, 0.8, 0.3)
     assert kinds(*[Reading(step, labels=alike, layers=last) for step in range(3)]) == []
     assert kinds(*[Reading(step, labels=alike, layers=last) for step in range(5)]) == ["data not shuffled"]
+    of_two = [replace(alike, commonest=step) for step in range(2)]
+    assert kinds(*[Reading(step, labels=labels, layers=last) for step, labels in enumerate(of_two)]) == [
+        "data not shuffled"
+    ]
     several = [Reading(step, labels=mixed if step == 1 else alike, layers=last) for step in range(9)]
     assert kinds(*several) == []
 
@@ -222,24 +229,117 @@ def test_inputs_of_an_embedding_need_no_scale():
         assert kinds(Reading(0, input=values, layers={"a": LayerReading("a", kind)})) == found
 
 
-def test_verdicts_are_said_once_and_shown_as_a_table(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("examples", "words"),
+    [((), "the input has 2 NaN of 64"), ((4,), "of 64 (example 4 of the batch)"), ((4, 7), "(examples 4, 7 of")],
+)
+def test_what_is_not_finite_in_the_input(examples, words):
+    first = LayerReading("a", "Linear", forward=Finiteness(9, 9, 0))
+    (found,) = diagnose([Reading(3, input_finite=Finiteness(64, 2, 0, examples), layers={"a": first})])
+    assert (found.kind, found.layer, found.value) == ("NaN or Inf", "", 2.0)
+    assert words in found.cause
+    (found,) = diagnose([Reading(3, input_finite=Finiteness(64, 0, 0), layers={"a": first})])
+    assert (found.layer, "input and weights are finite" in found.cause) == ("a", True)
+
+
+def sick(lr=0.1):
+    """A small model whose first rectifiers are dead, its loss and its optimizer."""
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     nn.init.constant_(model[0].bias, -100.0)
-    optimizer, loss_fn = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+    return model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def train(model, loss_fn, optimizer, steps=5):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_fn(model(torch.randn(32, 4)), torch.randint(2, (32,))).backward()
+        optimizer.step()
+
+
+ALWAYS = {"every": 1, "budget": None}
+
+
+@pytest.mark.parametrize("engine", ["autograd", "step"])
+def test_a_monitor_says_once_what_it_finds(engine, tmp_path, caplog):
+    model, loss_fn, optimizer = sick()
+    with SummaryWriter(str(tmp_path)) as writer:
+        if engine == "step":
+            step = torch_bp.TrainStep(model, loss_fn, optimizer)
+            monitor = torch_bp.watch(step, output=writer, **ALWAYS)
+            for _ in range(5):
+                step(torch.randn(32, 4), torch.randint(2, (32,)))
+        else:
+            monitor = torch_bp.watch(model, optimizer, writer, loss_fn=loss_fn, **ALWAYS)
+            train(model, loss_fn, optimizer)
+        (found,) = monitor.findings
+        monitor.close()
+    assert (found.kind, found.layer, found.step, found.last_step) == ("dead units", "0", 0, 4)
+    assert monitor.findings == [found]
+    said = [record for record in caplog.records if "dead units" in record.getMessage()]
+    assert [(record.levelno, record.name) for record in said] == [(logging.WARNING, "torch_bp")]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    first, last = ((e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("verdicts/text_summary"))
+    assert first[1].startswith("**error: dead units** (layer 0, step 0:")
+    assert last[1].startswith("**error: dead units** (layer 0, steps 0 to 4:")
+    assert (first[0], last[0]) == (0, 4)
+    assert [f.to_dict() for f in examine(tmp_path).findings] == [found.to_dict()]
+
+
+@pytest.mark.parametrize(("options", "found"), [({"diagnose": False}, []), ({"silent": True}, ["dead units"])])
+def test_verdicts_that_are_switched_off(options, found, caplog, tmp_path):
+    model, loss_fn, optimizer = sick()
+    with torch_bp.watch(model, optimizer, tmp_path, loss_fn=loss_fn, **ALWAYS, **options) as monitor:
+        train(model, loss_fn, optimizer)
+    assert [each.kind for each in monitor.findings] == found
+    assert not [record for record in caplog.records if "dead" in record.getMessage()]
+    assert ("verdicts/text_summary" in EventAccumulator(str(tmp_path)).Reload().Tags()["tensors"]) == bool(found)
+
+
+def test_of_what_is_well_it_is_said_that_it_is(tmp_path):
+    model, loss_fn, optimizer = sick()
+    nn.init.zeros_(model[0].bias)
+    with torch_bp.watch(model, optimizer, tmp_path, loss_fn=loss_fn, **ALWAYS):
+        train(model, loss_fn, optimizer)
+    (text,) = EventAccumulator(str(tmp_path)).Reload().Tensors("verdicts/text_summary")
+    assert text.tensor_proto.string_val[0] == b"Nothing is wrong."
+
+
+@pytest.mark.parametrize("name", ["diagnose", "silent"])
+def test_switches_are_of_yes_or_no(name):
+    model, loss_fn, optimizer = sick()
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+        torch_bp.watch(model, optimizer, loss_fn=loss_fn, **{name: "no"})
+
+
+def test_a_rule_that_fails_stops_neither_training_nor_other_rules(monkeypatch, caplog):
+    def broken_rule(history, limit):
+        raise ZeroDivisionError("a slip")
+        yield
+
+    monkeypatch.setattr(diagnosis, "RULES", {broken_rule: 1, **diagnosis.RULES})
+    model, loss_fn, optimizer = sick()
+    with torch_bp.watch(model, optimizer, loss_fn=loss_fn, **ALWAYS) as monitor:
+        train(model, loss_fn, optimizer)
+    assert len(monitor.readings) == 5
+    assert [each.kind for each in monitor.findings] == ["dead units"]
+    said = [record.getMessage() for record in caplog.records if "a slip" in record.getMessage()]
+    assert len(said) == 1
+    assert "the rule broken_rule has failed at step 0" in said[0]
+    with pytest.raises(ZeroDivisionError):
+        diagnose(monitor.readings)
+
+
+def test_verdicts_are_said_once_and_shown_as_a_list(caplog):
+    model, loss_fn, optimizer = sick()
     texts = []
-    verdicts = Verdicts(lambda tag, table: texts.append((tag, table)))
-    with (
-        caplog.at_level(logging.INFO, "torch_bp"),
-        torch_bp.watch(model, optimizer, loss_fn=loss_fn, every=1, budget=None, on_reading=verdicts),
-    ):
-        for _ in range(5):
-            loss_fn(model(torch.randn(32, 4)), torch.randint(2, (32,))).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    verdicts = Verdicts(lambda *text: texts.append(text))
+    with torch_bp.watch(model, optimizer, loss_fn=loss_fn, diagnose=False, on_reading=verdicts, **ALWAYS):
+        train(model, loss_fn, optimizer)
     said = [record.getMessage() for record in caplog.records if "dead units" in record.getMessage()]
     assert len(said) == 1
-    assert texts[0][0] == "verdicts"
-    assert "| dead units | 0 |" in texts[0][1]
+    ((tag, text, step),) = texts
+    assert (tag, step) == ("verdicts", 0)
+    assert "dead units** (layer 0" in text
 
 
 def test_silent_verdicts_and_runs_that_go_back(caplog):

@@ -51,6 +51,8 @@ FULL = Reading(
     carried=0.5,
     unused=("0.weight",),
     frozen=("1.weight", "1.bias"),
+    gradient_errors={"loss": 1e-9, "0": float("inf"), "2.inner": 0.5},
+    gradient_tolerance=2e-2,
     labels=Labels(8, 3, 0.5, 0.75, 2),
 )
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,15 +14,18 @@ pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torch_bp import nn, optim, watch
-from torch_bp.diagnostics import Reading, read_readings
-from torch_bp.diagnostics.picture import BROKEN, MISSING, heat_map
+from torch_bp.diagnostics import LayerReading, Reading, read_readings
+from torch_bp.diagnostics.picture import BROKEN, MISSING, WIDTH, colours, heat_map
+from torch_bp.diagnostics.writers import open_output
 
 X, Y = torch.randn(12, 5), torch.randint(0, 3, (12,))
 
 
-def train(output, steps=25, sizes=(5, 8, 7, 3), **options):
+def train(output, steps=25, sizes=(5, 8, 7, 3), dead=False, **options):
     torch.manual_seed(0)
     model, loss_fn = nn.MLP(sizes), nn.CrossEntropyLoss()
+    for layer in model if dead else ():
+        torch.nn.init.constant_(getattr(layer, "bias", torch.empty(0)), -100.0)
     optimizer = optim.Adam(model.parameters())
     options = {"every": 1, "budget": None, "level": "full", **options}
     monitor = watch(model, optimizer, output, loss_fn=loss_fn, **options)
@@ -46,11 +50,12 @@ def test_an_event_file(tmp_path):
     found = events(tmp_path)
     tags = found.Tags()
     scalars = set(tags["scalars"])
-    assert scalars >= {"loss/train", "lr/0", "grad/total", "delta/0", "update_ratio/2", "weight/4", "dead/0"}
+    assert scalars >= {"loss/train", "lr/0", "grad/total", "delta/0", "update_ratio/2", "weight/4"}
     assert scalars >= {"nonfinite/forward", "nonfinite/backward", "nonfinite/weight", "accuracy"}
     written = [(e.step, e.value) for e in found.Scalars("delta/2")]
     assert written == [(r.step, pytest.approx(r.layers["2"].signal_norm)) for r in monitor.readings]
-    assert set(tags["images"]) == {"signals/picture", "dead/picture"}
+    assert set(tags["images"]) == {"signals/picture"}  # nothing is dead
+    assert not any(tag.startswith("dead/") for tag in scalars)
     assert [e.step for e in found.Images("signals/picture")] == [19, 24]
     assert set(tags["histograms"]) >= {"activations/0", "errors/4"}
     first = found.Histograms("activations/0")[0].histogram_value
@@ -71,7 +76,7 @@ def test_an_event_file(tmp_path):
 
 
 def test_few_scalars_of_many_layers(tmp_path):
-    train(tmp_path, 2, (5, *[4] * 60, 3)).close()
+    train(tmp_path, 2, (5, *[4] * 60, 3), dead=True).close()
     tags = events(tmp_path).Tags()
     assert 90 <= len(tags["scalars"]) <= 100
     assert {"delta/0", "delta/120"} <= set(tags["scalars"])
@@ -141,13 +146,39 @@ def test_a_line_that_was_cut_off_is_written_over(tmp_path, monkeypatch):
     assert list(read_readings(lines.path)) == [Reading(0), Reading(2)]
 
 
-def test_pictures():
-    values = np.array([[0.0, 1.0, np.nan], [0.5, np.inf, 0.25]])
-    drawn = heat_map(values, block=(2, 3))
-    assert drawn.shape == (4, 9, 3)
-    assert tuple(drawn[0, 6]) == MISSING
-    assert tuple(drawn[3, 4]) == BROKEN
-    lightness = [int(drawn[y, x].astype(int).sum()) for y, x in ((0, 0), (2, 6), (2, 0), (0, 3))]
+def test_colours():
+    drawn = colours(np.array([[0.0, 1.0, np.nan], [0.5, np.inf, 0.25]]), 0.0, 1.0)
+    assert tuple(drawn[0, 2]) == MISSING
+    assert tuple(drawn[1, 1]) == BROKEN
+    lightness = [int(drawn[y, x].astype(int).sum()) for y, x in ((0, 0), (1, 2), (1, 0), (0, 1))]
     assert lightness == sorted(lightness)
-    assert heat_map(np.zeros((2, 5000)), (1, 4), 800).shape == (2, 800, 3)
-    assert heat_map(np.full((1, 2), np.nan)).shape == (12, 8, 3)
+
+
+def test_a_picture_has_all_layers_and_its_scale():
+    values = np.linspace(-9, -1, 36).reshape(3, 12)
+    drawn = heat_map(values, ["0", "block.linear", "x" * 60], range(0, 120, 10), "signals")
+    assert drawn.shape[1:] == (WIDTH, 3)
+    shades = {tuple(pixel) for pixel in drawn.reshape(-1, 3)}
+    assert {tuple(pixel) for pixel in colours(values, -9, -1).reshape(-1, 3)} <= shades
+    renamed = heat_map(values, ["0", "block.linear", "y" * 60], range(0, 120, 10), "signals")
+    assert renamed.shape == drawn.shape
+    assert (renamed != drawn).any()
+    assert (heat_map(values, ["0", "block.linear", "x" * 60], range(0, 60, 5), "signals") != drawn).any()
+
+
+@pytest.mark.parametrize("values", [np.zeros((2, 5000)), np.full((1, 2), np.nan), np.ones((600, 1)), np.ones((3, 3))])
+def test_pictures_of_any_size(values):
+    drawn = heat_map(values, [f"layer{n}" for n in range(len(values))], range(values.shape[1]), "")
+    assert drawn.shape[1] == WIDTH
+    assert drawn.shape[0] <= 2500
+
+
+def test_units_that_die_have_a_curve_from_then_on(tmp_path):
+    layer = LayerReading("0", "Linear", units=4, dead_units=0)
+    output = open_output(tmp_path, {})
+    for step, dead in enumerate((0, 0, 3, 0)):
+        output.write(Reading(step, layers={"0": replace(layer, dead_units=dead)}))
+    output.close()
+    found = events(tmp_path)
+    assert [(e.step, e.value) for e in found.Scalars("dead/0")] == [(2, 3.0), (3, 0.0)]
+    assert "dead/picture" in found.Tags()["images"]

@@ -21,7 +21,6 @@ class Fault:
         kinds: names that are right.
         step: the first at which it can be told.
         layer, words: to be named, too.
-        overflows: its numbers leave float32, and readings are made by plain autograd.
     """
 
     recipe: Recipe
@@ -29,7 +28,6 @@ class Fault:
     step: int = 0
     layer: str | None = None
     words: str = ""
-    overflows: bool = False
 
 
 def linear(model):
@@ -149,9 +147,7 @@ FAULTS = {
     "initialization: constant": Fault(Recipe(init=lambda w: nn.init.constant_(w, 0.05)), ("bad initialization",)),
     # One step changes the weights more than fivefold.
     "rate too high: Adam": Fault(Recipe(options={"lr": 1.0}), ("rate too high",), 0),
-    "rate too high: SGD": Fault(
-        Recipe(optimizer=SGD, options={"lr": 20.0}), ("rate too high", "divergence"), 2, overflows=True
-    ),
+    "rate too high: SGD": Fault(Recipe(optimizer=SGD, options={"lr": 20.0}), ("rate too high", "divergence"), 2),
     # Three steps tell a rate that stays from a warm-up.
     "rate too low: Adam": Fault(Recipe(options={"lr": 1e-7}), ("rate too low",), 2),
     "rate too low: zero": Fault(Recipe(options={"lr": 0.0}), ("rate too low",), 2, words="is 0"),
@@ -160,10 +156,9 @@ FAULTS = {
         Recipe(diabetes, (10, 64, 1), loss=nn.MSELoss(), optimizer=SGD, options={"lr": 1.0}),
         ("divergence", "NaN or Inf"),
         4,
-        overflows=True,
     ),
     "divergence: the wrong sign": Fault(
-        Recipe(optimizer=SGD, options={"lr": 0.05, "maximize": True}), ("divergence",), 12, overflows=True
+        Recipe(optimizer=SGD, options={"lr": 0.05, "maximize": True}), ("divergence",), 12
     ),
     # The step at which the example comes.
     "NaN: an input": Fault(Recipe(data_of=one_bad_example, shuffle=False), ("NaN or Inf",), 3, words="input"),

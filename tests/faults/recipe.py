@@ -13,8 +13,6 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
 
 import torch_bp
-from tests.faults.observe import Observed
-from torch_bp.diagnostics import Circumstances, Verdicts
 
 
 @functools.cache
@@ -127,38 +125,14 @@ class Recipe:
             for chosen in order.split(self.batch)[: max(1, len(x) // self.batch)]:
                 yield self.batch_of(x[chosen], y[chosen])
 
-    def run(self):
-        """Train, and return the readings, made by plain autograd."""
-        model = self.model()
-        optimizer = self.optimizer(self.parameters(model), **self.options)
-        *_, valid_x, valid_y = self.data()
-        readings, clipped = [], 0
-        for step, (x, y) in zip(range(self.steps), self.batches()):
-            if self.zero_grad:
-                optimizer.zero_grad()
-            seen = Observed(model, x)
-            loss = self.loss(seen.output, y)
-            more = {"validation_loss": self._validate(model, valid_x, valid_y)} if step % 20 == 19 else {}
-            loss.backward()
-            if self.clip is not None:
-                total = nn.utils.clip_grad_norm_(model.parameters(), self.clip)
-                clipped += bool(total > self.clip)
-                more |= {"grad_norm_before": float(total), "clipped": bool(total > self.clip)}
-                more |= {"clip_rate": clipped / (step + 1)}
-            before = {p: p.detach().clone() for p in model.parameters()}
-            optimizer.step()
-            readings.append(seen.reading(step, loss.detach(), optimizer, before, y, **more))
-        return readings
-
-    def watched(self, level="full", every=1):
+    def watched(self, level="full", every=1, output=None):
         """Train as users do, and return the readings and the verdicts of `torch_bp.watch`."""
         model = self.model()
         optimizer = self.optimizer(self.parameters(model), **self.options)
         *_, valid_x, valid_y = self.data()
         loss_fn = self.loss if isinstance(self.loss, nn.Module) else None
-        verdicts = Verdicts(circumstances=Circumstances(model, optimizer, loss_fn), silent=True)
-        options = {"level": level, "every": every, "budget": None, "keep": self.steps, "on_reading": verdicts}
-        with torch_bp.watch(model, optimizer, loss_fn=loss_fn, **options) as monitor:
+        options = {"level": level, "every": every, "budget": None, "keep": self.steps, "silent": True}
+        with torch_bp.watch(model, optimizer, output, loss_fn=loss_fn, **options) as monitor:
             for step, (x, y) in zip(range(self.steps), self.batches()):
                 if self.zero_grad:
                     optimizer.zero_grad()
@@ -171,7 +145,7 @@ class Recipe:
                 if self.clip is not None:
                     monitor.clipped(nn.utils.clip_grad_norm_(model.parameters(), self.clip), self.clip)
                 optimizer.step()
-        return monitor.readings, verdicts.findings
+        return monitor.readings, monitor.findings
 
     def _validate(self, model, x, y):
         model.eval()

@@ -7,7 +7,6 @@ import importlib
 from typing import Any
 
 _MODULES = {  # of each name
-    "Circumstances": "circumstances",
     "DeadUnit": "reading",
     "Diagnosis": "diagnosis",
     "DivergenceError": "guard_event",
@@ -34,7 +33,6 @@ _MODULES = {  # of each name
     "write_readings": "reading_file",
 }
 __all__ = [
-    "Circumstances",
     "DeadUnit",
     "Diagnosis",
     "DivergenceError",

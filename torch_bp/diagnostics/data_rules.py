@@ -47,7 +47,9 @@ def not_shuffled(history: History, limit: Thresholds) -> Iterator[Finding]:
         changes, least = 0.0, 1.0
         if not _all_alike(history, number):
             return
-        cause = f"all {found.count} labels of the batch are the same: the data is sorted, or nearly all of one class"
+        which = "" if found.commonest is None else f", {found.commonest}"
+        cause = f"all {found.count} labels of the batch are the same{which}: the data is sorted, or nearly all of one "
+        cause += "class"
     else:
         changes, share = found.changes * (found.count - 1), found.largest_share
         expected = 2 * share * (1 - share) * (found.count - 1)
@@ -64,10 +66,14 @@ def not_shuffled(history: History, limit: Thresholds) -> Iterator[Finding]:
 
 
 def _all_alike(history: History, number: int) -> bool:
-    """Whether all batches so far are of one class each, and too many for it to be chance, were they shuffled."""
+    """Whether all batches so far are of one class each, and too many for it to be chance, were they shuffled.
+
+    A large class explains batches of that class, not of two.
+    """
     readings = {reading.step: reading for reading in (*history.start, history.now)}
     batches = [reading.labels for reading in readings.values() if reading.labels is not None]
-    largest = 0.8 if number == 2 else 0.5  # a class as large as that is nothing unusual
+    several = len({labels.commonest for labels in batches}) > 1
+    largest = 0.8 if number == 2 and not several else 0.5  # a class as large as that is nothing unusual
     count = sum(labels.count for labels in batches)
     return all(labels.classes == 1 for labels in batches) and largest**count < _CHANCE
 
@@ -79,7 +85,7 @@ def output_of_loss(history: History, limit: Thresholds) -> Iterator[Finding]:
     last = list(now.layers.values())[-1] if now.layers else None
     probabilities = last is not None and last.activation == "Softmax"
     number = classes(now)
-    output, loss_function = history.fact("output"), history.fact("loss_function")
+    output, loss_function = now.output, now.loss_function
     if output is not None and number is not None:
         bounded = output.min >= 0 and output.max <= 1
         probabilities = bounded and abs(output.mean * number - 1) < 1e-3

@@ -7,9 +7,8 @@ continues it, so that noise around a threshold does not make a list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from torch_bp.diagnostics import (
     data_rules,
@@ -33,6 +32,7 @@ RULES: dict[Rule, int] = {
     data_rules.unscaled_input: 1,
     data_rules.output_of_loss: 1,
     data_rules.not_shuffled: 1,
+    gradient_rules.wrong_gradient: 1,
     gradient_rules.not_zeroed: 1,
     gradient_rules.not_in_optimizer: 1,
     gradient_rules.unused_parameters: 1,
@@ -59,7 +59,8 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "bad initialization": ("no gradient", "loss does not fall"),
     "unscaled input": ("bad initialization",),
     "dead units": ("vanishing gradient", "rate too low"),
-    "vanishing gradient": ("rate too low",),
+    "vanishing gradient": ("rate too low", "plateau"),
+    "wrong gradient": ("divergence", "plateau"),
     "divergence": ("loss does not fall", "plateau"),
     "labels unrelated to inputs": ("loss does not fall", "plateau"),
 }
@@ -70,6 +71,7 @@ _EXPLAINS_CHANCE = (
     *("NaN or Inf", "bad initialization", "dead units", "saturation", "vanishing gradient", "rate too low"),
     *("rate too high", "divergence", "no gradient", "not in the optimizer", "data not shuffled"),
     *("softmax before its loss", "gradient not zeroed", "unscaled input", "exploding gradient", "unused parameters"),
+    "wrong gradient",
 )
 _CHANCE = ("labels unrelated to inputs", "loss does not fall")
 FOLLOWS |= {kind: (*FOLLOWS.get(kind, ()), *_CHANCE) for kind in _EXPLAINS_CHANCE}
@@ -80,6 +82,7 @@ class Diagnosis:
 
     Args:
         thresholds: limits of the rules.
+        failed: told the name of a rule that has raised, and what; the others go on. Default: it is raised.
 
     Attributes:
         findings: all so far, in the order in which they were found.
@@ -94,10 +97,12 @@ class Diagnosis:
         1
     """
 
-    def __init__(self, thresholds: Thresholds = DEFAULT) -> None:
+    def __init__(
+        self, thresholds: Thresholds = DEFAULT, failed: Callable[[str, Exception], object] | None = None
+    ) -> None:
         if not isinstance(thresholds, Thresholds):
             raise TypeError(f"Diagnosis: thresholds must be Thresholds, got {type(thresholds).__name__}.")
-        self.thresholds = thresholds
+        self.thresholds, self._failed = thresholds, failed
         self._history = History()
         self._found: dict[tuple[str, str], Finding] = {}
         self._in_a_row: dict[tuple[str, str], int] = {}
@@ -106,12 +111,11 @@ class Diagnosis:
     def findings(self) -> list[Finding]:
         return list(self._found.values())
 
-    def update(self, reading: Reading, facts: Mapping[str, Any] | None = None) -> list[Finding]:
+    def update(self, reading: Reading) -> list[Finding]:
         """Take one reading more, and return what is found for the first time.
 
         Args:
             reading: of a later step than the one before.
-            facts: what `Circumstances` knows of the same step.
 
         Raises:
             ValueError: its step is not after that of the reading before.
@@ -121,17 +125,26 @@ class Diagnosis:
                 f"Diagnosis: step must be above {self._history.now.step}, that of the reading before, got "
                 f"{reading.step}. Use a new Diagnosis for another run."
             )
-        self._history.add(reading, facts)
+        self._history.add(reading)
         spoken: dict[tuple[str, str], int] = {}
         new = []
         for rule, wanted in RULES.items():
-            for found in rule(self._history, self.thresholds):
+            for found in self._apply(rule):
                 key = (found.kind, "" if found.kind in _OF_MODEL else found.layer)
                 spoken[key] = self._in_a_row.get(key, 0) + 1
                 if spoken[key] >= wanted and self._take(key, found):
                     new.append(self._found[key])
         self._in_a_row = spoken
         return new
+
+    def _apply(self, rule: Rule) -> list[Finding]:
+        try:
+            return list(rule(self._history, self.thresholds))
+        except Exception as error:
+            if self._failed is None:
+                raise
+            self._failed(rule.__name__, error)
+            return []
 
     def _take(self, key: tuple[str, str], found: Finding) -> bool:
         """Keep a finding, or continue the one there is. True if it is new."""

@@ -54,9 +54,8 @@ class Finding:
 
     def __str__(self) -> str:
         where = f"layer {self.layer}, " if self.layer else ""
-        since = f"steps {self.step} to {self.last_step}" if self.last_step > self.step else f"step {self.step}"
         numbers = f"{_short(self.value)}, threshold {_short(self.threshold)}"
-        return f"{where}{since}: {self.kind} ({numbers}): {self.cause} - {self.cure}"
+        return f"{where}{_since(self)}: {self.kind} ({numbers}): {self.cause} - {self.cure}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; numbers that JSON does not know as the text that `float` reads."""
@@ -87,17 +86,13 @@ class Finding:
 
 
 def markdown(findings: Iterable[Finding]) -> str:
-    """A table of findings, the gravest first, as TensorBoard's `add_text` shows it.
+    """Findings as a list, the gravest first, as TensorBoard's `add_text` shows it: its tables break words.
 
     Example:
         >>> markdown([])
         'Nothing is wrong.'
     """
-    ordered = gravest_first(findings)
-    if not ordered:
-        return "Nothing is wrong."
-    head = ["| | finding | layer | step | value | threshold | cause | cure |", "|---|---|---|---|---|---|---|---|"]
-    return "\n".join(head + [_row(finding) for finding in ordered])
+    return "\n\n".join(map(_paragraphs, gravest_first(findings))) or "Nothing is wrong."
 
 
 def gravest_first(findings: Iterable[Finding]) -> list[Finding]:
@@ -105,10 +100,14 @@ def gravest_first(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda found: (-SEVERITIES.index(found.severity), found.step))
 
 
-def _row(found: Finding) -> str:
-    steps = f"{found.step} to {found.last_step}" if found.last_step > found.step else f"{found.step}"
-    cells = [found.severity, found.kind, found.layer, steps, _short(found.value), _short(found.threshold)]
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in [*cells, found.cause, found.cure]) + " |"
+def _paragraphs(found: Finding) -> str:
+    where = f"layer {found.layer}, {_since(found)}" if found.layer else _since(found)
+    head = f"**{found.severity}: {found.kind}** ({where}: {_short(found.value)}, threshold {_short(found.threshold)})"
+    return f"{head}\n\n* cause: {found.cause}\n* cure: {found.cure}"
+
+
+def _since(found: Finding) -> str:
+    return f"steps {found.step} to {found.last_step}" if found.last_step > found.step else f"step {found.step}"
 
 
 def _short(number: float) -> str:

@@ -9,11 +9,34 @@ from torch_bp.diagnostics.history import History
 from torch_bp.diagnostics.thresholds import Thresholds
 
 
+def wrong_gradient(history: History, limit: Thresholds) -> Iterator[Finding]:
+    """Gradients that are no slope of the loss, sec. 3.3 and 10.1. What is wrong in one place is wrong in all layers
+    before it, as the error signal passes there later: the last one is to blame, or what follows it.
+    """
+    del limit  # that of the precision comes with the errors
+    now, tolerance = history.now, history.now.gradient_tolerance
+    wrong = {name: e for name, e in now.gradient_errors.items() if tolerance is not None and not e <= tolerance}
+    if not wrong:
+        return
+    order = [name for name in (*now.gradient_errors, *now.layers) if name in now.gradient_errors]
+    order = [*dict.fromkeys(reversed(order))][::-1]  # as in the forward pass, where that is known
+    name = "loss" if "loss" in wrong else max(wrong, key=order.index)
+    behind = order[order.index(name) + 1 :]
+    what = "the backward of the loss function" if name == "loss" else f"the backward of {name}"
+    if name != "loss":
+        what += f", or of what lies between it and {behind[0]}," if behind else ", or of what follows it,"
+    cause = f"its gradient is off by {wrong[name]:.2g} of its size from a difference of the loss; {what} is wrong"
+    yield Finding(
+        *("wrong gradient", "" if name == "loss" else name, now.step, wrong[name], tolerance or 0.0, cause),
+        "torch_bp.autograd.gradcheck(function, inputs) in float64 shows which derivative of a hand-written backward",
+        "error",
+    )
+
+
 def unused_parameters(history: History, limit: Thresholds) -> Iterator[Finding]:
     """Parameters that take part in no step: of a layer that is not called, or cut off from the loss."""
     del limit
-    unused = history.fact("unused")
-    if unused:
+    if unused := history.now.unused:
         names = ", ".join(unused[:4]) + (", ..." if len(unused) > 4 else "")
         yield Finding(
             "unused parameters",
@@ -59,8 +82,7 @@ def not_zeroed(history: History, limit: Thresholds) -> Iterator[Finding]:
     """Gradients of the step before were still there when this step's were added."""
     del limit
     now = history.now
-    carried = history.fact("carried")
-    if carried:
+    if carried := now.carried:
         cause = f"gradients of the steps before, of norm {carried:.3g}, were there when backward began, and add up"
         yield Finding(
             *("gradient not zeroed", "", now.step, carried, 0.0, cause),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from torch_bp.diagnostics.reading import LayerReading, Reading
 
@@ -33,13 +32,11 @@ class History:
         self.best_loss = math.inf  # least median of three losses in a row
         self.validations: list[tuple[int, float]] = []
         self.top_lr = 0.0
-        self._facts: Mapping[str, Any] = {}
         for reading in readings:
             self.add(reading)
 
-    def add(self, reading: Reading, facts: Mapping[str, Any] | None = None) -> None:
-        """Take one more, with what `Circumstances` knows of its step."""
-        self._facts = facts or {}
+    def add(self, reading: Reading) -> None:
+        """Take one more."""
         if len(self.start) < FIRST:
             self.start.append(reading)
         self.latest.append(reading)
@@ -50,10 +47,6 @@ class History:
         if len(self.losses(-3)) == 3:
             self.best_loss = min(self.best_loss, self.median_loss(-3))
         self.top_lr = max(self.top_lr, *reading.lr, 0.0)
-
-    def fact(self, name: str) -> Any:
-        """What is known of the latest step beyond its reading; None if nothing is."""
-        return self._facts.get(name)
 
     @property
     def now(self) -> Reading:

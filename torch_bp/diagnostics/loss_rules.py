@@ -75,7 +75,7 @@ def plateau(history: History, limit: Thresholds) -> Iterator[Finding]:
         return
     before, after = statistics.fmean(early), statistics.fmean(late)
     # what the mean of so many losses may be off by, so that a slow fall is not lost in their noise
-    noise = statistics.stdev(late) / math.sqrt(len(late))
+    noise = math.sqrt(statistics.fmean([(loss - after) ** 2 for loss in late]) / (len(late) - 1))
     if (
         not limit.plateau_level * start < after < 0.98 * start
         or before - after > limit.plateau_decrease * before + noise

@@ -13,7 +13,9 @@ from torch import Tensor, distributed, nn
 
 from torch_bp.diagnostics.assembly import Assembly
 from torch_bp.diagnostics.cadence import Cadence
+from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.hearing import Hearing, measure
+from torch_bp.diagnostics.live_check import LiveCheck
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
 from torch_bp.diagnostics.parameters import COLUMNS, ParameterSums, measures_itself
@@ -21,6 +23,7 @@ from torch_bp.diagnostics.probe import EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.recorder import signals
 from torch_bp.diagnostics.snapshot import Snapshot
+from torch_bp.diagnostics.verdicts import Verdicts
 from torch_bp.diagnostics.writers import Output
 
 _log = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ class Monitor:
         epoch: set it, and readings have it.
         alone: set it to False where other optimizers update parts of the model, whose updates are unknown then.
         last: the latest reading, or None.
+        findings: what is wrong, by the readings that were written so far, the gravest first.
         unknown: layers of which only parameters and output are watched, with the reason.
     """
 
@@ -56,6 +60,10 @@ class Monitor:
         self._scaler, self._reduce = options["scaler"], options["reduce"]
         self._mean, self._write_every = options["reduction"] == "mean", options["write_every"]
         self._on_reading: Callable[[Reading], None] | None = options["on_reading"]
+        self._verdicts: Verdicts | None = None
+        if options["diagnose"]:
+            self._verdicts = Verdicts(output.text, silent=options["silent"])
+        self._check: LiveCheck | None = options["check"]
         self._parameters = ParameterSums(measurements.layers, detail.per_example)
         self._assembly = Assembly(measurements.layers, self._parameters.rows)
         self.unknown = {layer.name: layer.unknown for layer in measurements.layers if layer.unknown}
@@ -97,6 +105,15 @@ class Monitor:
     def loss_after(self, loss: Any) -> None:
         """Note the loss of the last step's batch after the step: its achieved decrease is in the next reading."""
         self._now["after"] = torch.as_tensor(loss).detach().double().mean()
+
+    def loss_of_check(self, loss_fn: nn.Module) -> None:
+        """The module that computes the loss from what the model returns, for `check_every` alone, where `watch` was not
+        given it, as the loop tells losses itself.
+        """
+        if self._check is not None:
+            self._check.detach()
+            self._check.loss_fn = loss_fn
+            self._next()
 
     def gradients_ready(self) -> None:
         """Say, in a closure that `optimizer.step` calls, that gradients are there; torch_bp's optimizers can tell."""
@@ -163,6 +180,11 @@ class Monitor:
                 self._now["scale"] = torch.as_tensor(loss_scale, dtype=torch.float64).detach().clone()
             self._safely(measure, heard, self._probe, self._measurements, self._losses)
 
+    def ran(self, model: nn.Module, args: tuple[Any, ...], targets: tuple[Any, ...], loss_fn: Any) -> None:
+        """Which model ran on what, and what its loss was computed from."""
+        if self._checks:
+            self._check.ran(model, args, targets, loss_fn)  # type: ignore[union-attr]
+
     def updating(self) -> None:
         """The optimizer is about to step."""
         if self._whole and self._recording and self._optimizer is not None:
@@ -200,6 +222,11 @@ class Monitor:
                 return reading
         return None
 
+    @property
+    def findings(self) -> list[Finding]:
+        self._read(wait=True)
+        return [] if self._verdicts is None else self._verdicts.findings
+
     def _assembled(self, snapshot: Snapshot) -> Reading | None:
         return self._safely(self._assembly.reading, snapshot, remember=False)
 
@@ -213,11 +240,15 @@ class Monitor:
             return
         self._closed, self._recording = True, False
         self._probe.detach()
+        if self._check is not None:
+            self._check.detach()
         self._losses.close()
         self._listen_to_optimizer()
         if self._optimizer is not None:
             self._parameters.abandon(self._optimizer)
         self._read(wait=True)
+        if self._verdicts is not None:
+            self._safely(self._verdicts.close)
         if hparams is not None or metrics is not None:
             self._output.hparams(dict(hparams or {}), dict(metrics or {}))
         self._output.close()
@@ -265,6 +296,8 @@ class Monitor:
     def _end(self, sums: tuple[list[int], Sequence[Tensor]] | None) -> None:
         if sums is not None:
             self._safely(self._record, *sums)
+        if self._checks:
+            self._check_gradients()
         now = clock()
         self.step += 1
         self._read(wait=False)
@@ -273,14 +306,34 @@ class Monitor:
         self._next()
         self._began = clock()
 
+    @property
+    def _checks(self) -> bool:
+        """Whether the gradients of this step are checked."""
+        return self._check is not None and self._recording and self._check.due(self.step)
+
+    def _check_gradients(self) -> None:
+        """Check them, with nothing attached to the model, and put the errors to the record."""
+        began = clock()
+        self._probe.detach()
+        found = self._check.run(self.step)  # type: ignore[union-attr]
+        if found is not None and self._waiting and self._waiting[-1].step == self.step:
+            facts = {"gradient_errors": found.errors, "gradient_tolerance": found.tolerance}
+            self._waiting[-1].facts |= facts
+        self._began += clock() - began  # it was asked for, whatever it costs
+
     def _next(self) -> None:
         """Listen to the next step, or do not."""
-        self._recording = self._losses.wanted = not self._closed and self._cadence.records(self.step)
+        wanted = self._cadence.records(self.step) or (self._check is not None and self._check.due(self.step))
+        self._recording = self._losses.wanted = not self._closed and wanted
         self._measurements.begin()
         self._probe.forget()
         self._losses.forget()
+        if self._check is not None and not (self._checks and not self._explicit):
+            self._check.detach()
         if self._explicit:
             return
+        if self._checks:
+            self._check.attach()  # type: ignore[union-attr]
         if self._recording or self._probe.compiled:
             self._probe.attach()
         else:
@@ -391,6 +444,8 @@ class Monitor:
                 continue
             self._kept.append(reading)
             self._output.write(reading)
+            if self._verdicts is not None:
+                self._safely(self._verdicts, reading)
             if self._on_reading is not None:
                 self._on_reading(reading)
 

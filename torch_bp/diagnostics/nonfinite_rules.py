@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import SATURATING, History
 from torch_bp.diagnostics.rate_rules import lower
-from torch_bp.diagnostics.reading import Finiteness, Reading
+from torch_bp.diagnostics.reading import PLACES, Finiteness, Reading
 from torch_bp.diagnostics.thresholds import Thresholds
 
 # Activations that make no NaN of a finite number.
@@ -67,7 +67,9 @@ def nonfinite(history: History, limit: Thresholds) -> Iterator[Finding]:
 
 def first_origin(reading: Reading) -> _Origin | None:
     """Where the first NaN or infinity of this step is: in the order in which a step computes."""
-    values = reading.input
+    given, values = reading.input_finite, reading.input
+    if given is not None and not given.ok:
+        return _Origin("", "input", given)
     if values is not None and not math.isfinite(values.mean + values.std):
         return _Origin("", "input", None)
     for what in ("weight", "forward"):
@@ -75,7 +77,7 @@ def first_origin(reading: Reading) -> _Origin | None:
             found = getattr(layer, what)
             if found is not None and not found.ok:
                 # finite inputs and weights can overflow in a linear map, and give infinities; not NaN alone
-                taken_in = what == "forward" and number == 0 and found.nan and not found.inf
+                taken_in = what == "forward" and number == 0 and found.nan and not found.inf and given is None
                 return _Origin(layer.name, "input" if taken_in and layer.activation in _SAFE else what, found)
     if reading.loss is not None and not math.isfinite(reading.loss):
         return _Origin("", "loss", None)
@@ -92,11 +94,12 @@ def _explain(origin: _Origin, history: History, step: int) -> tuple[str, str, st
     if found is not None:
         which = " and ".join(f"{n} {what}" for n, what in ((found.nan, "NaN"), (found.inf, "infinite")) if n)
         which += f" of {found.count}"
+    where = _examples(found)
     if origin.what == "input":
         if origin.layer:
             cause = f"the first layer's outputs have {which} and its weights none: they come with the input"
         else:
-            cause = f"the input has {which}"
+            cause = f"the input has {which}{where}"
         return cause, "x = torch.nan_to_num(x), or drop such examples", ""
     if origin.what == "weight":
         before = step > history.first.step
@@ -105,9 +108,16 @@ def _explain(origin: _Origin, history: History, step: int) -> tuple[str, str, st
         return f"the weights have {which}: {why}", cure, "lr*0.1" if before else "init"
     if origin.what == "forward":
         why = "it overflows" if found is not None and found.inf else "its input and weights are finite"
-        return f"the forward pass first has {which} here, {why}", lower(history), "lr*0.1"
+        return f"the forward pass first has {which} here{where}, {why}", lower(history), "lr*0.1"
     if origin.what == "loss":
         cure = "check the targets, and take a loss on logits: it has no log of 0"
         return "the loss is not finite while all activations are: its targets, or a logarithm of 0", cure, ""
     cure = "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), and no sqrt or log of 0 behind this layer"
-    return f"the backward pass first has {which} here, all before it is finite", cure, "clip"
+    return f"the backward pass first has {which} here{where}, all before it is finite", cure, "clip"
+
+
+def _examples(found: Finiteness | None) -> str:
+    """Which examples of the batch hold them, where that is known and says something: not all of them."""
+    if found is None or not 0 < len(found.examples) < PLACES:
+        return ""
+    return f" (example{'s' * (len(found.examples) > 1)} {', '.join(map(str, found.examples))} of the batch)"

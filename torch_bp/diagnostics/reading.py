@@ -22,6 +22,7 @@ from torch_bp.diagnostics.layer_reading import DeadUnit, Finiteness, Histogram, 
 
 __all__ = ["DeadUnit", "Finiteness", "Histogram", "Labels", "LayerReading", "Reading", "Spread"]
 VERSION = 1  # of the lines that `to_json` writes
+PLACES = 8  # of examples that are not finite
 _Read = TypeVar("_Read")
 
 
@@ -76,6 +77,9 @@ class Reading:
             that was.
         unused: parameters that are to be trained and had no gradient in this step, as of a layer that was not called.
         frozen: parameters with `requires_grad=False`.
+        gradient_errors: relative errors of the gradients, by layer and of the "loss", where they were checked in this
+            step: `check_every` of `watch`; those that rounding hides are left out.
+        gradient_tolerance: the largest of these that is all right in this precision.
         seconds: how long a step takes without the monitor, in the mean since the reading before.
         share: what the monitor adds to that, 0.02 for 2 %, as far as it has measured itself.
     """
@@ -104,6 +108,8 @@ class Reading:
     carried: float | None = None
     unused: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
+    gradient_errors: Mapping[str, float] = field(default_factory=dict)
+    gradient_tolerance: float | None = None
     seconds: float | None = None
     share: float | None = None
 
@@ -187,6 +193,8 @@ def _read_field(name: str, value: Any) -> Any:
         return _read(_PARTS[name], value)
     if name == "layers":
         return {key: _read(LayerReading, each) for key, each in value.items()}
+    if name == "gradient_errors":
+        return {key: _number(each) for key, each in value.items()}
     if name == "dead":
         return tuple(_read(DeadUnit, each) for each in value)
     if isinstance(value, list):

@@ -11,8 +11,7 @@ from torch import Tensor, distributed
 from torch_bp.diagnostics.layer import Layer
 from torch_bp.diagnostics.measurements import AFTER, BACKWARD, BEFORE, KINDS, Measurements
 from torch_bp.diagnostics.quantities import first_of
-
-PLACES = 8  # of examples that are not finite
+from torch_bp.diagnostics.reading import PLACES
 
 
 def signals(measurements: Measurements, reduce: bool) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_bp.diagnostics.cadence import Cadence
 from torch_bp.diagnostics.layer import Which, compiled, device_of, layers_of
+from torch_bp.diagnostics.live_check import LiveCheck
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
 from torch_bp.diagnostics.monitor import Monitor
@@ -49,8 +50,14 @@ def watch(
     keep: int = 1000,
     tags: Mapping[str, str] | None = None,
     on_reading: Callable[[Reading], None] | None = None,
+    diagnose: bool = True,
+    silent: bool = False,
+    check_every: int | None = None,
 ) -> Monitor:
-    """Watch the training of a model in any loop, at next to no cost.
+    """Watch the training of a model in any loop, at next to no cost, and say what is wrong with it.
+
+    What is found by a reading that is written (`torch_bp.diagnostics.diagnose` has the rules) is logged once, as a
+    warning of the logger "torch_bp", written to `output` as a table, and kept in `monitor.findings`.
 
     With `optimizer` a step is over when `optimizer.step()` is, and a loop needs no other line. What happens between two
     steps belongs to the later one: all micro-batches of an accumulation. Losses come from the calls of `loss_fn`, which
@@ -84,6 +91,13 @@ def watch(
         keep: readings that are kept in memory.
         tags: other names for tags, as {"loss/train": "train_loss"}.
         on_reading: called with each reading that is written.
+        diagnose: look for faults. Default: True.
+        silent: do not log what is found.
+        check_every: steps from one gradient check to the next, which compares one directional derivative of each layer
+            with a difference of the loss, on the batch of the step: `torch_bp.autograd.directional_check`. Such a step
+            is recorded, and takes one forward and backward more, and two forwards for each layer; the budget leaves
+            these out. It needs a `loss_fn` that is called with what the model returns, or a `TrainStep`, and runs the
+            hooks that others have put on the model's modules. Why there is none is logged. Default: no checks.
 
     Returns:
         A `Monitor`, to be closed, or used in a `with` statement.
@@ -110,6 +124,15 @@ def watch(
             raise TypeError("watch: optimizer must be left out where a TrainStep is given, which has its own.")
         model, optimizer = step.model, step.optimizer
     _check(model, optimizer, level, every, budget, write_every, loss_fn, reduction, keep, on_reading)
+    if check_every is not None:
+        _check_whole("check_every", check_every)
+        if compiled(model):
+            raise ValueError(
+                f"watch: check_every must be None for a compiled model, got {check_every}. Watch the module itself."
+            )
+    for name, value in (("diagnose", diagnose), ("silent", silent)):
+        if not isinstance(value, bool):
+            raise TypeError(f"watch: {name} must be True or False, got {value!r}.")
     detail = _LEVELS[level]
     detail = replace(
         detail,
@@ -132,8 +155,16 @@ def watch(
     measurements = Measurements(measured, detail, device_of(model))
     probe: Probe = (CompiledProbe if is_compiled else EagerProbe)(model, measurements)
     losses = Losses(loss_fn, labels=detail.units)
-    options = {"scaler": scaler, "reduce": reduce, "reduction": reduction, "write_every": write_every, "keep": keep}
-    options["on_reading"] = on_reading
+    options: dict[str, Any] = {
+        "scaler": scaler,
+        "reduce": reduce,
+        "reduction": reduction,
+        "write_every": write_every,
+        "keep": keep,
+    }
+    check = None if check_every is None else LiveCheck(getattr(model, "module", model), check_every, loss_fn)
+    options["check"] = check
+    options |= {"on_reading": on_reading, "diagnose": diagnose, "silent": silent or not leads}
     cadence = Cadence(every, None if is_compiled or reduce else budget)
     monitor = Monitor(model, optimizer, destination, detail, cadence, losses, measurements, probe, options)
     if step is not None:
@@ -165,8 +196,7 @@ def _check(
     for name, value in (("every", every), ("keep", keep), ("write_every", write_every)):
         if value is None and name == "write_every":
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"watch: {name} must be a whole number of 1 or more, got {value!r}.")
+        _check_whole(name, value)
     if budget is not None and not (isinstance(budget, int | float) and 0 < budget <= 1):
         raise ValueError(
             f"watch: budget must be in (0, 1], a share of the time, got {budget!r}. None sets no limit, 0.02 is 2 %."
@@ -180,3 +210,8 @@ def _check(
         raise ValueError(f"watch: reduction must be 'mean' or 'sum', got {reduction!r}.")
     if on_reading is not None and not callable(on_reading):
         raise TypeError(f"watch: on_reading must be callable, got {type(on_reading).__name__}.")
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"watch: {name} must be a whole number of 1 or more, got {value!r}.")

@@ -5,6 +5,7 @@ scalars, evenly chosen, and all of them in the pictures, a row a layer and a col
 
     loss/train loss/val lr/<group> grad/total nonfinite/forward nonfinite/backward nonfinite/weight noise/scale
     clip/rate decrease/predicted decrease/achieved delta/<layer> update_ratio/<layer> weight/<layer> dead/<layer>
+    gradcheck/<layer>
     signals/picture dead/picture    histograms: activations/<layer> errors/<layer>    texts: by their own tags
 
 A writer that fails does not stop the training: it warns once, and is tried again with the next reading.
@@ -27,6 +28,10 @@ from torch_bp.diagnostics.reading import Histogram, LayerReading, Reading
 MOST = 100  # scalars of a run
 READINGS = "readings.jsonl"
 _PICTURE_EVERY = 20  # readings
+_PICTURES = {  # by tag: which numbers, and what they are
+    "signals/picture": (0, "log10 of the error signal of each layer"),
+    "dead/picture": (1, "share of dead units of each layer"),
+}
 _COLUMNS = 1600  # of a picture; then every second one is dropped
 _log = logging.getLogger(__name__)
 
@@ -40,7 +45,8 @@ _BASE = 16  # scalars that are not of layers, at most
 _LAYOUT = {
     "training": {
         "loss": ["Multiline", ["loss/train", "loss/val"]],
-        "error signals": ["Multiline", ["delta/.*"]],
+        "error signals (see on a logarithmic axis)": ["Multiline", ["delta/.*"]],
+        "updates over weights": ["Multiline", ["update_ratio/.*"]],
     }
 }
 
@@ -82,7 +88,8 @@ class Scalars:
         self._laid_out = False
         self._names: list[str] | None = None  # of layers that are shown as scalars
         self._rows: list[str] = []
-        self._columns: list[tuple[list[float], list[float]]] = []
+        self._columns: list[tuple[int, list[float], list[float]]] = []  # step, and numbers of each layer
+        self._dying: set[str] = set()  # layers that have had a dead unit: others have no curve of them
         self._drawn = self._written = 0
         self._step = 0
 
@@ -157,15 +164,19 @@ class Scalars:
             counted = [getattr(layer, what) for layer in layers]
             found.append((f"nonfinite/{what}", sum(c.nan + c.inf for c in counted if c is not None)))
         found += [(f"lr/{number}", rate) for number, rate in enumerate(reading.lr[: _BASE - len(found)])]
+        self._dying |= {name for name, layer in reading.layers.items() if layer.dead_units}
         for family, value_of in _OF_LAYERS.items():
-            found += [
-                (f"{family}/{_shown(name)}", value_of(reading.layers[name])) for name in self._shown_layers(reading)
-            ]
+            names = [name for name in self._shown_layers(reading) if family != "dead" or name in self._dying]
+            found += [(f"{family}/{_shown(name)}", value_of(reading.layers[name])) for name in names]
+        checked = [*self._shown_layers(reading), *(set(reading.gradient_errors) - set(reading.layers) - {"loss"})]
+        found += [(f"gradcheck/{_shown(name)}", reading.gradient_errors.get(name)) for name in ("loss", *checked)]
         return [(tag, float(value)) for tag, value in found if value is not None]
 
     def _shown_layers(self, reading: Reading) -> list[str]:
         if self._names is None:
-            names, room = list(reading.layers), (MOST - _BASE) // len(_OF_LAYERS)
+            names = list(reading.layers)
+            families = len(_OF_LAYERS) + bool(reading.gradient_errors)
+            room = (MOST - _BASE) // families - bool(reading.gradient_errors)  # one more for the loss
             if len(names) > room:
                 names = [names[i] for i in np.linspace(0, len(names) - 1, room).round().astype(int)]
             self._names = names
@@ -180,7 +191,7 @@ class Scalars:
             math.nan if layer is None or layer.dead_units is None else layer.dead_units / (layer.units or 1)
             for layer in layers
         ]
-        self._columns.append((signals, dead))
+        self._columns.append((reading.step, signals, dead))
         if len(self._columns) > _COLUMNS:
             self._columns = self._columns[::2]
 
@@ -188,10 +199,12 @@ class Scalars:
         self._drawn = self._written
         if not hasattr(writer := self._ready(), "add_image") or not self._rows:
             return
-        for tag, which in (("signals/picture", 0), ("dead/picture", 1)):
-            values = np.array([column[which] for column in self._columns], dtype=float).T
-            if not np.isnan(values).all():
-                writer.add_image(self._tag(tag), heat_map(values), self._step, dataformats="HWC")
+        steps, *numbers = zip(*self._columns)
+        names = list(map(_shown, self._rows))
+        for tag, (which, title) in _PICTURES.items():
+            values = np.array(numbers[which], dtype=float).T
+            if not np.isnan(values).all() and (tag != "dead/picture" or self._dying):
+                writer.add_image(self._tag(tag), heat_map(values, names, steps, title), self._step, dataformats="HWC")
 
 
 class Output:

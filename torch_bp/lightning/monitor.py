@@ -23,7 +23,9 @@ class BackpropMonitor(Callback):
     `validation_loss` names. A checkpoint holds the count of steps, and since when units are dead.
 
     Args:
-        level, every, budget, write_every, layers, per_example, histograms, keep, tags: as of `torch_bp.watch`.
+        level, every, budget, write_every, layers, per_example, histograms, keep, tags, diagnose, silent,
+            check_every: as of `torch_bp.watch`. Gradient checks need a loss that is a module, in the attribute `loss`,
+            `loss_fn` or `criterion` of the LightningModule, and is called with what `self(...)` returns.
         optimizer: which of several optimizers is watched. Default: the first.
         validation_loss: name under which the module logs it. Default: "loss/val", "val_loss" or "val/loss".
 
@@ -49,12 +51,15 @@ class BackpropMonitor(Callback):
         histograms: bool | None = None,
         keep: int = 1000,
         tags: dict[str, str] | None = None,
+        diagnose: bool = True,
+        silent: bool = False,
+        check_every: int | None = None,
         optimizer: int = 0,
         validation_loss: str | None = None,
     ) -> None:
         self._options: dict[str, Any] = {"level": level, "every": every, "budget": budget, "write_every": write_every}
         self._options |= {"layers": layers, "per_example": per_example, "histograms": histograms, "keep": keep}
-        self._options["tags"] = tags
+        self._options |= {"tags": tags, "diagnose": diagnose, "silent": silent, "check_every": check_every}
         self._which, self._validation_loss = optimizer, validation_loss
         self.monitor: Monitor | None = None
         self._state: Mapping[str, Any] | None = None
@@ -70,6 +75,9 @@ class BackpropMonitor(Callback):
         several = trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
         output = _output(trainer) if trainer.is_global_zero else None
         self.monitor = watch(pl_module, optimizer, output, scaler=scaler, reduce=several, **self._options)
+        losses = (getattr(pl_module, name, None) for name in ("loss", "loss_fn", "criterion"))
+        if (loss_fn := next((each for each in losses if isinstance(each, torch.nn.Module)), None)) is not None:
+            self.monitor.loss_of_check(loss_fn)
         self.monitor.alone = len(trainer.optimizers) == 1
         if self._state is not None:
             self.monitor.load_state_dict(self._state)

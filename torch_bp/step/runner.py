@@ -166,6 +166,7 @@ class Runner:
         finally:
             _set_recording(recording)
         if self.monitor is not None:
+            self.monitor.ran(passes.model, *inputs, passes.loss_fn)
             self.monitor.heard(ran.heard, ran.loss, passes.loss_scale)
         return ran
 
