@@ -235,6 +235,18 @@ def test_why_there_is_no_check_is_said_once(step, words, caplog):
     assert words in said[0]
 
 
+def test_a_batch_is_checked_once(caplog):
+    model, loss_fn = network(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch_bp.watch(model, optimizer, loss_fn=loss_fn, every=1, budget=None, check_every=1, silent=True):
+        loss_fn(model(X), Y).backward()
+        optimizer.step()
+        assert caplog.records == []
+        without_model(model, loss_fn, None)
+        optimizer.step()
+    assert "the model was not called in the step" in caplog.text
+
+
 def test_a_loss_that_nobody_names(caplog):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -254,7 +266,8 @@ def test_what_cannot_be_checked_is_refused():
 
 def test_hooks_of_others_are_left():
     model, seen = network(), []
-    model[0].register_forward_hook(lambda *_: seen.append(1))
-    monitor = run(model, check_every=2, steps=3)
+    model[0].register_forward_hook(lambda *_: seen.append(len(model[0]._forward_hooks)))
+    monitor = run(model, every=1, check_every=1, steps=3)
     assert len(monitor.last.gradient_errors) == 5
+    assert set(seen) == {1, 2}  # nothing of the monitor is there while it checks
     assert len(model[0]._forward_hooks) == 1
