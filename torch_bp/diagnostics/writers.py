@@ -60,8 +60,12 @@ class JsonLines:
 
     def write(self, reading: Reading) -> None:
         line = f"{reading.to_json()}\n".encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        try:
+            file = self.path.open("ab")
+        except FileNotFoundError:  # a folder is asked for only where there is none: to ask takes milliseconds
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("ab")
+        with file:
             if self._whole is not None and file.tell() > self._whole:
                 file.truncate(self._whole)
             self._whole = file.seek(0, os.SEEK_END)
