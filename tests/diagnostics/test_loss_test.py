@@ -36,11 +36,19 @@ def test_no_alarm_in_healthy_runs(kind):
     assert left_out <= 1.0 * SEEDS
 
 
-@pytest.mark.parametrize("kind", losses.HEALTHY)
-@pytest.mark.parametrize("sickness", losses.SICK)
+def test_a_slow_rise_of_a_loss_that_has_never_fallen_may_be_smaller_than_its_noise():
+    """14 of 20 are found, as counted: a limit of the test that `test_alarm_in_sick_runs` leaves out, not to get worse."""
+    places = [judged(losses.sick(losses.creep, losses.stuck, seed, 1200, 400))[0] for seed in range(20)]
+    assert all(place is None or place >= 400 for place in places)
+    assert sum(place is not None for place in places) >= 14
+
+
+PAIRS = [(sickness, kind) for sickness in losses.SICK for kind in losses.HEALTHY]
+PAIRS.remove((losses.creep, losses.stuck))
+
+
+@pytest.mark.parametrize(("sickness", "kind"), PAIRS)
 def test_alarm_in_sick_runs(sickness, kind):
-    if (sickness, kind) == (losses.creep, losses.stuck):
-        pytest.skip("in a loss that has never fallen a slow rise may be smaller than its noise")
     within = {losses.blown: 0, losses.jump: 1, losses.explosion: 220, losses.creep: 600}[sickness]
     for seed in range(10):
         place, found, _ = judged(losses.sick(sickness, kind, seed, 1200, 400))
