@@ -37,7 +37,7 @@ def test_no_alarm_in_healthy_runs(kind):
 
 
 def test_a_slow_rise_of_a_loss_that_has_never_fallen_may_be_smaller_than_its_noise():
-    """14 of 20 are found, as counted: a limit of the test that `test_alarm_in_sick_runs` leaves out, not to get worse."""
+    """14 of 20 are found: a limit, which `test_alarm_in_sick_runs` leaves out, and which is not to get worse."""
     places = [judged(losses.sick(losses.creep, losses.stuck, seed, 1200, 400))[0] for seed in range(20)]
     assert all(place is None or place >= 400 for place in places)
     assert sum(place is not None for place in places) >= 14
