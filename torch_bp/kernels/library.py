@@ -7,6 +7,7 @@ import functools
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,17 @@ _LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
 @functools.cache
 def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / _LIBRARY.get(sys.platform, "libtorch_cpu.so")))
+
+
+def quick(name: str) -> Any:
+    """Return a function of one number that takes no time worth letting other Python threads run; None if torch has it
+    not."""
+    try:
+        found: Any = ctypes.PyDLL(_library()._name)[name]
+    except (AttributeError, OSError):
+        return None
+    found.argtypes = [ctypes.c_int]
+    return found
 
 
 def export(names: Iterable[str]) -> None:

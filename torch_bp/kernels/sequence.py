@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torch_bp.kernels import cpu, cpu_text, library
+from torch_bp.kernels import cpu, cpu_text, library, products
 
 _aten = torch.ops.aten
 _log = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ _CALLS: dict[Any, _Signature] = {
     ),
     _aten.copy_.default: _ops("copy_", "RNS_6TensorERKS2_b", "t:self t:src i:non_blocking"),
 }
+_SET_THREADS = (products.SYMBOL, "i:threads")
 _LOOP = '''"""Made by torch_bp: runs records one after the other."""
 from llvmlite import ir
 from numba import njit, types
@@ -200,29 +201,33 @@ def _passed(arguments: str) -> tuple[list[str], list[str]]:
     return types, texts
 
 
-@functools.cache
 def _thunk(operation: Any) -> int | None:
     """Return the address of what calls an operation with a record, None where there is none."""
-    if operation not in _CALLS or not cpu.usable():
+    return _made(*_CALLS[operation]) if operation in _CALLS else None
+
+
+@functools.cache
+def _made(symbol: str, arguments: str) -> int | None:
+    """Return the address of what calls a function of torch's with a record, None where there is none."""
+    if not cpu.usable():
         return None
-    symbol, arguments = _CALLS[operation]
-    exported = symbol.startswith("aoti_")
-    if not exported and (sys.platform != "linux" or platform.machine() != "x86_64"):
+    mangled = symbol.startswith("_Z")
+    if mangled and (sys.platform != "linux" or platform.machine() != "x86_64"):
         return None
     types, texts = _passed(arguments)
     text = _CALL.format(
         symbol=symbol,
         pointer=cpu_text.POINTER,
-        result="int32" if exported else "int64",
+        result="int64" if mangled else "int32",
         types=", ".join(f"types.{t}" for t in types),
         arguments=", ".join(texts),
-        answer="types.int64(answer)" if exported else "types.int64(0)",
+        answer="types.int64(answer)" if symbol.startswith("aoti_") else "types.int64(0)",
     )
     try:
         library.export([symbol])
-        return cpu.compiled(f"call_{operation.name().replace('::', '_').replace('.', '_')}", text).call.address
+        return cpu.compiled(f"call_{symbol}", text).call.address
     except Exception as error:
-        _log.info("%s is called from Python (%s: %s)", operation, type(error).__name__, error)
+        _log.info("%s is called from Python (%s: %s)", symbol, type(error).__name__, error)
         return None
 
 
@@ -249,14 +254,42 @@ def record(operation: Any, args: Sequence[Any], keywords: Mapping[str, Any], out
         if unfit:
             return None
         words.add(kind, value)
-    return Record(address, words.words, words.kept)
+    return Record(address, words.words, words.kept, _on_one_thread(operation, args))
+
+
+def _on_one_thread(operation: Any, args: Sequence[Any]) -> bool | None:
+    """True or False for a product that is better done by one thread or by all, None for what is no product."""
+    if operation not in products.OPERATIONS:
+        return None
+    left, right = products.operands(operation, args)
+    return products.small(left.numel() * right.shape[-1])
 
 
 class Record:
-    """A compiled function and its arguments; `kept` are the tensors and arrays that these point to."""
+    """A compiled function and its arguments.
 
-    def __init__(self, address: int, words: Sequence[int], kept: Sequence[Any]) -> None:
-        self.address, self.words, self.kept = address, list(words), list(kept)
+    Args:
+        address: of the function.
+        words: the arguments in memory.
+        kept: the tensors and arrays that these point to.
+        alone: True to let the caller's thread alone multiply, False for all threads; None where it makes no difference.
+    """
+
+    def __init__(self, address: int, words: Sequence[int], kept: Sequence[Any], alone: bool | None = None) -> None:
+        self.address, self.words, self.kept, self.alone = address, list(words), list(kept), alone
+
+
+def _with_threads(records: Sequence[Record]) -> list[Record]:
+    """Put in what sets the number of threads before products that want another, and after the last."""
+    address, done, alone = None, [], False
+    if any(each.alone for each in records):
+        address = _made(*_SET_THREADS)
+    for each in [*records, Record(0, [], [], False)]:
+        if address is not None and each.alone is not None and each.alone != alone:
+            alone = each.alone
+            done.append(Record(address, [int(alone)], []))
+        done.append(each)
+    return done[:-1]
 
 
 class Chain:
@@ -264,6 +297,7 @@ class Chain:
 
     def __init__(self, records: Sequence[Record]) -> None:
         words: list[int] = []
+        records = _with_threads(records)
         for each in records:
             arguments = each.words + [0] * (len(each.words) % 2)
             words += [each.address, 2 + len(arguments), *arguments]

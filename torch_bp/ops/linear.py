@@ -15,6 +15,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torch_bp.autograd.function import Function, cast_apply, overridden, tangents_possible, under_autocast
+from torch_bp.kernels.products import on_threads_that_pay
 from torch_bp.ops.rows import to_rows
 
 _Optional = torch.Tensor | None
@@ -24,16 +25,29 @@ def _conjugate(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.conj() if tensor.is_complex() else tensor
 
 
+def _inputs(a: Any, weight: Any) -> int:
+    """I; either may be None."""
+    known = a if weight is None else weight
+    return 0 if known is None else known.shape[-1]
+
+
+def linear_forward(a: torch.Tensor, weight: torch.Tensor, bias: _Optional) -> torch.Tensor:
+    """z = a W^T + b."""
+    with on_threads_that_pay(a, weight.shape[0]):
+        return torch.nn.functional.linear(a, weight, bias)
+
+
 def linear_backward(
     dz: torch.Tensor, a: Any, weight: Any, wanted: tuple[bool, bool, bool]
 ) -> tuple[_Optional, _Optional, _Optional]:
     """Algorithm 1, lines 8 and 9: the gradients at a, W and b, where `wanted`; a and W may be None where not needed."""
     rows = to_rows(dz, -1)
     da = dw = db = None
-    if wanted[0]:
-        da = dz @ _conjugate(weight)
-    if wanted[1]:
-        dw = rows.t() @ _conjugate(to_rows(a, -1))
+    with on_threads_that_pay(dz, _inputs(a, weight)):
+        if wanted[0]:
+            da = dz @ _conjugate(weight)
+        if wanted[1]:
+            dw = rows.t() @ _conjugate(to_rows(a, -1))
     if wanted[2]:
         db = rows.sum(0)
     return da, dw, db
@@ -58,7 +72,7 @@ class Linear(Function):
 
     @staticmethod
     def forward(a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.nn.functional.linear(a, weight, bias)
+        return linear_forward(a, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from torch_bp.kernels import engine
 from torch_bp.kernels.extension import with_column_sum
 from torch_bp.kernels.plain import eager, reusable
 from torch_bp.ops import pointwise
-from torch_bp.ops.linear import linear, linear_backward, linear_tangent
+from torch_bp.ops.linear import linear, linear_backward, linear_forward, linear_tangent
 from torch_bp.ops.pointwise import saves_output
 
 _Optional = torch.Tensor | None
@@ -98,7 +98,7 @@ def linear_activation(activation: Callable[..., torch.Tensor]) -> Callable[..., 
         def forward(a: torch.Tensor, weight: torch.Tensor, bias: _Optional, *values: float) -> Any:
             if compute is torch.relu and bias is not None and _has_epilogue(a, bias):
                 return relu_in_epilogue(a, weight, bias)
-            z = torch.nn.functional.linear(a, weight, bias)
+            z = linear_forward(a, weight, bias)
             return value(z, values) if from_output else (value(z, values), z)
 
         @staticmethod

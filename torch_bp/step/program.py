@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torch_bp.kernels import products
 from torch_bp.kernels.sequence import Chain, Record, record
 from torch_bp.step.buffers import Arena
 from torch_bp.step.recorder import EMPTY, Call, NotCapturableError, Place, Recorder, is_random, places_in, tensors_in
@@ -173,7 +174,8 @@ class Program:
         variant, names = out
         if names == ["out"] and variant in _BINDINGS:
             keywords = {name: value for name, value in keywords.items() if value is not None}
-            return functools.partial(_BINDINGS[variant], *args, **keywords, out=results[0])
+            call_it = functools.partial(_BINDINGS[variant], *args, **keywords, out=results[0])
+            return _multiplied(operation, args, call_it) if operation in products.OPERATIONS else call_it
         write = functools.partial(variant, *args, **keywords)
         if operation in _WHOLE:
             return functools.partial(write, **dict(zip(names, results)))
@@ -225,6 +227,17 @@ def _copied(operation: Any, args: Any, keywords: Any, results: Sequence[Any]) ->
     for target, result in zip(results, tree_leaves(operation(*args, **keywords))):
         if isinstance(target, Tensor):
             target.copy_(result)
+
+
+def _multiplied(operation: Any, args: Any, product: Callable[[], Any]) -> Callable[[], Any]:
+    """Let the threads do a product that do it where the pass itself runs."""
+    left, right = products.operands(operation, args)
+
+    def run() -> None:
+        with products.on_threads_that_pay(left, right.shape[-1]):
+            product()
+
+    return run
 
 
 @functools.cache
