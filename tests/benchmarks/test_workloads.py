@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import torch_bp.optim
 from tests import hostile, tables
 from tests.benchmarks import (
     cross_entropy,
@@ -16,6 +17,7 @@ from tests.benchmarks import (
     normalised,
     operations,
     optimizers,
+    train_step,
 )
 from tests.benchmarks.protocol import agree
 from tests.ops.test_graph import Recorder
@@ -105,6 +107,17 @@ def test_steps_agree_and_learn():
     honesty.check(runs, {})
     for run in runs.values():
         assert run() > run() > run()
+
+
+def test_the_least_of_a_step_is_its_products_and_an_update(monkeypatch):
+    updated = []
+    step = torch_bp.optim.Adam.step
+    monkeypatch.setattr(torch_bp.optim.Adam, "step", lambda self: (updated.append(self), step(self)))
+    train_step.least(WIDTHS, 4)()
+    (optimizer,) = updated
+    weights = [p for p in optimizer.param_groups[0]["params"] if p.dim() == 2]
+    for weight, dw in zip(weights, honesty.products(WIDTHS, 4)(), strict=True):
+        torch.testing.assert_close(weight.grad, dw)
 
 
 def test_steps_that_differ_are_seen():

@@ -4,13 +4,14 @@ A step: forward through linear layers with ReLU between, cross-entropy, backward
 `fused=True`, and with the loss compiled besides; on CUDA also in the mode "reduce-overhead", with CUDA graphs.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 import torch_bp.nn
 import torch_bp.optim
-from tests.benchmarks import honesty
+from tests.benchmarks import honesty, huge_pages
 from tests.benchmarks.loops import WORKLOADS
 from tests.benchmarks.memory import peak
 from tests.benchmarks.network import HALF, batch, perceptron
@@ -20,6 +21,7 @@ from torch_bp import TrainStep
 # Against torch's default and against the faster of its best settings.
 TARGETS = dict(zip(WORKLOADS, ((0.26, 0.38), (0.36, 0.52), (0.40, 0.75), (0.40, 0.66))))
 GROWTH = (64, 128, 256, 512, 1024)  # widths of four layers, batch 256
+WITHOUT_FAULTS = 0.90  # of torch's best on the large one, its page faults removed
 BARE = {"C9": 1.10, "G4": 1.08}
 ON_DEVICE = (0.17, 0.85)  # of torch's default, and of its best
 
@@ -91,8 +93,32 @@ def measure(group: str, pairs: int) -> Iterator[Result]:
         for name, found in results.items():
             target = default_target if name == "torch" else best_target if name == best else None
             yield Result(group, "step", workload, name, *found, target)
+        for name in ("torch", best):
+            found = paired(least(widths, count), runs[name], few(pairs) if large else pairs)
+            yield Result(group, "bare products and update", workload, name, *found)
+        if large and sys.platform == "linux":
+            for name, found in huge_pages.compared(workload, few(pairs)).items():
+                target = WITHOUT_FAULTS if name == best else None
+                yield Result(group, "step, in large pages", workload, name, *found, target)
         for what, sizes in peaks(widths, count).items():
             yield Result(group, what, workload, "torch", *counted(*sizes), 1.0, "bytes")
+
+
+def least(widths: Sequence[int], count: int) -> Callable[[], None]:
+    """Return a function that does what no step can spare: the products, and an update of the parameters."""
+    products = honesty.products(widths, count)
+    network = perceptron(torch_bp.nn, widths)
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    for layer, dw in zip(network[::2], products()):
+        layer.weight.grad = dw
+    optimizer = torch_bp.optim.Adam(network.parameters(), lr=1e-5)
+
+    def run() -> None:
+        products()
+        optimizer.step()
+
+    return run
 
 
 def peaks(widths: Sequence[int], count: int) -> dict[str, tuple[int, int]]:
