@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from torch_bp.diagnostics import quantities
 from torch_bp.diagnostics.derivative import SATURATED, active_counts, differentiable, from_output
 from torch_bp.diagnostics.layer import Layer
 from torch_bp.kernels import Table
-from torch_bp.kernels.plain import PLAIN_TYPES
+from torch_bp.kernels.totals import Totals
 
 FORWARD, BACKWARD, AFTER, BEFORE = range(4)  # a, dz, da, and the gradient at the input of the activation
 KINDS = 4
@@ -51,30 +52,31 @@ class _Batch:
 
     Args:
         key: their rows of the buffer, and how many numbers each has.
-        input: the row of the model's input.
         device: of the buffer.
     """
 
-    def __init__(self, key: tuple[tuple[int, ...], tuple[int, ...]], input: int, device: torch.device) -> None:
+    def __init__(self, key: tuple[tuple[int, ...], tuple[int, ...]], device: torch.device) -> None:
         slots, sizes = key
-        self._tables = Table(), Table(), Table()
+        self._moments, self._table = Totals(quantities.moments_of), Table()
         self._where = torch.tensor(slots, device=device)
         self._counts = torch.tensor(sizes, dtype=torch.float64, device=device)[:, None]
-        self._squares_only = [slot != input and slot % KINDS != FORWARD for slot in slots]
+        self._rows = np.array(sizes, np.float64)[:, None].repeat(3, axis=1)
+        self._light = torch.from_numpy(self._rows)
 
-    def add(self, tensors: list[Tensor], values: Tensor) -> None:
-        """Add to the buffer."""
-        first = tensors[0]
-        alike = first.is_floating_point() and all(
-            t.is_cpu and t.dtype is first.dtype and type(t) in PLAIN_TYPES and t.layout is torch.strided
-            for t in tensors
-        )
-        light = quantities.moments(tensors, self._squares_only, self._tables[:2]) if alike else None
-        if light is not None:
-            values[:, :3].index_add_(0, self._where, torch.cat([self._counts, light], dim=1))
-            return
-        found = quantities.sums(tensors, self._tables[2]).to(values.device)
-        values.index_add_(0, self._where, torch.cat([self._counts, found], dim=1))
+    def add(self, tensors: Sequence[Tensor], values: Tensor) -> None:
+        """Add to the buffer.
+
+        On the CPU the sum and the sum of squares alone, and that they are finite, tell most: it costs less to look at
+        the numbers again where they are not than to count in every pass what is finite.
+        """
+        if values.is_cpu and tensors[0].is_floating_point():
+            found = self._moments(tensors)
+            if found is not None and np.isfinite(found).all():
+                self._rows[:, 1:] = found
+                values[:, :3].index_add_(0, self._where, self._light)
+                return
+        sums = quantities.sums(tensors, self._table).to(values.device)
+        values.index_add_(0, self._where, torch.cat([self._counts, sums], dim=1))
 
 
 class Measurements:
@@ -106,7 +108,9 @@ class Measurements:
         self._pending: list[tuple[int, Tensor, int]] = []
         self._bytes = 0
         self._batches: dict[tuple[tuple[int, ...], tuple[int, ...]], _Batch] = {}  # for the same slots and sizes
-        self._again: dict[int, tuple[Any, list[tuple[int, Tensor]]]] = {}  # of calls that come again, by their number
+        self._again: dict[
+            int, tuple[Any, _Batch | None, tuple[Tensor, ...]]
+        ] = {}  # of calls that come again, by their number
 
     def begin(self) -> None:
         """Forget: a new step begins. Buffers keep their addresses."""
@@ -173,7 +177,10 @@ class Measurements:
             return
         pending, self._pending, self._bytes = self._pending, [], 0
         # memory that has been written to since does not hold the signal any more
-        self._sum([(slot, t) for slot, t, version in pending if version < 0 or t._version == version])
+        there = [(slot, t) for slot, t, version in pending if version < 0 or t._version == version]
+        if there:
+            tensors = [t for _, t in there]
+            self._batch(tuple(slot for slot, _ in there), tensors).add(tensors, self.values)
 
     def sum_again(self, calls: Sequence[tuple[str, Any, tuple[Any, ...]]]) -> None:
         """Make these calls of `observe_...` and sum at once; fast where the same object has come before.
@@ -196,22 +203,22 @@ class Measurements:
             for method, layer, arguments in calls:
                 call = getattr(self, method)
                 call(*arguments) if layer is None else call(layer, *arguments)
-            known = calls, [(slot, t) for slot, t, _ in self._pending]
-            self._again[id(calls)] = known
+            tensors = tuple(t for _, t, _ in self._pending)
+            batch = self._batch(tuple(slot for slot, _, _ in self._pending), tensors) if tensors else None
+            known = self._again[id(calls)] = calls, batch, tensors
             self._pending, self._bytes = held, 0
         self.flush()
-        self._sum(known[1])
+        _, batch, tensors = known
+        if batch is not None:
+            batch.add(tensors, self.values)
 
-    def _sum(self, signals: list[tuple[int, Tensor]]) -> None:
-        slots = tuple(slot for slot, _ in signals)
-        if not slots:
-            return
-        key = slots, tuple(t.numel() for _, t in signals)
+    def _batch(self, slots: tuple[int, ...], tensors: Sequence[Tensor]) -> _Batch:
+        key = slots, tuple(t.numel() for t in tensors)
         if key not in self._batches:
             if len(self._batches) >= TABLES:
                 self._batches.clear()
-            self._batches[key] = _Batch(key, KINDS * len(self.layers), self.device)
-        self._batches[key].add([t for _, t in signals], self.values)
+            self._batches[key] = _Batch(key, self.device)
+        return self._batches[key]
 
     def _add(self, slot: int, x: Tensor) -> None:
         x = x.detach() if x.requires_grad else x  # the same object: what a captured step reads may be put elsewhere

@@ -10,12 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torch_bp.kernels import Table, formula, row_sum, total, where, zeros_like
-from torch_bp.kernels.norm import sum_of_squares
 
 BINS = 30
 
@@ -39,28 +37,6 @@ def sums_of(x):
 def moments_of(x):
     """The sum of a tensor and the sum of its squares; not finite where a value is not, or a square is too large."""
     return total(x), total(x * x)
-
-
-def moments(tensors: Sequence[Tensor], squares_only: Sequence[bool], tables: tuple[Table, Table]) -> Tensor | None:
-    """The columns sum and square of `sums` (n, 2), in one light pass; None where something is not finite.
-
-    The host looks at the result, so it is for the CPU: there it costs less than to tell in every pass what is finite.
-
-    Args:
-        tensors: plain ones of one dtype, on the CPU.
-        squares_only: of which no sum is wanted, which is then 0.
-        tables: kept for the next call with tensors of the same shapes.
-    """
-    whole = [t for t, only in zip(tensors, squares_only) if not only]
-    rest = [t for t, only in zip(tensors, squares_only) if only]
-    found = torch.zeros(len(tensors), 2, dtype=torch.float64)
-    values = found.numpy()
-    only = np.asarray(squares_only, bool)
-    if whole:
-        values[~only] = np.stack([t.numpy() for t in moments_of.foreach_(whole, table=tables[0])], axis=1)
-    if rest:
-        values[only, 1] = sum_of_squares.foreach_(rest, table=tables[1]).numpy()
-    return found if np.isfinite(values.sum()) else None
 
 
 def sums(tensors: Sequence[Tensor], table: Table | None = None) -> Tensor:

@@ -32,12 +32,18 @@ class Snapshot:
     def take(self, named: Mapping[str, Tensor]) -> None:
         """Start the one copy of these tensors."""
         self._shapes = [(name, tuple(t.shape)) for name, t in named.items()]
-        parts = [t.detach().reshape(-1) for t in named.values()]
-        device = parts[0].device
-        if device.type == "cpu" and all(t.is_cpu and t.dtype in _OF_NUMPY for t in parts):  # as `cat`, in less time
-            vector = torch.from_numpy(np.concatenate([t.numpy() for t in parts], dtype=np.float64))
+        tensors = named.values()
+        device = next(iter(tensors)).device
+        if device.type == "cpu" and all(t.is_cpu and t.dtype in _OF_NUMPY for t in tensors):  # as `cat`, in less time
+            room = np.empty(sum(map(Tensor.numel, tensors)))
+            at = 0
+            for tensor in tensors:
+                values = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+                room[at : at + values.size] = values.reshape(-1)
+                at += values.size
+            vector = torch.from_numpy(room)
         else:
-            vector = torch.cat([t.to(device, torch.float64) for t in parts])
+            vector = torch.cat([t.detach().reshape(-1).to(device, torch.float64) for t in tensors])
         if device.type == "cuda":
             host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
             host.copy_(vector, non_blocking=True)
