@@ -1,4 +1,4 @@
-"""Totals over lists of the same sizes: the numbers are torch's, of whatever tensors come, and None where none can be."""
+"""Totals over lists of the same sizes: the numbers are torch's, of whatever tensors come; None where none can be."""
 
 import math
 
