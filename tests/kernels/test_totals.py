@@ -55,3 +55,11 @@ def test_what_no_kernel_serves_has_none():
     with use("torch"):
         assert totals([torch.ones(2)]) is None
     assert totals([torch.ones(2)]).tolist() == [[2.0]]
+
+
+def test_squares_have_room_for_every_number():
+    """Squares of float32 that are no float32: a gradient that vanishes has a norm, and a large one too."""
+    given = [torch.full((100,), 1e-30), torch.full((3,), 1e30), torch.full((5,), torch.finfo(torch.float32).max)]
+    found = sum_of_squares.foreach_(given)
+    torch.testing.assert_close(found, torch.stack([t.double().square().sum() for t in given]), rtol=1e-12, atol=0)
+    np.testing.assert_allclose(Totals(sum_of_squares)(given)[:, 0], found.numpy(), rtol=1e-12)

@@ -85,7 +85,7 @@ labels = pointer_to(types.int64)
 @intrinsic
 def add(typing_context, a, b):
     def code(context, builder, signature, arguments):
-        return builder.fadd(*arguments, flags=("reassoc",))
+        return builder.fadd(*arguments, flags=("reassoc", "contract"))
 
     return types.float64(types.float64, types.float64), code
 
@@ -139,8 +139,11 @@ def _loop(
 
 def gathered(spell: Speller, reduction: Symbol) -> str:
     """The line of a loop that takes one more element into a sum or a maximum."""
-    value = spell.name(reduction)
-    return f"{value} = {_GATHER[reduction.operation].format(value, spell.name(reduction.arguments[0]))}"
+    value, element = spell.name(reduction), reduction.arguments[0]
+    text = spell.name(element)
+    if reduction.operation == "total" and element.operation == "mul":  # room for the square of any number
+        text = " * ".join(f"types.float64({spell.name(factor)})" for factor in element.arguments)
+    return f"{value} = {_GATHER[reduction.operation].format(value, text)}"
 
 
 def load(node: Symbol, dtype: torch.dtype, place: str = "i") -> str:
