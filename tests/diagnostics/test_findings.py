@@ -242,6 +242,22 @@ def test_what_is_not_finite_in_the_input(examples, words):
     assert (found.layer, "input and weights are finite" in found.cause) == ("a", True)
 
 
+@pytest.mark.parametrize(
+    ("weight", "words"), [(Finiteness(9, 1, 0), "the weights have NaN:"), (Finiteness(9, 0, 1), "have infinities:")]
+)
+def test_weights_are_not_counted_and_steps_between_records_not_accused(weight, words):
+    well, ill = (LayerReading("a", "Linear", weight=w, update_norm=1.0) for w in (Finiteness(9, 0, 0), weight))
+    for last, step, cause, cure in (
+        (0, 1, "the step before made them", "a learning rate 10 times lower"),
+        (20, 30, "a step after step 20 made them, and was not recorded", "watch(..., every=1, budget=None) to see"),
+    ):
+        (found,) = diagnose([Reading(last, layers={"a": well}), Reading(step, layers={"a": ill})])
+        assert (found.kind, found.layer, found.step, found.action) == ("NaN or Inf", "a", step, "lr*0.1")
+        assert words in found.cause
+        assert found.cause.endswith(cause)
+        assert found.cure.startswith(cure)
+
+
 def sick(lr=0.1):
     """A small model whose first rectifiers are dead, its loss and its optimizer."""
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
