@@ -119,8 +119,8 @@ def watch(
         >>> [reading.step for reading in monitor.readings], list(monitor.last.layers)
         ([0, 1, 2], ['0', '2'])
     """
-    step, model, optimizer, output = _parts(model, optimizer, output)
-    _check(model, optimizer, level, every, budget, write_every, loss_fn, reduction, keep, on_reading)
+    step, model, stepping, output = _parts(model, optimizer, output)
+    _check(model, stepping, level, every, budget, write_every, loss_fn, reduction, keep, on_reading)
     if check_every is not None:
         _check_whole("check_every", check_every)
         if compiled(model):
@@ -163,7 +163,7 @@ def watch(
     options["check"] = check
     options |= {"on_reading": on_reading, "diagnose": diagnose, "silent": silent or not leads}
     cadence = Cadence(every, None if is_compiled or reduce else budget)
-    monitor = Monitor(model, optimizer, destination, detail, cadence, losses, measurements, probe, options)
+    monitor = Monitor(model, stepping, destination, detail, cadence, losses, measurements, probe, options)
     if step is not None:
         step.watch = monitor
     return monitor
