@@ -31,7 +31,7 @@ def test_records_get_rarer_within_some_dozen_steps_and_it_is_said_once(every, ca
         run(cadence, 400)
     assert cadence.share == pytest.approx(0.02)
     assert [r.getMessage().split(";")[0] for r in caplog.records] == [
-        "watch: a recorded step takes 1.3 times as long as others: records become rarer, towards one step in 15 instead "
+        "watch: a recorded step takes 1.3 times as long as others: records get rarer, towards one step in 15 instead "
         f"of one in {every}, to stay within 2 % of the time"
     ]
 

@@ -81,7 +81,7 @@ class Cadence:
         if not self._said:
             self._said = True
             _log.warning(
-                "watch: a recorded step takes %.3g times as long as others: records become rarer, towards one step in %d "
+                "watch: a recorded step takes %.3g times as long as others: records get rarer, towards one step in %d "
                 "instead of one in %d, to stay within %.3g %% of the time; budget=None records as told, a lower level "
                 "costs less.",
                 1 + share,
