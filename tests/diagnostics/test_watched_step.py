@@ -200,6 +200,7 @@ def test_a_step_is_given_a_monitor_and_refuses_another():
     step(X, Y)
     assert monitor.last.loss_function == "CrossEntropyLoss"
     assert monitor.last.layers["0"].signal_norm > 0
+    assert repr(monitor) == "Monitor(MLP, Adam, steps=1, readings=1, findings=0)"
     step.watch = None
     step(X, Y)
     assert len(monitor.readings) == 1
