@@ -159,6 +159,21 @@ def test_dead_units_have_a_reason(cause):
     assert found.severity == "error"
 
 
+@pytest.mark.parametrize(
+    ("alive", "ratio", "cure"),
+    [(9, 0.8, "a learning rate 10 times lower: lr=0.5"), (9, 0.01, "use nn.LeakyReLU"), (4, 0.8, "use nn.LeakyReLU")],
+)
+def test_units_that_large_updates_have_killed_need_a_lower_rate(alive, ratio, cure):
+    def at(step, dead):
+        layer = LayerReading("a", "Linear", activation="ReLU", units=10, dead_units=dead, update_ratio=ratio)
+        return Reading(step, lr=(5.0,), batch=32, layers={"a": layer})
+
+    (found,) = (each for each in diagnose([at(0, 10 - alive), at(10, 9)]) if each.kind == "dead units")
+    assert found.cure.startswith(cure)
+    assert found.action == ("lr*0.1" if cure.startswith("a learning") else "activation")
+    assert ("80% of the weights" in found.cause) == cure.startswith("a learning")
+
+
 def test_few_examples_kill_no_unit():
     layer = LayerReading("a", "Linear", activation="ReLU", units=10, dead_units=10, saturated=0.9)
     assert kinds(Reading(0, batch=2, layers={"a": layer})) == []
