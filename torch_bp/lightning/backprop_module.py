@@ -96,7 +96,7 @@ class BackpropModule(LightningModule):
         for name, given, of in (("optimizer", optimizer, "the parameters"), ("scheduler", scheduler, "the optimizer")):
             if isinstance(given, Optimizer | LRScheduler) or not (callable(given) or given is None):
                 raise TypeError(
-                    f"BackpropModule: {name} must be a function of {of} that makes one, got {type(given).__name__}; hand "
+                    f"BackpropModule: {name} must be a function of {of} making one, got {type(given).__name__}; hand "
                     "over functools.partial(the class, its arguments)."
                 )
         self.model, self.loss, self.optimizer, self.scheduler = model, loss, optimizer, scheduler
