@@ -382,6 +382,17 @@ def test_arguments(options, message):
         make(**options)
 
 
+@pytest.mark.parametrize("argument", ["optimizer", "scheduler"])
+def test_optimizer_and_schedule_are_made_in_the_fit(argument):
+    made = optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    if argument == "scheduler":
+        made = torch.optim.lr_scheduler.StepLR(made, 2)
+    with pytest.raises(
+        TypeError, match=rf"BackpropModule: {argument} must be a function .*, got (SGD|StepLR); .* functools.partial"
+    ):
+        make("step", **{argument: made})
+
+
 def test_a_second_fit_and_evaluation():
     """Other batches, another trainer, the same module."""
     found = []

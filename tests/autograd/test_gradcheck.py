@@ -272,12 +272,12 @@ M, V = (3, 3), (3,)
 FAULTS = {
     "sign": (*SQUARE, lambda dy, x: -2 * x * dy, [M], "input 0", "it is -1 times the numeric gradient"),
     "factor": (*SQUARE, lambda dy, x: x * dy, [M], "input 0", "it is 0.5 times the numeric gradient"),
-    "slightly too large": (*SQUARE, lambda dy, x: 2.000002 * x * dy, [M], "input 0", "correct backward"),
+    "slightly too large": (*SQUARE, lambda dy, x: 2.000002 * x * dy, [M], "input 0", "correct the backward"),
     "one entry": (*SQUARE, one_wrong, [M], "input 0", r"at index \(1, 2\)"),
-    "dy left out": (*SQUARE, lambda dy, x: 2 * x, [M], "input 0", "correct backward"),
-    "size of dy only": (*SQUARE, lambda dy, x: 2 * x * dy.abs(), [M], "input 0", "correct backward"),
-    "dy clipped": (*SQUARE, lambda dy, x: 2 * x * dy.clamp(-1, 1), [M], "input 0", "correct backward"),
-    "constant": (*SQUARE, lambda dy, x: torch.ones_like(x), [M], "input 0", "correct backward"),
+    "dy left out": (*SQUARE, lambda dy, x: 2 * x, [M], "input 0", "correct the backward"),
+    "size of dy only": (*SQUARE, lambda dy, x: 2 * x * dy.abs(), [M], "input 0", "correct the backward"),
+    "dy clipped": (*SQUARE, lambda dy, x: 2 * x * dy.clamp(-1, 1), [M], "input 0", "correct the backward"),
+    "constant": (*SQUARE, lambda dy, x: torch.ones_like(x), [M], "input 0", "correct the backward"),
     "missing 1/n": (*MEAN, lambda dy, x: dy.expand_as(x), [M], "input 0", "it is 9 times"),
     "missing 1/n in a loss": (
         *ENTROPY,
@@ -286,14 +286,14 @@ FAULTS = {
         "input 0",
         "it is 3 times",
     ),
-    "one-hot left out": (*ENTROPY, lambda dy, x: dy * x.softmax(-1) / 3, [M], "input 0", "correct backward"),
-    "dropped term": (*SOFTMAX, lambda dy, x: x.softmax(-1) * dy, [M], "input 0", "correct backward"),
+    "one-hot left out": (*ENTROPY, lambda dy, x: dy * x.softmax(-1) / 3, [M], "input 0", "correct the backward"),
+    "dropped term": (*SOFTMAX, lambda dy, x: x.softmax(-1) * dy, [M], "input 0", "correct the backward"),
     "sum along the wrong axis": (
         *SOFTMAX,
         lambda dy, x: x.softmax(-1) * (dy - (x.softmax(-1) * dy).sum(0)),
         [M],
         "input 0",
-        "correct backward",
+        "correct the backward",
     ),
     "transposed": (*LINEAR, lambda dz, a, w, b: (dz @ w, a.t() @ dz, dz.sum(0)), [M, M, V], "input 1", "tolerance"),
     "not transposed": (
@@ -319,8 +319,8 @@ FAULTS = {
     ),
     "None": (*PRODUCT, lambda dy, a, b: (dy * b, None), [M, M], "input 1", "None or zeros, yet the output depends"),
     "zeros": (*PRODUCT, lambda dy, a, b: (torch.zeros_like(a), dy * a), [M, M], "input 0", "None or zeros"),
-    "wrong side of a kink": (*RELU, lambda dy, x: dy * (x < 0), [M], "input 0", "correct backward"),
-    "second output left out": (*PAIR, lambda da, db, x: da * x.cos(), [M], "input 0", "correct backward"),
+    "wrong side of a kink": (*RELU, lambda dy, x: dy * (x < 0), [M], "input 0", "correct the backward"),
+    "second output left out": (*PAIR, lambda da, db, x: da * x.cos(), [M], "input 0", "correct the backward"),
     "NaN": (*SQUARE, lambda dy, x: 2 * x * dy / (x != x[0, 1]), [M], "input 0", r"at index \(0, 1\) is -?inf"),
     "single precision": (*SQUARE, lambda dy, x: (2 * x * dy).float(), [M], "input 0", "holds float32 numbers only"),
     "half precision": (*SQUARE, lambda dy, x: (2 * x * dy).half(), [M], "input 0", "tolerance 1e-07"),
@@ -403,7 +403,7 @@ def test_a_small_entry_is_no_factor():
     scale = torch.tensor([1.0, 0.01]).double()
     off = function(lambda x: x * scale, lambda dy, x: dy * (scale + torch.tensor([0.0, 2e-8])))
     report = gradcheck(off, draw(2), raise_exception=False, full=True)
-    assert "correct backward" in report.failure
+    assert "correct the backward" in report.failure
 
 
 def test_a_failing_backward_is_not_blamed_on_an_unused_input():

@@ -232,6 +232,7 @@ def test_names_of_parameters_that_the_optimizer_knows(tmp_path):
     model[1](torch.ones(1, 4)).sum().backward()
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "it")
+    assert examine(tmp_path / "it").subject.endswith(", 1 optimizer")
     (found,) = examine(tmp_path / "it").findings
     assert (found.kind, found.layer) == ("unused parameters", "0")
     assert "0.weight, 0.bias never had a gradient" in found.cause

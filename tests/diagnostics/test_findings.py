@@ -159,6 +159,21 @@ def test_dead_units_have_a_reason(cause):
     assert found.severity == "error"
 
 
+@pytest.mark.parametrize(
+    ("alive", "ratio", "cure"),
+    [(9, 0.8, "a learning rate 10 times lower: lr=0.5"), (9, 0.01, "use nn.LeakyReLU"), (4, 0.8, "use nn.LeakyReLU")],
+)
+def test_units_that_large_updates_have_killed_need_a_lower_rate(alive, ratio, cure):
+    def at(step, dead):
+        layer = LayerReading("a", "Linear", activation="ReLU", units=10, dead_units=dead, update_ratio=ratio)
+        return Reading(step, lr=(5.0,), batch=32, layers={"a": layer})
+
+    (found,) = (each for each in diagnose([at(0, 10 - alive), at(10, 9)]) if each.kind == "dead units")
+    assert found.cure.startswith(cure)
+    assert found.action == ("lr*0.1" if cure.startswith("a learning") else "activation")
+    assert ("80% of the weights" in found.cause) == cure.startswith("a learning")
+
+
 def test_few_examples_kill_no_unit():
     layer = LayerReading("a", "Linear", activation="ReLU", units=10, dead_units=10, saturated=0.9)
     assert kinds(Reading(0, batch=2, layers={"a": layer})) == []
@@ -240,6 +255,22 @@ def test_what_is_not_finite_in_the_input(examples, words):
     assert words in found.cause
     (found,) = diagnose([Reading(3, input_finite=Finiteness(64, 0, 0), layers={"a": first})])
     assert (found.layer, "input and weights are finite" in found.cause) == ("a", True)
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"), [(Finiteness(9, 1, 0), "the weights have NaN:"), (Finiteness(9, 0, 1), "have infinities:")]
+)
+def test_weights_are_not_counted_and_steps_between_records_not_accused(weight, words):
+    well, ill = (LayerReading("a", "Linear", weight=w, update_norm=1.0) for w in (Finiteness(9, 0, 0), weight))
+    for last, step, cause, cure in (
+        (0, 1, "the step before made them", "a learning rate 10 times lower"),
+        (20, 30, "a step after step 20 made them, and was not recorded", "watch(..., every=1, budget=None) to see"),
+    ):
+        (found,) = diagnose([Reading(last, layers={"a": well}), Reading(step, layers={"a": ill})])
+        assert (found.kind, found.layer, found.step, found.action) == ("NaN or Inf", "a", step, "lr*0.1")
+        assert words in found.cause
+        assert found.cause.endswith(cause)
+        assert found.cure.startswith(cure)
 
 
 def sick(lr=0.1):

@@ -200,6 +200,7 @@ def test_a_step_is_given_a_monitor_and_refuses_another():
     step(X, Y)
     assert monitor.last.loss_function == "CrossEntropyLoss"
     assert monitor.last.layers["0"].signal_norm > 0
+    assert repr(monitor) == "Monitor(MLP, Adam, steps=1, readings=1, findings=0)"
     step.watch = None
     step(X, Y)
     assert len(monitor.readings) == 1
@@ -209,6 +210,17 @@ def test_a_step_is_given_a_monitor_and_refuses_another():
         step.watch = watch(model, optim.SGD(model.parameters()), **ALWAYS)
     with pytest.raises(TypeError, match="watch: optimizer must be left out"):
         watch(step, optimizer)
+
+
+@pytest.mark.parametrize("folder", [str, lambda path: path])
+def test_the_second_argument_beside_a_step_may_be_the_folder(folder, tmp_path):
+    model = network("fused")
+    step = torch_bp.TrainStep(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters()))
+    with watch(step, folder(tmp_path / "run"), **ALWAYS):
+        step(X, Y)
+    assert len((tmp_path / "run" / "readings.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(TypeError, match="watch: output must be given once"):
+        watch(step, folder(tmp_path / "run"), tmp_path)
 
 
 def test_a_step_that_is_refused_has_no_reading():

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -183,3 +184,10 @@ def test_units_that_die_have_a_curve_from_then_on(tmp_path):
     found = events(tmp_path)
     assert [(e.step, e.value) for e in found.Scalars("dead/0")] == [(2, 3.0), (3, 0.0)]
     assert "dead/picture" in found.Tags()["images"]
+
+
+def test_without_tensorboard_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"watch: output .* pip install \"torch_bp\[tensorboard\]\""):
+        watch(nn.Linear(2, 2), output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import torch_bp
 from torch_bp import nn, optim
@@ -918,6 +919,45 @@ def test_inputs_that_require_gradients_and_captures_that_cannot_be_are_refused()
     handle.remove()
     step = TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.0))
     assert step(x, y) == step(negative, y) == step(x, y)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            (torch.zeros(6, 12), torch.zeros(6).long(), 2),
+            r"tensors must be .*, got a tensor; put .* step.epoch\(\[x, y\]",
+        ),
+        (([torch.zeros(6, 12), [0] * 6], 2), "tensors must be a list .* got one of Tensor, list"),
+        (
+            (DataLoader(TensorDataset(torch.zeros(6, 12), torch.zeros(6).long())), 2),
+            r"tensors must be .* got DataLoader; .* of a loader: step\(x, y\)",
+        ),
+        (([torch.zeros(6, 12), torch.zeros(6).long()], torch.zeros(6).long()), "batch_size must be an int, got Tensor"),
+    ],
+)
+def test_an_epoch_is_of_tensors_in_a_list(arguments, words):
+    model, _ = pair("linear")
+    step = TrainStep(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters()))
+    with pytest.raises(TypeError, match=f"TrainStep.epoch: {words}"):
+        step.epoch(*arguments)
+
+
+def test_a_class_is_no_loss_function():
+    model, _ = pair("linear")
+    with pytest.raises(
+        TypeError, match=r"loss_fn must be a function or a module, got the class .*CrossEntropyLoss\(\)"
+    ):
+        TrainStep(model, nn.CrossEntropyLoss, optim.SGD(model.parameters()))
+
+
+def test_a_step_says_what_it_is_of():
+    model, loss_fn = nn.MLP([4, 3]), nn.MSELoss()
+    step = TrainStep(model, loss_fn, optim.SGD(model.parameters(), lr=0.1), accumulate=2, precision="bf16")
+    assert repr(step) == "TrainStep(MLP, MSELoss, SGD, accumulate=2, precision='bf16', steps=0)"
+    step.accumulate, step.clip_grad_norm = 1, 2.0
+    step(torch.zeros(2, 4), torch.zeros(2, 3))
+    assert repr(step) == "TrainStep(MLP, MSELoss, SGD, clip_grad_norm=2.0, precision='bf16', steps=1)"
 
 
 def test_a_failure_takes_back_what_the_pass_has_done():

@@ -19,7 +19,8 @@ class Cadence:
 
     The share of the monitor is what steps that are recorded take longer than the others, and what writing takes, over
     the steps from one record to the next. To have others, every second step at most is recorded as long as the share is
-    not known, which is so for the first three records.
+    not known, which is so for the first three records. From one record to the next the distance at most doubles: a
+    disturbance in those three does not hide the run, and a short run is seen to its end, for a few records more.
 
     Args:
         every: distance of records in steps.
@@ -35,6 +36,7 @@ class Cadence:
         self._writing: deque[float] = deque(maxlen=_WINDOW)
         self._told = 0
         self._said = False
+        self._growing = False  # towards a distance that has not been reached
 
     def records(self, step: int) -> bool:
         """Whether this step is recorded: a function of the step alone, as long as the distance stays."""
@@ -64,21 +66,29 @@ class Cadence:
         extra = statistics.median(self._recorded) - plain + statistics.fmean(self._writing)
         share = max(extra, 0.0) / plain if plain else 0.0  # of one record
         if self.budget is not None:
-            self._adapt(max(self._asked, math.ceil(round(share / self.budget, 6))), share)
+            self._adapt(max(self._asked, math.ceil(round(share / self.budget, 6))), share, recorded)
         self.share = share / self.every
 
-    def _adapt(self, wanted: int, share: float) -> None:
-        rarer = wanted > self.every * (1 if self.share is None else _MARGIN)
+    def _adapt(self, wanted: int, share: float, recorded: bool) -> None:
+        margin = 1 if self.share is None or self._growing else _MARGIN
+        rarer = wanted > self.every * margin
         if not rarer and wanted * _MARGIN >= self.every:
+            self._growing = False
             return
-        if rarer and not self._said:
+        if not rarer:
+            self.every, self._growing = wanted, False
+            return
+        if not self._said:
             self._said = True
             _log.warning(
-                "watch: recording a step takes %.1f %% of it, so every %d-th is recorded and not every %d-th, to stay "
-                "within %.1f %%; budget=None records as told, a lower level costs less.",
-                100 * share,
+                "watch: a recorded step takes %.3g times as long as others: records get rarer, towards one step in %d "
+                "instead of one in %d, to stay within %.3g %% of the time; budget=None records as told, a lower level "
+                "costs less.",
+                1 + share,
                 wanted,
                 self.every,
                 100 * self.budget,  # type: ignore[operator]
             )
-        self.every = wanted
+        self._growing = True
+        if recorded:
+            self.every = min(wanted, 2 * self.every)

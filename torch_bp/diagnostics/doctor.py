@@ -68,7 +68,8 @@ def examine(path: str | Path, trust: bool = False, thresholds: Thresholds = DEFA
     if place.is_file() and place.suffix != SUFFIX:
         checkpoint = read_checkpoint(place, trust)
         subject = f"checkpoint of step {checkpoint.step}, {len(checkpoint.weights)} tensors, "
-        subject += f"{len(checkpoint.optimizers)} optimizers"
+        count = len(checkpoint.optimizers)
+        subject += f"{count} optimizer{'s' * (count != 1)}"
         return Examination(str(path), subject, tuple(inspect_checkpoint(checkpoint)))
     readings = read_run(place)
     subject = f"run of {len(readings)} readings, steps {readings[0].step} to {readings[-1].step}"

@@ -39,7 +39,9 @@ class DivergenceGuard:
 
     - *NaN and infinity* in the loss and in all gradients: the update is left out, and the run goes back.
     - *A spike* or *a steady rise* of the loss, by the robust tests of `torch_bp.diagnostics.loss_test`. The update of a
-      spike is left out; `patience` spikes in a row take the run back, a single one was an odd batch.
+      spike is left out; `patience` spikes in a row take the run back, a single one was an odd batch. What is usual is
+      told by the first 16 losses, of which none is a spike: a rate that is too high from the first step on is found
+      where it makes NaN or infinities, and by `torch_bp.watch`.
     - *Overflow*: with a GradScaler, gradients that are not finite are its own business, until it has skipped 20 steps
       in a row.
 
@@ -48,6 +50,9 @@ class DivergenceGuard:
     `trust` healthy steps have followed it, or when it is the first, made before the first update. If the run fails
     again before it is past the place of the failure, by so much that a newer snapshot is good, it goes to an older
     snapshot and the rate is cut once more; after `retries` of these it raises.
+
+    A `torch_bp.TrainStep` updates by itself: `guard.call(step, x, y)` does one. `guard.step(step(x, y))` would step the
+    optimizer twice.
 
     The cut goes into the groups' rates and the base rates of the schedules, whose curves go on, multiplied by `factor`.
     With `cooldown` it is for a while: rates are multiplied by a number that grows from `factor` to 1, only while the

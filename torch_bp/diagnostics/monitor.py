@@ -82,6 +82,13 @@ class Monitor:
         self._said = self._deaf = False  # that something has failed; that nothing is heard
         self._next()
 
+    def __repr__(self) -> str:
+        """It waits for nothing: what is on its way from a device is a reading, without findings yet."""
+        of = [type(each).__name__ for each in (self._model, self._optimizer) if each is not None]
+        found = 0 if self._verdicts is None else len(self._verdicts.findings)
+        readings = len(self._kept) + len(self._waiting)
+        return f"Monitor({', '.join(of)}, steps={self.step}, readings={readings}, findings={found})"
+
     # --- what loops may tell
 
     def loss(self, loss: Any) -> Any:

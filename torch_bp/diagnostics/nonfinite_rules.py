@@ -50,7 +50,7 @@ def nonfinite(history: History, limit: Thresholds) -> Iterator[Finding]:
     if origin is None:
         return
     skipped = origin.what == "backward" and all(x.update_norm == 0 for x in run[0].layers.values())
-    cause, cure, action = _explain(origin, history, run[0].step)
+    cause, cure, action = _explain(origin, history, run[0].step, None if reading is None else reading.step)
     if skipped:
         cause, cure, action = (
             f"{cause}; the step was skipped",
@@ -88,8 +88,8 @@ def first_origin(reading: Reading) -> _Origin | None:
     return _Origin("", "backward", None) if norm is not None and not math.isfinite(norm) else None
 
 
-def _explain(origin: _Origin, history: History, step: int) -> tuple[str, str, str]:
-    """Cause, cure and what can be tried; `step` is that of the first one."""
+def _explain(origin: _Origin, history: History, step: int, well: int | None) -> tuple[str, str, str]:
+    """Cause, cure and what can be tried; `step` is that of the first one, `well` that of the record before it."""
     found, which = origin.found, "values"
     if found is not None:
         which = " and ".join(f"{n} {what}" for n, what in ((found.nan, "NaN"), (found.inf, "infinite")) if n)
@@ -102,10 +102,7 @@ def _explain(origin: _Origin, history: History, step: int) -> tuple[str, str, st
             cause = f"the input has {which}{where}"
         return cause, "x = torch.nan_to_num(x), or drop such examples", ""
     if origin.what == "weight":
-        before = step > history.first.step
-        why = "the step before made them" if before else "the run began with them"
-        cure = lower(history) if before else "load another checkpoint, or torch_bp.nn.init.auto_(model)"
-        return f"the weights have {which}: {why}", cure, "lr*0.1" if before else "init"
+        return _of_weights(found, history, step, well)
     if origin.what == "forward":
         why = "it overflows" if found is not None and found.inf else "its input and weights are finite"
         return f"the forward pass first has {which} here{where}, {why}", lower(history), "lr*0.1"
@@ -114,6 +111,18 @@ def _explain(origin: _Origin, history: History, step: int) -> tuple[str, str, st
         return "the loss is not finite while all activations are: its targets, or a logarithm of 0", cure, ""
     cure = "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), and no sqrt or log of 0 behind this layer"
     return f"the backward pass first has {which} here{where}, all before it is finite", cure, "clip"
+
+
+def _of_weights(found: Finiteness | None, history: History, step: int, well: int | None) -> tuple[str, str, str]:
+    which = " and ".join(what for n, what in ((found.nan, "NaN"), (found.inf, "infinities")) if n) if found else "NaN"
+    if step <= history.first.step:
+        cure = "load another checkpoint, or torch_bp.nn.init.auto_(model)"
+        return f"the weights have {which}: the run began with them", cure, "init"
+    why, cure = "the step before made them", lower(history)
+    if well is not None and step - well > 1:  # whatever came with one of these batches was not seen
+        why = f"a step after step {well} made them, and was not recorded"
+        cure = f"watch(..., every=1, budget=None) to see whether an input brought them; if none did, {cure}"
+    return f"the weights have {which}: {why}", cure, "lr*0.1"
 
 
 def _examples(found: Finiteness | None) -> str:

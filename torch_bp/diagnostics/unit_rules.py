@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
-from torch_bp.diagnostics.history import SATURATING, History, hidden
+from torch_bp.diagnostics.history import SATURATING, History, hidden, update_ratios
+from torch_bp.diagnostics.rate_rules import lower
 from torch_bp.diagnostics.reading import LayerReading
 from torch_bp.diagnostics.signal_rules import INIT
 from torch_bp.diagnostics.thresholds import Thresholds
 
 FEW = 16  # examples among which a unit may be inactive by chance
+ALIVE = 0.5  # share of dead units up to which a layer lives
+LARGE = 0.1  # of an update over the weights: the first steps of a run that is well change some hundredths
 
 
 def dead_units(history: History, limit: Thresholds) -> Iterator[Finding]:
@@ -26,8 +29,11 @@ def dead_units(history: History, limit: Thresholds) -> Iterator[Finding]:
             continue
         if share < limit.dead:
             continue
-        cause = f"{layer.dead_units} of {layer.units} units are dead{_blame(layer)}"
-        if history.span < 5:
+        killed = _killed(history, layer.name, limit.dead)
+        cause = f"{layer.dead_units} of {layer.units} units are dead{killed or _blame(layer)}"
+        if killed:
+            cure, action = lower(history), "lr*0.1"
+        elif history.span < 5:
             cure, action = INIT, "init"
         elif layer.activation == "ReLU":
             cure, action = "use nn.LeakyReLU(0.01) instead of nn.ReLU(), eq. 15", "activation"
@@ -36,6 +42,22 @@ def dead_units(history: History, limit: Thresholds) -> Iterator[Finding]:
         severity = "error" if share == 1 else "warning"
         yield Finding("dead units", layer.name, now.step, share, limit.dead, cause, cure, severity, action=action)
         return  # layers that follow a dead one have no input
+
+
+def _killed(history: History, name: str, dead: float) -> str:
+    """What has killed units that were alive when the run began, where it was an update far larger than usual."""
+    ratio = 0.0
+    for reading in (*history.start, *history.latest):
+        layer = reading.layers.get(name)
+        share = layer.dead_units / layer.units if layer is not None and layer.dead_units and layer.units else 0.0
+        if reading is history.first and share > ALIVE:
+            return ""
+        ratio = max(ratio, update_ratios(reading).get(name, 0.0))
+        if share >= dead:  # later updates have killed none of them
+            break
+    if ratio < LARGE:
+        return ""
+    return f", most of which were alive at step {history.first.step}: an update was {ratio:.0%} of the weights"
 
 
 def _blame(layer: LayerReading) -> str:

@@ -33,7 +33,7 @@ _LEVELS: dict[str, Detail] = {
 
 def watch(
     model: nn.Module | Any,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | str | Path | None = None,
     output: str | Path | Any = None,
     *,
     level: Level = "layers",
@@ -70,7 +70,8 @@ def watch(
     Args:
         model: of any modules; or a `torch_bp.TrainStep`, whose model and optimizer are watched, and whose steps tell
             their losses and clipping by themselves.
-        optimizer: whose steps are counted and measured. Default: none, the loop calls `monitor.step_done(loss)`.
+        optimizer: whose steps are counted and measured. Default: none, the loop calls `monitor.step_done(loss)`. A
+            `TrainStep` has its own, so that the second argument beside it may be the folder: `watch(step, "logs/run")`.
         output: a folder for TensorBoard's events and `readings.jsonl`, or an object with `add_scalar`. Default: none,
             readings are kept in memory.
         level: "summary" for norms and counts of NaN and infinities, "layers" (default) for saturation and dead units
@@ -118,12 +119,8 @@ def watch(
         >>> [reading.step for reading in monitor.readings], list(monitor.last.layers)
         ([0, 1, 2], ['0', '2'])
     """
-    step = None if isinstance(model, nn.Module) or not hasattr(model, "watch") else model
-    if step is not None:
-        if optimizer is not None:
-            raise TypeError("watch: optimizer must be left out where a TrainStep is given, which has its own.")
-        model, optimizer = step.model, step.optimizer
-    _check(model, optimizer, level, every, budget, write_every, loss_fn, reduction, keep, on_reading)
+    step, model, stepping, output = _parts(model, optimizer, output)
+    _check(model, stepping, level, every, budget, write_every, loss_fn, reduction, keep, on_reading)
     if check_every is not None:
         _check_whole("check_every", check_every)
         if compiled(model):
@@ -166,10 +163,23 @@ def watch(
     options["check"] = check
     options |= {"on_reading": on_reading, "diagnose": diagnose, "silent": silent or not leads}
     cadence = Cadence(every, None if is_compiled or reduce else budget)
-    monitor = Monitor(model, optimizer, destination, detail, cadence, losses, measurements, probe, options)
+    monitor = Monitor(model, stepping, destination, detail, cadence, losses, measurements, probe, options)
     if step is not None:
         step.watch = monitor
     return monitor
+
+
+def _parts(model: Any, optimizer: Any, output: Any) -> tuple[Any, Any, Any, Any]:
+    """The TrainStep, None if there is none; model and optimizer, which are its own; and the output."""
+    if isinstance(model, nn.Module) or not hasattr(model, "watch"):
+        return None, model, optimizer, output
+    if isinstance(optimizer, str | Path):
+        if output is not None:
+            raise TypeError(f"watch: output must be given once, got {optimizer} and {output}. Leave one out.")
+        optimizer, output = None, optimizer
+    if optimizer is not None:
+        raise TypeError("watch: optimizer must be left out where a TrainStep is given, which has its own.")
+    return model, model.model, model.optimizer, output
 
 
 def _check(

@@ -258,7 +258,13 @@ def open_output(output: Any, tags: dict[str, str]) -> Output:
     if output is None:
         return Output([])
     if isinstance(output, str | os.PathLike):
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"watch: output must be None or have add_scalar where TensorBoard is missing, got {output} ({error}). "
+                'Remedy: pip install "torch_bp[tensorboard]"'
+            ) from error
 
         folder = Path(output)
         return Output([Scalars(lambda: SummaryWriter(str(folder)), True, tags), JsonLines(folder / READINGS)])

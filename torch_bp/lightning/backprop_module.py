@@ -46,7 +46,8 @@ class BackpropModule(LightningModule):
         model: the network.
         loss: called with the network's output and the targets; gives a number. Without parameters of its own, if the
             engine is "step".
-        optimizer: called with the parameters. On the command line `class_path` and `init_args` of an optimizer.
+        optimizer: called with the parameters: `functools.partial(optim.Adam, lr=1e-3)`. On the command line
+            `class_path` and `init_args` of an optimizer.
         scheduler: called with the optimizer. A `total_steps` left open becomes the length of the fit. Default: none.
         engine: "autograd" (default) or "step".
         capture, fallback: of `torch_bp.TrainStep`, for the engine "step".
@@ -56,6 +57,7 @@ class BackpropModule(LightningModule):
         monitor: the metric that `ReduceLROnPlateau` watches. Default: "loss/val".
 
     Raises:
+        TypeError: `optimizer` or `scheduler` is one already.
         ValueError: another `engine` or `interval`; in the fit, a schedule that ends before the fit does.
         RuntimeError: in the fit, what `engine="step"` cannot do.
 
@@ -91,6 +93,12 @@ class BackpropModule(LightningModule):
             raise ValueError(f"BackpropModule: engine must be 'autograd' or 'step', got {engine!r}.")
         if interval not in ("step", "epoch"):
             raise ValueError(f"BackpropModule: interval must be 'step' or 'epoch', got {interval!r}.")
+        for name, given, of in (("optimizer", optimizer, "the parameters"), ("scheduler", scheduler, "the optimizer")):
+            if isinstance(given, Optimizer | LRScheduler) or not (callable(given) or given is None):
+                raise TypeError(
+                    f"BackpropModule: {name} must be a function of {of} making one, got {type(given).__name__}; hand "
+                    "over functools.partial(the class, its arguments)."
+                )
         self.model, self.loss, self.optimizer, self.scheduler = model, loss, optimizer, scheduler
         self.engine, self.interval, self.monitor = engine, interval, monitor
         self.capture, self.fallback = capture, fallback

@@ -7,6 +7,7 @@ What the model tells is in `torch_bp.step.unchanged`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -92,6 +93,9 @@ def check(
         raise TypeError(f"TrainStep: model must be a torch.nn.Module, got {type(model).__name__}.")
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise TypeError("TrainStep: model must not hold scripted modules, whose operations cannot be seen.")
+    if isinstance(loss_fn, type):
+        name = loss_fn.__name__
+        raise TypeError(f"TrainStep: loss_fn must be a function or a module, got the class {name}; make one: {name}().")
     if not callable(loss_fn):
         raise TypeError(f"TrainStep: loss_fn must be a function or a module, got {type(loss_fn).__name__}.")
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -113,4 +117,24 @@ def check(
         raise ValueError(
             "TrainStep: the optimizer must hold parameters of the model, got none of them; make it of "
             "model.parameters() after the model is where it is to be trained."
+        )
+
+
+def check_epoch(tensors: Any, batch_size: Any) -> None:
+    """Refuse what is no data set in memory."""
+    what = "TrainStep.epoch: tensors must be a list of inputs and targets, all of them tensors"
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{what}, got a tensor; put them into one: step.epoch([x, y], batch_size).")
+    if not isinstance(tensors, Sequence):
+        kind = type(tensors).__name__
+        raise TypeError(f"{what}, got {kind}; for each batch of a loader: step(x, y).")
+    if not all(isinstance(t, Tensor) for t in tensors):
+        raise TypeError(f"{what}, got one of {', '.join(type(t).__name__ for t in tensors)}.")
+    if not isinstance(batch_size, Integral):
+        raise TypeError(f"TrainStep.epoch: batch_size must be an int, got {type(batch_size).__name__}.")
+    *inputs, targets = tensors or [torch.empty(0)]
+    if not inputs or batch_size < 1 or any(len(t) != len(targets) for t in inputs):
+        raise ValueError(
+            "TrainStep.epoch: tensors must be inputs and targets of one length, and batch_size at least 1, got "
+            f"lengths {[len(t) for t in tensors]} and {batch_size}."
         )

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.kernels.norm import values_of
 from torch_bp.optim.copies import Copies
-from torch_bp.step.arguments import Inputs, as_inputs, at, check
+from torch_bp.step.arguments import Inputs, as_inputs, at, check, check_epoch
 from torch_bp.step.device_line import NOT_FINITE, DeviceLine
 from torch_bp.step.line import DTYPES, Line, Passes
 from torch_bp.step.loss_scale import LossScale
@@ -123,6 +123,13 @@ class TrainStep:
         self._by_hand = False  # True if `backward` has left gradients
         self.watch = watch
 
+    def __repr__(self) -> str:
+        given = {name: getattr(self, name, value) for name, value in self._arguments.items()}
+        usual = TrainStep.__init__.__kwdefaults__ or {}
+        options = [f"{name}={value!r}" for name, value in given.items() if value != usual.get(name)]
+        made = type(self.model).__name__, name_of(self.loss_fn), type(self.optimizer).__name__
+        return f"TrainStep({', '.join([*made, *options])}, steps={self.steps})"
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a step knows that neither model nor optimizer do: how many there were, and the loss scale."""
         return {"steps": self.steps, "loss_scale": None if self._loss_scale is None else self._loss_scale.state_dict()}
@@ -188,7 +195,8 @@ class TrainStep:
         """Do a step on each batch along the first dimension.
 
         Args:
-            xs, ys: as of a call, each tensor with one dimension more, all of one length K.
+            xs, ys: as of a call, each tensor with one dimension more, all of one length K: `torch.stack` makes them of
+                a list of batches.
 
         Returns:
             The losses (K).
@@ -224,13 +232,9 @@ class TrainStep:
         Returns:
             The losses, one for each batch.
         """
+        check_epoch(tensors, batch_size)
         *inputs, targets = tensors
         length = len(targets)
-        if not inputs or batch_size < 1 or any(len(t) != length for t in inputs):
-            raise ValueError(
-                f"TrainStep.epoch: tensors must be inputs and targets of one length, and batch_size at least 1, got "
-                f"lengths {[len(t) for t in tensors]} and {batch_size}."
-            )
         drawn_on = None if generator is None else generator.device
         order = torch.randperm(length, generator=generator, device=drawn_on) if shuffle else torch.arange(length)
         if targets.is_cuda and order.is_cpu:  # once, and without waiting

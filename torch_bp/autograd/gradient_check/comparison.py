@@ -170,8 +170,8 @@ def _cause(ratio: float | None, probe: Probe) -> str:
     if ratio is not None:
         return f"it is {ratio:.4g} times the numeric gradient in every entry."
     if probe.numeric != probe.numeric:
-        return "correct backward, or move the point if an end of the domain is within eps of it."
-    return "correct backward."
+        return "correct the backward, or move the point if an end of the domain is within eps of it."
+    return "correct the backward."
 
 
 def _unchecked(name: str, kinks: int) -> str:
