@@ -6,6 +6,7 @@ What the model tells is in `torch_bp.step.unchanged`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from torch_bp.kernels import engine
+from torch_bp.kernels.plain import PLAIN_TYPES, unwatched
 
 Inputs = tuple[tuple[Any, ...], tuple[Any, ...]]  # the arguments of the model, and the targets
 _autocasting = torch._C._is_any_autocast_enabled
-_watching = torch._C._len_torch_dispatch_stack
+_is_neg, _is_conj, _is_zero = Tensor.is_neg, Tensor.is_conj, Tensor._is_zerotensor
+_requires_grad = operator.attrgetter("requires_grad")
+_plain_dispatch: Any = Tensor.__torch_dispatch__
 
 
 def as_inputs(x: Any, y: Any) -> Inputs:
@@ -52,24 +56,34 @@ def kind_of(inputs: Inputs, add: bool, scale: float) -> tuple[Inputs, list[Tenso
         ValueError: an input requires a gradient.
     """
     batch, form = _flat(inputs)
-    kind: Any = None
-    if any(t.is_neg() or t.is_conj() for t in batch):  # which memory does not show
-        inputs = tree_map_only(Tensor, lambda t: t.resolve_conj().resolve_neg(), inputs)
+    if any(map(_requires_grad, batch)):
+        shape = next(tuple(t.shape) for t in batch if t.requires_grad)
+        raise ValueError(
+            f"TrainStep: inputs must not require gradients, got one of shape {shape} that does, for which there are "
+            "none here; detach it, or use loss.backward()."
+        )
+    if any(map(_is_neg, batch)) or any(map(_is_conj, batch)) or any(map(_is_zero, batch)):
+        inputs = tree_map_only(Tensor, _resolved, inputs)
         batch, form = _flat(inputs)
-    if form is not None:
-        autocast = _autocast_dtype(batch) if _autocasting() else None
-        forms = [(t.shape, t.stride(), t.dtype, t.device) for t in batch]
-        modes = engine.forced(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
-        kind = add, scale, form, modes, autocast, *forms
-    if _watching():  # somebody wants to see every operation
-        kind = None
-    for t in batch:
-        if t.requires_grad:
-            raise ValueError(
-                f"TrainStep: inputs must not require gradients, got one of shape {tuple(t.shape)} that does, for "
-                "which there are none here; detach it, or use loss.backward()."
-            )
+    if form is None or not unwatched():
+        return inputs, batch, None
+    autocast = _autocast_dtype(batch) if _autocasting() else None
+    modes = engine.forced(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
+    try:
+        kind: Any = (add, scale, form, modes, autocast, *[(t.shape, t.stride(), t.dtype, t.device) for t in batch])
+    except RuntimeError:  # sparse or nested: no strides
+        return inputs, batch, None
+    if not PLAIN_TYPES.issuperset(map(type, batch)):
+        types: tuple[Any, ...] = (*map(type, batch),)
+        kind = (*kind, *types) if all(_plain_dispatch is t.__torch_dispatch__ for t in types) else None
     return inputs, batch, kind
+
+
+def _resolved(tensor: Tensor) -> Tensor:
+    """Write down what the memory of a tensor does not show: that it is conjugated, negated, or has none for zeros."""
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.resolve_conj().resolve_neg()
 
 
 def at(values: Any, number: int) -> Any:

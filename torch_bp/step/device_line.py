@@ -160,7 +160,7 @@ class DeviceLine:
     ) -> None:
         self.unchanged = Unchanged(modules, leaves)
         self.plan = Plan()
-        inputs, batch = apart(inputs, modules)
+        inputs, batch, shared = apart(inputs, modules)
         with Recorder(batch) as recorder:
             hearing = None if monitor is None else monitor.hearing()
             try:
@@ -175,6 +175,10 @@ class DeviceLine:
         if not self.unchanged.holds():
             recorder.rewind()
             raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
+        if shared and recorder.writes_to_batch:
+            recorder.rewind()
+            raise NotCapturableError("the forward writes to inputs that share their memory")
+        self.unchanged.watch(recorder.outside.values())
         self._passes, self._inputs, self._leaves, self._scale, self._add = passes, inputs, list(leaves), scale, add
         self._batch = batch
         self._update, self._loss_scale, self._pool, self._bad = update, loss_scale, pool, bad

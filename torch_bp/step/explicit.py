@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 import torch_bp.nn.functional
-from torch_bp.autograd.tape import Tape
+from torch_bp.autograd.tape import Tape, writes
 from torch_bp.kernels.capture import capturing
 from torch_bp.step.recorder import NotCapturableError
 
@@ -73,16 +73,28 @@ class UnknownBackwardError(RuntimeError):
 
 
 class Explicit(TorchFunctionMode):
-    """Sends torch's functions to where their derivative is, while a tape is open."""
+    """Sends torch's functions to where their derivative is, while a tape is open.
 
-    def __init__(self, tape: Tape, fallback: bool, path: Callable[[], str]) -> None:
+    Args:
+        tape: takes down what runs.
+        fallback: let autograd do what has no explicit backward.
+        path: names the module that runs.
+        writing: called with each tensor that a function is about to write to. None: nobody asks.
+    """
+
+    def __init__(
+        self, tape: Tape, fallback: bool, path: Callable[[], str], writing: Callable[[Tensor], None] | None = None
+    ) -> None:
         super().__init__()
-        self.tape, self.fallback, self.path = tape, fallback, path
+        self.tape, self.fallback, self.path, self.writing = tape, fallback, path, writing
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.writing is not None:
+            for target in _tensors((args[:1] if writes(func) else (), kwargs.get("out"))):
+                self.writing(target)
         ours = COUNTERPARTS.get(func)
         if ours is not None:
             with self:

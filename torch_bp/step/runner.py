@@ -7,7 +7,7 @@ All three have what a step asks of a pass that has run: `loss`, `gradients`, `no
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch_bp.step.arguments import Inputs, kind_of
 from torch_bp.step.device_line import DeviceLine, Outcomes
 from torch_bp.step.line import Line, Passes
 from torch_bp.step.loss_scale import LossScale
+from torch_bp.step.memory import Overwritten, number
 from torch_bp.step.plan import Plan
 from torch_bp.step.recorder import NotCapturableError, tensors_in
 from torch_bp.step.snapshot import Snapshot
@@ -53,10 +54,21 @@ class Uncaptured:
         monitor: Monitor | None,
     ) -> None:
         refuse_backward_hooks(modules)
-        self.restore = functools.partial(before.restore, random=False)
+        self._before, self._overwritten = before, Overwritten()
+        own = set(map(number, _memory_of(modules)))
+
+        def writing(tensor: Tensor) -> None:
+            if tensor.layout is torch.strided and number(tensor) in own:
+                self._overwritten.keep(tensor)
+
         self.plan = Plan()
         hearing = None if monitor is None else monitor.hearing()
-        self.loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of), hearing=hearing)
+        try:
+            noted = self.plan.noting(passes.path.of)
+            self.loss, found = passes.run(inputs, leaves, scale, noted, hearing=hearing, writing=writing)
+        except BaseException:
+            self._overwritten.restore()
+            raise
         self.output, passes.output = passes.output, None
         self.heard = () if hearing is None else hearing.heard
         if not add:
@@ -76,6 +88,11 @@ class Uncaptured:
         self.plan.parameters = [names.get(id(p), "?") for p, gradient in zip(leaves, found) if gradient is not None]
         self.gradients = [p.grad for p in leaves if p.grad is not None]
         self.norm = Norm(self.gradients)
+
+    def restore(self) -> None:
+        """Take back what the pass wrote to parameters, buffers and other tensors of the model."""
+        self._overwritten.restore()
+        self._before.restore(random=False)
 
 
 class Runner:
@@ -225,7 +242,8 @@ class Runner:
     ) -> Line | DeviceLine:
         if kind is None:
             raise NotCapturableError(
-                "an argument that is no tensor cannot be compared with the next one (no hash), or a mode watches"
+                "an argument cannot be compared with the next one (it is no tensor and has no hash, or a sparse or "
+                "nested tensor or one around others), or a mode, a transform or a tracer watches"
             )
         if hooked(self._modules):
             raise NotCapturableError("hooks on modules or parameters would miss the calls of a captured step")
@@ -272,6 +290,14 @@ class Runner:
             self._device = pool, torch.zeros((), dtype=torch.int32, device=leaf.device)
             self.outcomes = Outcomes(leaf.device)
         return self._device
+
+
+def _memory_of(modules: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
+    """The strided tensors that are parameters, buffers or other attributes of modules."""
+    for m in dict.fromkeys(m for module in modules for m in module.modules()):
+        for value in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()):
+            if isinstance(value, Tensor) and value.layout is torch.strided:
+                yield value
 
 
 def _accumulate(p: Tensor, gradient: Tensor, add: bool) -> None:
