@@ -23,7 +23,7 @@ def test_with_a_stand_in_for_the_graph(part, tmp_path):
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    said = {"agreement": "agreed 12", "not_finite": "refused", "changes": "changed", "watched": "watched"}
+    said = {"agreement": "agreed 13", "not_finite": "refused", "changes": "changed", "watched": "watched"}
     assert said[part] in done.stdout
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -247,7 +248,7 @@ class Tape:
 
     def _require_alone(self, target: Tensor) -> None:
         storage = target.untyped_storage()._cdata
-        if target._is_view():
+        if target._is_view() and _holders(target) != _HOLDERS_OF_ONE:
             raise RuntimeError(
                 "a view must not be written to in place while a step is traced, since what it is a view of would not "
                 "notice; write to the whole, for example out[:, :2] = h instead of out[:, :2].copy_(h), or use cat."
@@ -353,6 +354,15 @@ def writes(call: Callable[..., Any]) -> bool:
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
     return name.endswith("_") and name not in ("requires_grad_",)
+
+
+def _holders(view: Tensor) -> tuple[int, int]:
+    """How many hold the memory of a view, and the tensor that it is a view of."""
+    base = view._base
+    return torch._C._storage_Use_Count(view.untyped_storage()._cdata), sys.getrefcount(base)
+
+
+_HOLDERS_OF_ONE = _holders(torch.empty(2)[:1])  # a view that is all that is left of a tensor
 
 
 def _differentiable(value: Any) -> bool:

@@ -21,6 +21,7 @@ Inputs = tuple[tuple[Any, ...], tuple[Any, ...]]  # the arguments of the model, 
 _autocasting = torch._C._is_any_autocast_enabled
 _is_neg, _is_conj, _is_zero = Tensor.is_neg, Tensor.is_conj, Tensor._is_zerotensor
 _requires_grad = operator.attrgetter("requires_grad")
+_layout, _STRIDED = operator.attrgetter("layout"), frozenset({torch.strided})
 _plain_dispatch: Any = Tensor.__torch_dispatch__
 
 
@@ -65,13 +66,13 @@ def kind_of(inputs: Inputs, add: bool, scale: float) -> tuple[Inputs, list[Tenso
     if any(map(_is_neg, batch)) or any(map(_is_conj, batch)) or any(map(_is_zero, batch)):
         inputs = tree_map_only(Tensor, _resolved, inputs)
         batch, form = _flat(inputs)
-    if form is None or not unwatched():
+    if form is None or not unwatched() or not _STRIDED.issuperset(map(_layout, batch)):
         return inputs, batch, None
     autocast = _autocast_dtype(batch) if _autocasting() else None
     modes = engine.forced(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
     try:
         kind: Any = (add, scale, form, modes, autocast, *[(t.shape, t.stride(), t.dtype, t.device) for t in batch])
-    except RuntimeError:  # sparse or nested: no strides
+    except RuntimeError:  # nested: no strides
         return inputs, batch, None
     if not PLAIN_TYPES.issuperset(map(type, batch)):
         types: tuple[Any, ...] = (*map(type, batch),)

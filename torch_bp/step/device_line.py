@@ -28,6 +28,7 @@ from torch_bp.kernels.norm import ratio, values_of
 from torch_bp.optim.captured import CapturedStep, fresh
 from torch_bp.step.line import Passes, apart
 from torch_bp.step.loss_scale import LossScale
+from torch_bp.step.memory import Overwritten
 from torch_bp.step.plan import Plan
 from torch_bp.step.recorder import NotCapturableError, Recorder, tensors_in
 from torch_bp.step.snapshot import Snapshot
@@ -44,10 +45,12 @@ class Graph:
     Args:
         pool: memory that the graphs of one step share.
         device: of everything in it.
+        generators: of random numbers, besides torch's own, from which a replay goes on.
     """
 
-    def __init__(self, pool: Any, device: torch.device) -> None:
+    def __init__(self, pool: Any, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
         self._graph, self._pool, self._device = torch.cuda.CUDAGraph(), pool, device
+        self._generators = generators
 
     def capture(self, first: Callable[[], Any], then: Callable[[Any], None]) -> Any:
         """Capture `then(first())` without running it; return what `first` has returned, which replays overwrite.
@@ -57,6 +60,8 @@ class Graph:
         """
         before = torch.cuda.current_stream(self._device)
         try:
+            for generator in self._generators:
+                self._graph.register_generator_state(generator)
             # other threads, as a loader's that pins memory, go on meanwhile
             with torch.cuda.graph(
                 self._graph,
@@ -85,17 +90,24 @@ class Outcomes:
     Args:
         device: where the steps run.
         room: how many may be on their way before the host waits.
+        held: bytes of what is said about them, beyond which the host waits for all but the last.
     """
 
-    def __init__(self, device: torch.device, room: int = 32) -> None:
+    def __init__(self, device: torch.device, room: int = 32, held: int = 2**28) -> None:
+        self._held, self._bytes = held, 0
         self._cuda = device.type == "cuda"
         self._slots = [torch.zeros((), dtype=torch.int32, pin_memory=self._cuda) for _ in range(room)]
-        self._waiting: collections.deque[tuple[Any, Tensor, Any]] = collections.deque()
+        self._waiting: collections.deque[tuple[Any, Tensor, Any, int]] = collections.deque()
 
-    def note(self, bad: Tensor, about: Any) -> None:
+    def note(self, bad: Tensor, about: Any, size: int = 0) -> None:
         """Send for `bad`, an int32 on the device: TAKEN, NOT_FINITE or OVERFLOWED.
 
-        The oldest is waited for where there is no room: call `found` before.
+        Where there is no room, `found` waits for the oldest: call it before.
+
+        Args:
+            bad: on the device.
+            about: what `found` is to return.
+            size: bytes of memory that `about` keeps.
         """
         slot = self._slots.pop()
         slot.copy_(bad, non_blocking=True)
@@ -103,7 +115,8 @@ class Outcomes:
         if self._cuda:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(bad.device))
-        self._waiting.append((event, slot, about))
+        self._waiting.append((event, slot, about, size))
+        self._bytes += size
 
     def found(self, wait: bool = False) -> list[tuple[int, Any]]:
         """Return what became of steps that were not taken and what was said about them, where the device is done.
@@ -113,12 +126,14 @@ class Outcomes:
         """
         bad = []
         while self._waiting:
-            event, slot, about = self._waiting[0]
+            event, slot, about, size = self._waiting[0]
             if event is not None and not event.query():
-                if not wait and self._slots:
+                crowded = not self._slots or (self._bytes > self._held and len(self._waiting) > 1)
+                if not (wait or crowded):
                     break
                 event.synchronize()
             self._waiting.popleft()
+            self._bytes -= size
             self._slots.append(slot)
             if int(slot) != TAKEN:
                 bad.append((int(slot), about))
@@ -141,6 +156,7 @@ class DeviceLine:
         replayed: True once the graph has run.
         heard: what the monitor is to measure after a run.
         bytes: of memory that the graph has added to what the device keeps.
+        batch_bytes: of a batch.
     """
 
     def __init__(
@@ -180,7 +196,8 @@ class DeviceLine:
             raise NotCapturableError("the forward writes to inputs that share their memory")
         self.unchanged.watch(recorder.outside.values())
         self._passes, self._inputs, self._leaves, self._scale, self._add = passes, inputs, list(leaves), scale, add
-        self._batch = batch
+        self._batch, self._generators = batch, recorder.generators
+        self.batch_bytes = sum(t.numel() * t.element_size() for t in batch)
         self._update, self._loss_scale, self._pool, self._bad = update, loss_scale, pool, bad
         self._limits: tuple[float | None, float | None] = (None, None)
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
@@ -196,7 +213,7 @@ class DeviceLine:
         passes.output = None
         self.loss = loss
         self._graph: Graph | None = None
-        self._snapshot: Snapshot | None = before  # of what the first run has written to
+        self._first: tuple[Snapshot, Overwritten] | None = before, recorder.overwritten  # until there is a graph
         self.replayed = False
         self._step: CapturedStep | None = None
         self._made: list[Tensor] = []
@@ -216,7 +233,7 @@ class DeviceLine:
     def _run(self, batch: Sequence[Tensor], own: bool) -> Tensor:
         if self._graph is None:
             self._capture()
-            self._snapshot, self.replayed = None, True
+            self._first, self.replayed = None, True
         for static, given in zip(self._batch, batch):
             if static is not given:
                 static.copy_(given, non_blocking=True)
@@ -248,8 +265,10 @@ class DeviceLine:
 
     def restore(self) -> None:
         """Take back what the last run wrote to the model's own tensors."""
-        if self._snapshot is not None:
-            self._snapshot.restore(random=False)
+        if self._first is not None:
+            snapshot, overwritten = self._first
+            overwritten.restore()
+            snapshot.restore(random=False)
             return
         for tensor, before in zip(self.written, self._before):
             tensor.copy_(before)
@@ -274,7 +293,7 @@ class DeviceLine:
             step.prepare()
             self._step = step
         reserved = torch.cuda.memory_reserved(self._bad.device) if self._bad.is_cuda else 0
-        graph = Graph(self._pool, self._bad.device)
+        graph = Graph(self._pool, self._bad.device, self._generators)
         with _capturing():
             self.loss, made, self.output = graph.capture(self._pass, self._finish)
         self.bytes = torch.cuda.memory_reserved(self._bad.device) - reserved if self._bad.is_cuda else 0

@@ -111,7 +111,7 @@ class Explicit(TorchFunctionMode):
             return func(*args, **kwargs)
         if name.startswith("__"):
             name = name.strip("_")
-        if not any(map(self.tape.tracks, tree_leaves((args, kwargs)))):
+        if not torch.is_grad_enabled() or not any(map(self.tape.tracks, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
         if self.fallback or name in _KNOWN:
             return self.tape.through_autograd(func, args, kwargs)

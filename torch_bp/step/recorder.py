@@ -139,6 +139,11 @@ class Recorder(TorchDispatchMode):
         return super().__exit__(*details)
 
     @property
+    def generators(self) -> list[torch.Generator]:
+        """Those that the pass was given to draw from."""
+        return [generator for generator, _ in self._drawn]
+
+    @property
     def writes_to_batch(self) -> bool:
         """True if a call writes to a tensor of the batch."""
         return any(self.memories[key].written for key in self.of_batch if key in self.memories)

@@ -218,7 +218,7 @@ class Runner:
         before = Snapshot(self._modules)
         leaves = self._parameters()
         try:
-            if self.capture and kind not in self._never:
+            if self.capture is True or (self.capture and kind not in self._never):
                 try:
                     return self._captured(inputs, kind, leaves, add, scale, own, final, before)
                 except NotCapturableError:

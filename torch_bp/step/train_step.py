@@ -39,6 +39,9 @@ class TrainStep:
     makes on the host, of a clock or a generator of NumPy's: use `capture=False` there, or `reset()` when they change. A
     model with hooks on modules is never captured.
 
+    On CUDA, a batch is held until the device has done its step, since an error that is told of then names what is wrong
+    in it: 32 batches, or 256 MB and one batch more, whichever is less. There the host waits.
+
     Args:
         model: a module. Modules of `torch_bp.nn`, torch's own of the same names, functions of the same names,
             arithmetic, and what moves elements (`cat`, `reshape`, ...) have an explicit backward.
@@ -402,7 +405,8 @@ class TrainStep:
     def _told(self, inputs: Inputs, final: bool) -> None:
         """Note that a device was told to do a pass, and if it is the `final` one of a window, the update."""
         about = self.steps + 1, inputs, self._ran, final
-        self._runner.outcomes.note(self._runner.window, about)  # type: ignore[union-attr, arg-type]
+        size = self._ran.batch_bytes  # type: ignore[union-attr]
+        self._runner.outcomes.note(self._runner.window, about, size)  # type: ignore[union-attr, arg-type]
         if final:
             self._waiting, self._by_hand = 0, False
             self.steps += 1
