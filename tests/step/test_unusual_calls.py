@@ -8,7 +8,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import torch_bp
 from torch_bp import nn, optim
-from torch_bp.step.device_line import NOT_FINITE, TAKEN, Outcomes
+from torch_bp.step.outcomes import NOT_FINITE, TAKEN, Outcomes
 from torch_bp.step.snapshot import Snapshot
 
 TARGETS = torch.tensor([0, 1, 2, 0, 0])

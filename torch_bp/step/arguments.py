@@ -21,7 +21,8 @@ Inputs = tuple[tuple[Any, ...], tuple[Any, ...]]  # the arguments of the model, 
 _autocasting = torch._C._is_any_autocast_enabled
 _is_neg, _is_conj, _is_zero = Tensor.is_neg, Tensor.is_conj, Tensor._is_zerotensor
 _requires_grad = operator.attrgetter("requires_grad")
-_layout, _STRIDED = operator.attrgetter("layout"), frozenset({torch.strided})
+_place_of, _dtype_of = Tensor.data_ptr, operator.attrgetter("dtype")
+_COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
 _plain_dispatch: Any = Tensor.__torch_dispatch__
 
 
@@ -63,17 +64,23 @@ def kind_of(inputs: Inputs, add: bool, scale: float) -> tuple[Inputs, list[Tenso
             f"TrainStep: inputs must not require gradients, got one of shape {shape} that does, for which there are "
             "none here; detach it, or use loss.backward()."
         )
-    if any(map(_is_neg, batch)) or any(map(_is_conj, batch)) or any(map(_is_zero, batch)):
-        inputs = tree_map_only(Tensor, _resolved, inputs)
-        batch, form = _flat(inputs)
-    if form is None or not unwatched() or not _STRIDED.issuperset(map(_layout, batch)):
+    if form is None or not unwatched():
         return inputs, batch, None
+    try:
+        places = list(map(_place_of, batch))
+        forms = [(t.shape, t.stride(), t.dtype, t.device) for t in batch]
+    except RuntimeError:  # sparse, nested or fake: no memory, or none with strides
+        return inputs, batch, None
+    complex_ = not _COMPLEX.isdisjoint(map(_dtype_of, batch))
+    if (
+        any(map(_is_neg, batch))
+        or (complex_ and any(map(_is_conj, batch)))
+        or (0 in places and any(map(_is_zero, batch)))
+    ):
+        return kind_of(tree_map_only(Tensor, _resolved, inputs), add, scale)
     autocast = _autocast_dtype(batch) if _autocasting() else None
     modes = engine.forced(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
-    try:
-        kind: Any = (add, scale, form, modes, autocast, *[(t.shape, t.stride(), t.dtype, t.device) for t in batch])
-    except RuntimeError:  # nested: no strides
-        return inputs, batch, None
+    kind: Any = (add, scale, form, modes, autocast, *forms)
     if not PLAIN_TYPES.issuperset(map(type, batch)):
         types: tuple[Any, ...] = (*map(type, batch),)
         kind = (*kind, *types) if all(_plain_dispatch is t.__torch_dispatch__ for t in types) else None

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 import torch_bp.nn.functional
-from torch_bp.autograd.tape import Tape, writes
+from torch_bp.autograd.small_graph import through_autograd, writes
+from torch_bp.autograd.tape import Tape
 from torch_bp.kernels.capture import capturing
 from torch_bp.step.recorder import NotCapturableError
 
@@ -114,7 +115,7 @@ class Explicit(TorchFunctionMode):
         if not torch.is_grad_enabled() or not any(map(self.tape.tracks, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
         if self.fallback or name in _KNOWN:
-            return self.tape.through_autograd(func, args, kwargs)
+            return through_autograd(self.tape, func, args, kwargs)
         raise UnknownBackwardError(
             f"TrainStep: {self._where()}calls {resolve_name(func) or name}, whose backward torch_bp has not written; "
             'use fallback="autograd", which lets autograd do that part, or loss.backward().'

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torch_bp.autograd.tape import Entry, Tape
+from torch_bp.autograd.entry import Entry
+from torch_bp.autograd.tape import Tape
 from torch_bp.optim.copies import Copies
 from torch_bp.step.explicit import Explicit, Paths
 from torch_bp.step.memory import copied as copy_of
@@ -28,6 +29,7 @@ from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
 from torch_bp.step.watched import Hearing, OverwrittenError, heard_by
 
+_place_of, _shape_of = Tensor.data_ptr, operator.attrgetter("shape")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -189,6 +191,7 @@ class Line:
         self.heard: Any = tree_map_only(Place, self.program.tensor, heard)
         self.output = tree_map_only(Place, self.program.tensor, output)
         self._made = [self.program.tensor(place) for place in places]
+        self._places, self._shapes = list(map(_place_of, self._made)), list(map(_shape_of, self._made))
         self.loss = self.program.tensor(loss_at)
         self.written = self.program.written
         self._before = [torch.empty_like(t) for t in self.written]
@@ -234,8 +237,12 @@ class Line:
         return self.program.arena.size
 
     def intact(self) -> bool:
-        """True unless somebody has moved the memory of a gradient, and with it the arena, as `share_memory_` does."""
-        return self.program.arena.storage.data_ptr() == self._at
+        """True unless somebody has moved the arena, as `share_memory_` does, or a gradient, as `p.grad.data = ...`."""
+        return (
+            self.program.arena.storage.data_ptr() == self._at
+            and list(map(_place_of, self._made)) == self._places
+            and list(map(_shape_of, self._made)) == self._shapes
+        )
 
     def _deliver(self, own: bool, made: Sequence[Tensor]) -> None:
         """Leave the gradients in `p.grad`."""

@@ -13,14 +13,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch_bp.kernels.norm import values_of
 from torch_bp.optim.copies import Copies
 from torch_bp.step.arguments import Inputs, as_inputs, at, check
-from torch_bp.step.device_line import NOT_FINITE, DeviceLine
+from torch_bp.step.device_line import DeviceLine
 from torch_bp.step.line import DTYPES, Line, Passes
 from torch_bp.step.loss_scale import LossScale
 from torch_bp.step.origin import origin
+from torch_bp.step.outcomes import NOT_FINITE
 from torch_bp.step.plan import Plan
 from torch_bp.step.record import record
-from torch_bp.step.runner import Runner, Uncaptured
+from torch_bp.step.runner import Runner
 from torch_bp.step.table import Trace
+from torch_bp.step.uncaptured import Uncaptured
 from torch_bp.step.update import Norm, Update
 from torch_bp.step.watched import Monitor, name_of, require_monitor
 
