@@ -282,3 +282,48 @@ def test_batches_are_held_up_to_a_bound(monkeypatch):
         assert len(outcomes._waiting) <= 2
     outcomes.found(wait=True)
     assert Pending.waited == 15
+
+
+@pytest.mark.parametrize("change", ["another dtype", "another shape"])
+def test_gradients_that_were_given_another_memory(change):
+    model = nn.MLP([4, 8, 3])
+    reference = copy.deepcopy(model)
+    step, x, loss_fn = step_of(model), inputs(), nn.CrossEntropyLoss()
+    step(x, TARGETS)
+    for p in model.parameters():
+        p.grad.data = p.grad.double() if change == "another dtype" else torch.zeros(2, 2)
+    loss_fn(reference(x), TARGETS).backward()
+    optim.SGD(reference.parameters(), lr=0.1).step()
+    wanted = loss_fn(reference(x), TARGETS)
+    torch.testing.assert_close(step(x, TARGETS), wanted.detach())
+    reference.zero_grad()
+    wanted.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in reference.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right", "says"),
+    [
+        ("clip_grad_norm", 0, 0.5, "must be > 0, or None"),
+        ("clip_grad_value", -1, 0.25, "must be > 0, or None"),
+        ("accumulate", 0, 3, "at least 1"),
+        ("capture", "always", False, "must be 'auto', True or False"),
+    ],
+)
+def test_what_is_set_later_is_checked_and_belongs_to_copies(name, wrong, right, says):
+    step = step_of(nn.MLP([4, 8, 3]))
+    with pytest.raises(ValueError, match=f"{name} {says}" if "must" in says else says):
+        setattr(step, name, wrong)
+    setattr(step, name, right)
+    assert getattr(copy.deepcopy(step), name) == right
+
+
+def test_capture_that_is_asked_for_later_is_not_answered_by_what_could_not_be_before():
+    def deciding(o, t):
+        return (o * 2 if o.sum() > 0 else o).square().mean()
+
+    step = step_of(nn.MLP([4, 8, 3]), deciding)
+    step(inputs(), TARGETS)
+    step.capture = True
+    with pytest.raises(RuntimeError, match="reads the values"):
+        step(inputs(), TARGETS)

@@ -23,6 +23,11 @@ _is_neg, _is_conj, _is_zero = Tensor.is_neg, Tensor.is_conj, Tensor._is_zerotens
 _requires_grad = operator.attrgetter("requires_grad")
 _place_of, _dtype_of = Tensor.data_ptr, operator.attrgetter("dtype")
 _COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "capture": ("auto", True, False),
+    "fallback": ("error", "autograd"),
+    "precision": (None, "bf16", "fp16"),
+}
 _plain_dispatch: Any = Tensor.__torch_dispatch__
 
 
@@ -99,16 +104,7 @@ def at(values: Any, number: int) -> Any:
     return tree_map_only(Tensor, lambda t: t[number], values)
 
 
-def check(
-    model: Any,
-    loss_fn: Any,
-    optimizer: Any,
-    clip_grad_norm: Any,
-    clip_grad_value: Any,
-    accumulate: Any,
-    capture: Any,
-    fallback: Any,
-) -> None:
+def check(model: Any, loss_fn: Any, optimizer: Any) -> None:
     """Refuse what no step can be made of."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"TrainStep: model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -121,18 +117,21 @@ def check(
             f"TrainStep: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; the arguments are "
             "model, loss_fn, optimizer."
         )
-    for name, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
-        if value is not None and not value > 0:
-            raise ValueError(f"TrainStep: {name} must be > 0, or None for no clipping, got {value}.")
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"TrainStep: accumulate must be a number of batches of at least 1, got {accumulate!r}.")
-    if capture not in ("auto", True, False):
-        raise ValueError(f"TrainStep: capture must be 'auto', True or False, got {capture!r}.")
-    if fallback not in ("error", "autograd"):
-        raise ValueError(f"TrainStep: fallback must be 'error' or 'autograd', got {fallback!r}.")
     held = {p for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(model.parameters()):
         raise ValueError(
             "TrainStep: the optimizer must hold parameters of the model, got none of them; make it of "
             "model.parameters() after the model is where it is to be trained."
         )
+
+
+def checked(name: str, value: Any) -> Any:
+    """Return the value of an option of `TrainStep`, or refuse it."""
+    if name in ("clip_grad_norm", "clip_grad_value") and value is not None and not value > 0:
+        raise ValueError(f"TrainStep: {name} must be > 0, or None for no clipping, got {value}.")
+    if name == "accumulate" and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"TrainStep: accumulate must be a number of batches of at least 1, got {value!r}.")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        *others, last = map(repr, _CHOICES[name])
+        raise ValueError(f"TrainStep: {name} must be {', '.join(others)} or {last}, got {value!r}.")
+    return value
