@@ -29,7 +29,7 @@ from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
 from torch_bp.step.watched import Hearing, OverwrittenError, heard_by
 
-_place_of, _shape_of = Tensor.data_ptr, operator.attrgetter("shape")
+_place_of, _grad_of = Tensor.data_ptr, operator.attrgetter("grad")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -191,7 +191,7 @@ class Line:
         self.heard: Any = tree_map_only(Place, self.program.tensor, heard)
         self.output = tree_map_only(Place, self.program.tensor, output)
         self._made = [self.program.tensor(place) for place in places]
-        self._places, self._shapes = list(map(_place_of, self._made)), list(map(_shape_of, self._made))
+        self._places = list(map(_place_of, self._made))
         self.loss = self.program.tensor(loss_at)
         self.written = self.program.written
         self._before = [torch.empty_like(t) for t in self.written]
@@ -203,6 +203,7 @@ class Line:
             for p, t, place in zip(self.reached, self._made, places)
         ]
         self.gradients: list[Tensor] = []
+        self._there = False  # True if `gradients` are where the pass makes them, and what the next one gives
         reached = set(self.reached)
         every = dict.fromkeys([*leaves, *(p for m in modules for p in m.parameters())])  # those of the optimizer too
         self._others = [p for p in every if p not in reached]
@@ -238,14 +239,14 @@ class Line:
 
     def intact(self) -> bool:
         """True unless somebody has moved the arena, as `share_memory_` does, or a gradient, as `p.grad.data = ...`."""
-        return (
-            self.program.arena.storage.data_ptr() == self._at
-            and list(map(_place_of, self._made)) == self._places
-            and list(map(_shape_of, self._made)) == self._shapes
-        )
+        return self.program.arena.storage.data_ptr() == self._at and list(map(_place_of, self._made)) == self._places
 
     def _deliver(self, own: bool, made: Sequence[Tensor]) -> None:
         """Leave the gradients in `p.grad`."""
+        if self._there and not own and all(map(operator.is_, map(_grad_of, self.reached), made)):
+            for p in self._others:
+                p.grad = None
+            return
         if self._add:
             for p, gradient in zip(self.reached, made):
                 if p.grad is None:
@@ -259,7 +260,9 @@ class Line:
                 p.grad = None
         gradients: list[Any] = [p.grad for p in self.reached]
         if not all(map(operator.is_, gradients, self.gradients)) or not self.gradients:
-            self.gradients, self.norm = gradients, Norm(gradients)
+            self.gradients, norm = gradients, Norm(gradients)
+            self._there = not self._add and all(map(operator.is_, gradients, made))
+            self.norm: Callable[[], float] = norm.unmoved if self._there else norm  # `intact` has looked at these
 
     def restore(self) -> None:
         """Take back what the last run wrote to the model's own tensors."""

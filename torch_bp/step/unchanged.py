@@ -21,7 +21,6 @@ from torch_bp.step.memory import number
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}  # torch's own, the same for as long as a module lives
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _get = operator.getitem
-_shape = operator.attrgetter("shape")
 _trained = operator.attrgetter("requires_grad")
 
 
@@ -96,7 +95,7 @@ class Unchanged:
         self._tensors = [value for value in every if isinstance(value, Tensor)]
         self._where = list(map(Tensor.data_ptr, self._tensors))
         self._strides = list(map(Tensor.stride, self._tensors))
-        self._shapes = list(map(_shape, self._tensors))
+        self._counts = list(map(Tensor.numel, self._tensors))
         self._trained = [t.requires_grad for t in self._tensors]
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
@@ -114,7 +113,7 @@ class Unchanged:
                 and list(map(len, self._dicts)) == self._sizes
                 and list(map(Tensor.data_ptr, self._tensors)) == self._where
                 and list(map(Tensor.stride, self._tensors)) == self._strides
-                and list(map(_shape, self._tensors)) == self._shapes
+                and list(map(Tensor.numel, self._tensors)) == self._counts
                 and list(map(_trained, self._tensors)) == self._trained
                 and not any(self._hooks)
                 and not _has_any_global_hook()
