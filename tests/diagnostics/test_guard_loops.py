@@ -138,7 +138,7 @@ def test_train_step_with_spikes():
     assert guard.events[-1].action == "rollback"
     assert guard.events[-1].back_to == 20
     assert all(p.grad is None for p in model.parameters())
-    assert step._waiting == 0
+    assert step._window.waiting == 0
     assert not same(everything(model, optimizer), good)
     for _ in range(20):
         assert guard.call(step, X, Y) is not None

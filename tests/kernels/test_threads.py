@@ -29,7 +29,7 @@ def test_thread_count_is_torchs(threads, restored_threads, monkeypatch):
     torch.set_num_threads(threads)
     x, y = torch.randn(LARGE), torch.rand(LARGE)
     with use("numba"):
-        entry = product_rule.formula._prepare(x, 0b11, {}).entry
+        entry = product_rule.formula.prepare(x, 0b11, {}).entry
         seen, parallel = [], entry._parallel
         monkeypatch.setattr(entry, "_parallel", lambda threads, *a: (seen.append(threads), parallel(threads, *a))[1])
         torch.testing.assert_close(product_rule(x, y), x * y * (1 - y))
@@ -56,7 +56,7 @@ def test_a_parallel_kernel_sets_the_number_it_is_given(threads):
 def test_small_tensors_wake_no_threads(monkeypatch):
     x = torch.rand(cpu.PARALLEL_FROM - 1)
     with use("numba"):
-        entry = product_rule.formula._prepare(x, 0b11, {}).entry
+        entry = product_rule.formula.prepare(x, 0b11, {}).entry
         monkeypatch.setattr(entry, "_parallel", None)
         product_rule(x, x)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import torch_bp.optim as ours
-from torch_bp.optim.plan import Bucket
+from torch_bp.optim.bucket import Bucket
 
 conformance = pytest.importorskip("tests.conformance", reason="torch ships no conformance data", exc_type=ImportError)
 command = importlib.import_module("tests.conformance.__main__")

@@ -21,18 +21,20 @@ class StandIn:
     watched = ()  # tensors that the functions write to
     replays = 0
 
-    def __init__(self, pool, device):
-        pass
+    def __init__(self, pool, device, generators=()):
+        self.generators = generators
 
     def capture(self, first, then):
         before = [t.detach().clone() for t in self.watched]
-        random = torch.get_rng_state()
+        random, own = torch.get_rng_state(), [g.get_state() for g in self.generators]
         self.first, self.then, self.made = first, then, first()
         then(self.made)
         with torch.no_grad():
             for t, value in zip(self.watched, before):
                 t.copy_(value)
         torch.set_rng_state(random)
+        for generator, state in zip(self.generators, own):
+            generator.set_state(state)
         return self.made
 
     def replay(self):
@@ -50,8 +52,24 @@ device_line.Graph = StandIn
 on_the_host = device_line.serves
 
 
+class Noisy(torch.nn.Module):
+    """Draws from a generator of its own, and keeps a frozen mean of its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.mean = nn.Linear(5, 3), torch.nn.Parameter(torch.zeros(5), requires_grad=False)
+        self.generator = torch.Generator().manual_seed(7)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(x.mean(0))
+        return self.linear(x + 0.1 * torch.rand(x.shape, generator=self.generator))
+
+
 def model_of(kind):
     torch.manual_seed(3)
+    if kind == "noisy":
+        return Noisy()
     if kind == "norm":
         return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
     return nn.MLP([5, 8, 3], dropout=0.3 if kind == "dropout" else 0.0)
@@ -112,7 +130,7 @@ def agreement():
         ("plain", "sgd", {"clip_grad_value": 0.01}),
         ("plain", "adam", {"clip_grad_value": 0.01, "clip_grad_norm": 0.02}),
     ]
-    cases += [("plain", "adam", {"keep_output": True}), ("plain", "adamw", {"capture": False})]
+    cases += [("noisy", "adam", {}), ("plain", "adam", {"keep_output": True}), ("plain", "adamw", {"capture": False})]
     for kind, name, options in cases:
         StandIn.replays = 0
         ours = trained(kind, MAKERS[name], True, **options)

@@ -23,7 +23,7 @@ def test_with_a_stand_in_for_the_graph(part, tmp_path):
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    said = {"agreement": "agreed 12", "not_finite": "refused", "changes": "changed", "watched": "watched"}
+    said = {"agreement": "agreed 13", "not_finite": "refused", "changes": "changed", "watched": "watched"}
     assert said[part] in done.stdout
 
 
@@ -113,3 +113,28 @@ def test_dropout_draws_anew_in_a_graph():
     x, y = torch.randn(16, 64, device="cuda"), torch.randn(16, 1, device="cuda")
     losses = torch.stack([step(x, y) for _ in range(8)])
     assert len(losses.unique()) == 8
+
+
+class Noisy(torch.nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 1)
+        self.generator = torch.Generator("cuda").manual_seed(5)
+
+    def forward(self, x):
+        return self.linear(x + torch.rand(x.shape, generator=self.generator, device=x.device))
+
+
+@pytest.mark.cuda
+def test_a_generator_of_the_models_own_goes_on_in_a_graph():
+    x, y = torch.randn(16, 64, device="cuda"), torch.randn(16, 1, device="cuda")
+    losses = []
+    for capture in (True, False):
+        torch.manual_seed(0)
+        model = Noisy().cuda()
+        step = torch_bp.TrainStep(model, nn.MSELoss(), optim.SGD(model.parameters(), lr=0.0), capture=capture)
+        losses.append(torch.stack([step(x, y) for _ in range(8)]))
+    assert len(losses[0].unique()) == 8
+    torch.testing.assert_close(*losses)

@@ -123,7 +123,7 @@ def test_leaves_nothing_behind(check, at):
     objects = dict(step.model.named_buffers()) | dict(step.model.named_parameters())
     versions = {name: t._version for name, t in objects.items()}
     grads = [p.grad for p in step.model.parameters()]
-    ran, lines = step._ran, step._runner.lines
+    ran, lines = step._window.ran, step._runner.lines
     attributes = dict(step.model.__dict__)
     random = torch.get_rng_state()
     given = x.clone()
@@ -137,7 +137,7 @@ def test_leaves_nothing_behind(check, at):
         assert after[name] is t, name
         assert t._version == versions[name], name
     assert all(p.grad is g for p, g in zip(step.model.parameters(), grads))
-    assert step._ran is ran
+    assert step._window.ran is ran
     assert step._runner.lines == lines
     for each in (step, other):
         torch.manual_seed(4)

@@ -5,8 +5,8 @@ Python, and notes what it has run. `backward` goes through the notes from last t
 report: each error signal is handed to the `backward` of the operation that made the tensor. The Functions are the ones
 that autograd runs, so there is no second text of any derivative.
 
-What is no Function of ours (views, sums, `cat`, a module of somebody else) can be taken onto the tape by
-`through_autograd`, as one entry with a small graph of its own.
+What is no Function of ours (views, sums, `cat`, a module of somebody else) can be taken onto the tape as
+one entry with a small graph of its own (`torch_bp.autograd.small_graph`).
 """
 
 from __future__ import annotations
@@ -15,78 +15,15 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from torch_bp.autograd import function as functions
-
-
-class Context:
-    """What `setup_context` and `backward` of a Function see, as of autograd's."""
-
-    explicit = True
-
-    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
-        self.needs_input_grad = needs_input_grad
-        self.materialize = True
-        self.constant: tuple[Tensor, ...] = ()
-        self._saved: tuple[Tensor | None, ...] = ()
-        self._versions: tuple[int, ...] = ()
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self._saved = tensors
-        self._versions = tuple(-1 if t is None else version(t) for t in tensors)
-
-    def save_for_forward(self, *tensors: Tensor | None) -> None:
-        pass  # nobody asks for tangents here
-
-    def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        self.constant = tensors
-
-    def set_materialize_grads(self, value: bool) -> None:
-        self.materialize = value
-
-    @property
-    def saved_tensors(self) -> tuple[Tensor | None, ...]:
-        for tensor, before in zip(self._saved, self._versions):
-            if tensor is not None and version(tensor) != before:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"[{tensor.type()} {list(tensor.shape)}] is at version {version(tensor)}; expected version "
-                    f"{before} instead."
-                )
-        return self._saved
-
-
-def version(tensor: Tensor) -> int:
-    """How often the tensor has been written to, where that is counted."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-class Entry:
-    """One operation that has run: what it was, what it left for backward, whose gradients it takes and gives.
-
-    Attributes:
-        function: the Function, or the callable that went through autograd.
-        inputs, outputs: tensors among the arguments and results, None in other places.
-        sources, targets: their numbers on the tape, None for what no gradient is for.
-    """
-
-    def __init__(self, function: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        self.function = function
-        self.inputs, self.outputs = inputs, outputs
-        self.sources: list[int | None] = []
-        self.targets: list[int | None] = []
-        self.backward: Callable[..., Any] = lambda *_: None
-        self.materialize = True
-
-    @property
-    def name(self) -> str:
-        return getattr(self.function, "__name__", type(self.function).__name__)
+from torch_bp.autograd.entry import Context, Entry
+from torch_bp.autograd.small_graph import through_autograd
 
 
 class Tape:
@@ -155,6 +92,10 @@ class Tape:
         """True if a gradient is for this tensor, or for something that it depends on."""
         return id(value) in self._numbers
 
+    def alive(self) -> list[Tensor]:
+        """Return the tensors that gradients are for and that are there still."""
+        return [tensor for tensor in (reference() for reference in self._there.values()) if tensor is not None]
+
     def observe(self, tensor: Tensor, function: Callable[[Tensor], None]) -> None:
         """Call a function, in the backward, with the error signal at a tensor once that is complete. It only reads it.
 
@@ -187,7 +128,7 @@ class Tape:
         if any(output is a for output in several for a in args if isinstance(output, Tensor)):
             raise RuntimeError(f"{function.__name__}: forward must return new tensors here, got one of its inputs.")
         differentiable = [_differentiable(t) and not any(t is c for c in context.constant) for t in several]
-        entry = self._note(function, args, several, differentiable)
+        entry = self.note(function, args, several, differentiable)
         entry.materialize = context.materialize
 
         def backward(*dys: Tensor | None) -> Any:
@@ -196,74 +137,17 @@ class Tape:
         entry.backward = backward
         return outputs
 
-    def through_autograd(self, call: Callable[..., Any], args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-        """Run any differentiable callable with a graph of its own, and note it if a gradient goes through it.
-
-        `call` may write to the first argument and to nothing else, if `writes` says so of it.
-        """
-        if not torch.is_grad_enabled():  # within no_grad, in a forward
-            return call(*args, **keywords)
-        flat, form = tree_flatten((args, dict(keywords)))
-        taken = [k for k, value in enumerate(flat) if self.tracks(value)]
-        sources = [flat[k] for k in taken]
-        leaves = [t.detach().requires_grad_() for t in sources]
-        given = list(flat)
-        for k, leaf in zip(taken, leaves):
-            given[k] = leaf
-        target = args[0] if args and writes(call) else None
-        with torch.enable_grad():
-            if target is not None:  # autograd refuses writes to a leaf
-                self._require_alone(target)
-                first = next(k for k, value in enumerate(flat) if value is target)
-                given[first] = given[first].clone()
-            new_args, new_keywords = tree_unflatten(given, form)
-            outputs = call(*new_args, **new_keywords)
-            if target is not None:
-                outputs = given[first]
-        if target is not None:
-            with torch.no_grad():
-                target.detach().copy_(outputs.detach())
-            entry = self._note(call, sources, [target], [outputs.requires_grad])
-            entry.backward = _by_graph([outputs], leaves)
-            return target
-        made, _ = tree_flatten(outputs)
-        graph = [t for t in made if isinstance(t, Tensor) and t.requires_grad]
-        if not graph:  # an answer, and no tensor that a gradient goes through
-            return outputs
-        found = {id(t): t.detach() for t in graph}
-        entry = self._note(call, sources, list(found.values()), [True] * len(found))
-        entry.backward = _by_graph(graph, leaves)
-        entry.materialize = False
-        return tree_map_only(Tensor, lambda t: found.get(id(t), t), outputs)
-
     def cast(self, tensor: Tensor, copy: Tensor) -> Tensor:
         """Return what `tensor.to(copy.dtype)` is: `copy` has these numbers already."""
         with torch._C.DisableTorchFunction():
             result = copy.detach()  # a tensor of its own for each who asks, of the same memory
         if self.tracks(tensor) and torch.is_grad_enabled():
-            entry = self._note(Tensor.to, [tensor], [result], [True])
+            entry = self.note(Tensor.to, [tensor], [result], [True])
             entry.backward = lambda dy: dy.to(tensor.dtype)
         return result
 
-    def _require_alone(self, target: Tensor) -> None:
-        storage = target.untyped_storage()._cdata
-        if target._is_view():
-            raise RuntimeError(
-                "a view must not be written to in place while a step is traced, since what it is a view of would not "
-                "notice; write to the whole, for example out[:, :2] = h instead of out[:, :2].copy_(h), or use cat."
-            )
-        for other in [reference() for reference in self._there.values()]:
-            if other is None or other is target:
-                continue
-            if other.layout is torch.strided and other.untyped_storage()._cdata == storage:
-                raise RuntimeError(
-                    "a tensor that shares its memory with another one must not be written to in place while a step "
-                    "is traced; write out of place, for example y = y + 1 instead of y += 1."
-                )
-
-    def _note(
-        self, function: Any, args: Sequence[Any], outputs: Sequence[Any], differentiable: Sequence[bool]
-    ) -> Entry:
+    def note(self, function: Any, args: Sequence[Any], outputs: Sequence[Any], differentiable: Sequence[bool]) -> Entry:
+        """Take down an operation; `differentiable` says of each output if a gradient goes through it."""
         inputs = [a if isinstance(a, Tensor) else None for a in args]
         entry = Entry(function, inputs, outputs)
         entry.sources = [self._numbers.get(id(a)) if isinstance(a, Tensor) else None for a in args]
@@ -341,27 +225,11 @@ def _foreign_apply(cls: Any, *args: Any, **keywords: Any) -> Any:
     if tape is None or not any(map(tape.tracks, args)):
         return call(*args, **keywords)
     with torch._C.DisableTorchFunction():
-        return tape.through_autograd(call, args, keywords)
+        return through_autograd(tape, call, args, keywords)
 
 
 _foreign = classmethod(_foreign_apply)
 
 
-def writes(call: Callable[..., Any]) -> bool:
-    """True if a torch function writes to its first argument, by its name: `add_`, `__iadd__`, `__setitem__`."""
-    name = getattr(call, "__name__", "")
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
-    return name.endswith("_") and name not in ("requires_grad_",)
-
-
 def _differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _by_graph(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> Callable[..., Any]:
-    def backward(*dys: Tensor | None) -> Any:
-        pairs = [(t, d) for t, d in zip(outputs, dys) if d is not None]
-        return torch.autograd.grad([t for t, _ in pairs], leaves, [d for _, d in pairs], allow_unused=True)
-
-    return backward

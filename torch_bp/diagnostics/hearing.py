@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_bp.autograd.tape import version
+from torch_bp.autograd.entry import version
 from torch_bp.diagnostics.derivative import differentiable, from_output
 from torch_bp.diagnostics.layer import Layer
 from torch_bp.diagnostics.measurements import Detail, Measurements

@@ -1,7 +1,7 @@
 """Triton's text of a CUDA kernel, from an expression.
 
-Three shapes, as on the CPU: one pass over one tensor, one pass over a list of tensors given by a table of addresses,
-and loops over the rows of matrices. float16 and bfloat16 are loaded and stored as they are and computed in float32.
+One pass over one tensor, or over a list of tensors given by a table of addresses; loops over the rows of matrices are
+in `torch_bp.kernels.cuda_row_text`. float16 and bfloat16 are loaded and stored as they are and computed in float32.
 Square roots and divisions round to nearest, as IEEE and torch do.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from torch_bp.kernels import rows
 from torch_bp.kernels.expression import Expression, Speller
 from torch_bp.kernels.symbol import Symbol
 
@@ -25,7 +24,7 @@ DTYPES = {
 
 CHUNK = 4096  # elements of a list that one program takes
 
-_SPELLING = {
+SPELLING = {
     "constant": "tl.full((), {0}, REAL)",
     "add": "{0} + {1}",
     "sub": "{0} - {1}",
@@ -99,12 +98,6 @@ def tanh(a):
     return libdevice.tanh(a)
 """
 
-_LARGER = """
-@triton.jit
-def larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-"""
-
 # The interpreter has no libdevice: these stand in for it on the CPU alone.
 _INTERPRETED_LIBRARY = """
 @triton.jit
@@ -148,12 +141,12 @@ def _library(real: str) -> str:
     return (_ROUNDED if real == "float32" else _DOUBLE) + (_INTERPRETED_LIBRARY if interpreted() else _LIBRARY)
 
 
-def _load(node: Symbol, place: str, mask: str) -> str:
+def load(node: Symbol, place: str, mask: str) -> str:
     name = node.arguments[0]
     return f"in_{name} = tl.load(p_{name} + {place}, mask={mask}).to(REAL)"
 
 
-def _stores(spell: Speller, results: Iterable[tuple[str, Symbol]], place: str, mask: str) -> list[str]:
+def stores(spell: Speller, results: Iterable[tuple[str, Symbol]], place: str, mask: str) -> list[str]:
     mask = f", mask={mask}" if mask else ""
     return [
         f"tl.store(p_{t} + {place}, {spell.name(r)}.to(STORED){mask})" for t, r in results if spell.name(r) != f"in_{t}"
@@ -161,52 +154,62 @@ def _stores(spell: Speller, results: Iterable[tuple[str, Symbol]], place: str, m
 
 
 def _body(expression: Expression, targets: Sequence[str], place: str, mask: str, indent: str) -> str:
-    spell = Speller(expression, _SPELLING)
+    spell = Speller(expression, SPELLING)
     computed = [n for n in expression.order if n.kind != "total"]
-    body = [_load(n, place, mask) if n.operation == "input" else spell.line(n) for n in computed]
-    body += _stores(spell, zip(targets, expression.outputs), place, mask)
-    body += [_gathered(spell, total) for total in expression.totals]
+    body = [load(n, place, mask) if n.operation == "input" else spell.line(n) for n in computed]
+    body += stores(spell, zip(targets, expression.outputs), place, mask)
+    body += [gathered(spell, total) for total in expression.totals]
     return "".join(f"{indent}{line}\n" for line in body)
 
 
-def _started(spell: Speller, reduction: Symbol) -> str:
+def started(spell: Speller, reduction: Symbol) -> str:
     return f"many_{spell.name(reduction)} = tl.full((BLOCK,), {_REDUCE[reduction.operation][0]}, REAL)"
 
 
-def _gathered(spell: Speller, reduction: Symbol) -> str:
+def gathered(spell: Speller, reduction: Symbol) -> str:
     """The line of a loop that takes one more block into a sum or a maximum."""
     start, gather, _ = _REDUCE[reduction.operation]
     many = f"many_{spell.name(reduction)}"
     return f"{many} = {gather.format(many, f'tl.where(inside, {spell.name(reduction.arguments[0])}, {start})')}"
 
 
-def _reduced(spell: Speller, reduction: Symbol) -> str:
+def reduced(spell: Speller, reduction: Symbol) -> str:
     return _REDUCE[reduction.operation][2].format(f"many_{spell.name(reduction)}")
 
 
-def _scalars(expression: Expression, from_table: bool) -> tuple[list[str], str]:
-    """The arguments that bring the scalars in, and the lines that read them."""
-    count = len(expression.scalars)
-    if not count:
-        return [], ""
-    if from_table:
-        return ["scalars"], "".join(f"    s{i} = tl.load(scalars + {i}).to(REAL)\n" for i in range(count))
-    return [f"v{i}" for i in range(count)], "".join(f"    s{i} = tl.full((), v{i}, REAL)\n" for i in range(count))
+def begun(
+    expression: Expression,
+    dtype: torch.dtype,
+    from_table: bool,
+    arguments: Sequence[str],
+    last: Sequence[str] = (),
+    library: str = "",
+) -> str:
+    """How each module begins: up to where its kernel `run(arguments..., scalar..., last...)` has read its scalars.
 
-
-def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
-    """The module of a kernel `run(count, tensor..., scalar...)` over one tensor."""
+    Args:
+        from_table: the scalars are in memory of the device, which is one argument. Else each is one.
+        library: functions that the kernel calls besides.
+    """
     stored, real = DTYPES[dtype]
-    arguments, reading = _scalars(expression, from_table)
-    names = [f"p_{n}" for n in expression.operands(targets)]
+    count = len(expression.scalars)
+    scalars, read = [f"v{i}" for i in range(count)], "tl.full((), v{i}, REAL)"
+    if from_table and count:
+        scalars, read = ["scalars"], "tl.load(scalars + {i}).to(REAL)"
     text = _HEAD.format(
         name=expression.name,
         real=real,
         stored=stored,
-        library=_library(real),
-        arguments=", ".join(["count", *names, *arguments]),
+        library=_library(real) + library,
+        arguments=", ".join([*arguments, *scalars, *last]),
     )
-    text += reading
+    return text + "".join(f"    s{i} = {read.format(i=i)}\n" for i in range(count))
+
+
+def text_single(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
+    """The module of a kernel `run(count, tensor..., scalar...)` over one tensor."""
+    names = [f"p_{n}" for n in expression.operands(targets)]
+    text = begun(expression, dtype, from_table, ["count", *names])
     text += "    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)\n    inside = place < count\n"
     return text + _body(expression, targets, "place", "inside", "    ")
 
@@ -224,19 +227,10 @@ def text_list(
     Total j of chunk c goes to `totals[c, j]`. A `guarded` one does nothing where the number at `skip` is not 0.
     `copied` is as of `cpu_text.text_list`.
     """
-    stored, real = DTYPES[dtype]
-    arguments, reading = _scalars(expression, from_table)
-    spell, totals = Speller(expression, _SPELLING), expression.totals
+    spell, totals = Speller(expression, SPELLING), expression.totals
     given = ["addresses", "columns", "tensor", "start", "length", *["skip"] * guarded]
     given += ["copies"] * bool(copied) + ["totals"] * bool(totals)
-    text = _HEAD.format(
-        name=expression.name,
-        real=real,
-        stored=stored,
-        library=_library(real),
-        arguments=", ".join([*given, *arguments, "CHUNK: tl.constexpr"]),
-    )
-    text += reading
+    text = begun(expression, dtype, from_table, given, ["CHUNK: tl.constexpr"])
     text += "    chunk = tl.program_id(0)\n    k = tl.load(tensor + chunk)\n"
     text += "    first = tl.load(start + chunk)\n    count = tl.load(length + chunk)\n"
     text += "    count = tl.where(tl.load(skip) == 0, count, 0)\n" * guarded
@@ -245,7 +239,7 @@ def text_list(
     if copied:
         text += "    copy = tl.load(copies + k)\n    copied = tl.where(copy == 0, 0, count)\n"
         text += f"    p_copy = copy.to(tl.pointer_type(tl.{DTYPES[copied[1]][0]})) + first\n"
-    text += "".join(f"    {_started(spell, total)}\n" for total in totals)
+    text += "".join(f"    {started(spell, total)}\n" for total in totals)
     text += "    for step in range(0, CHUNK, BLOCK):\n"
     text += "        place = step + tl.arange(0, BLOCK)\n        inside = place < count\n"
     text += _body(expression, targets, "place", "inside", "        ")
@@ -253,96 +247,6 @@ def text_list(
         value = dict(zip(targets, (spell.name(r) for r in expression.outputs)))[copied[0]]
         text += f"        tl.store(p_copy + place, {value}.to(tl.{DTYPES[copied[1]][0]}), mask=place < copied)\n"
     return text + "".join(
-        f"    tl.store(totals + chunk * {len(totals)} + {j}, {_reduced(spell, total)}.to(tl.float64))\n"
+        f"    tl.store(totals + chunk * {len(totals)} + {j}, {reduced(spell, total)}.to(tl.float64))\n"
         for j, total in enumerate(totals)
     )
-
-
-def text_rows(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
-    """The module of a kernel `run(count, columns, rows, tensor..., scalar...)` over matrices and columns.
-
-    A program takes `rows` rows; what it adds up per column goes to a row of its own of a float64 matrix.
-    """
-    stored, real = DTYPES[dtype]
-    spell, results = Speller(expression, _SPELLING), list(zip(targets, expression.outputs))
-    arguments, reading = _scalars(expression, from_table)
-    names = [f"p_{n}" for n in expression.operands(targets)]
-    text = _HEAD.format(
-        name=expression.name,
-        real=real,
-        stored=stored,
-        library=_library(real) + _LARGER,
-        arguments=", ".join(["count", "columns", "rows", *names, *arguments]),
-    )
-    text += reading + "    block = tl.program_id(0).to(tl.int64)\n"
-    text += "    for row in range(block * rows, tl.minimum(count, (block + 1) * rows)):\n"
-    return text + "".join(f"        {line}\n" for line in _row_lines(expression, spell, results))
-
-
-def text_columns(expression: Expression, targets: Sequence[str], dtype: torch.dtype, from_table: bool) -> str:
-    """The module of a kernel `run(count, columns, rows, tensor..., scalar...)` for a formula without sums over rows.
-
-    A program takes BLOCK columns of `rows` rows, and keeps what it adds up per column until it is done: sum t of its
-    columns goes to a row of its own of a matrix.
-    """
-    stored, real = DTYPES[dtype]
-    spell, results = Speller(expression, _SPELLING), list(zip(targets, expression.outputs))
-    arguments, reading = _scalars(expression, from_table)
-    names = [f"p_{n}" for n in expression.operands(targets)]
-    text = _HEAD.format(
-        name=expression.name,
-        real=real,
-        stored=stored,
-        library=_library(real),
-        arguments=", ".join(["count", "columns", "rows", *names, *arguments]),
-    )
-    place = {"tensor": "row * columns + place", "column": "place"}
-    sums = [(t, r) for t, r in results if r.kind == "column sum"]
-    body = [
-        _load(n, place[n.kind], "inside") if n.operation == "input" else spell.line(n)
-        for n in expression.order
-        if n.kind != "column sum"
-    ]
-    body += _stores(spell, [(t, r) for t, r in results if r.kind == "tensor"], place["tensor"], "inside")
-    body += [f"sum_{t} += tl.where(inside, {spell.name(r.arguments[0])}, 0)" for t, r in sums]
-    lines = ["place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)", "inside = place < columns"]
-    lines += ["block = tl.program_id(1).to(tl.int64)", *(f"sum_{t} = tl.zeros((BLOCK,), REAL)" for t, _ in sums)]
-    lines += ["for row in range(block * rows, tl.minimum(count, (block + 1) * rows)):", *(f"    {b}" for b in body)]
-    lines += [f"tl.store(p_{t} + block * columns + place, sum_{t}, mask=inside)" for t, _ in sums]
-    return text + reading + "".join(f"    {line}\n" for line in lines)
-
-
-def by_columns(expression: Expression) -> bool:
-    """True if `text_columns` has a kernel for it: sums over columns, and nothing per row."""
-    kinds = {*expression.kinds.values(), *(output.kind for output in expression.outputs)}
-    return (
-        "column sum" in kinds
-        and kinds <= {"tensor", "column", "column sum"}
-        and not any(node.operation in ("row_sum", "row_max") for node in expression.order)
-    )
-
-
-def _row_lines(expression: Expression, spell: Speller, results: list[tuple[str, Symbol]]) -> list[str]:
-    """What is done with one row."""
-    place = {"tensor": "row * columns + place", "column": "place"}
-    lines = []
-    for node in expression.order:
-        if node.operation == "input" and node.kind not in place:
-            name, kept = node.arguments[0], "" if node.kind == "label" else ".to(REAL)"
-            lines.append(f"in_{name} = tl.load(p_{name} + row){kept}")
-    for step in rows.steps(expression):
-        lines += [spell.line(n) for n in step.before]
-        body = [_load(n, place[n.kind], "inside") if n.operation == "input" else spell.line(n) for n in step.elements]
-        lines += [_started(spell, r) for r in step.reductions]
-        body += [_gathered(spell, r) for r in step.reductions]
-        if step.stores:
-            body += _stores(spell, [(t, r) for t, r in results if r.kind == "tensor"], place["tensor"], "inside")
-            for t, r in results:
-                if r.kind == "column sum":
-                    at, value = f"p_{t} + block * columns + place", f"{spell.name(r.arguments[0])}.to(tl.float64)"
-                    body.append(f"tl.store({at}, tl.load({at}, mask=inside) + {value}, mask=inside)")
-        if body:
-            lines += ["for first in range(0, columns, BLOCK):", "    place = first + tl.arange(0, BLOCK)"]
-            lines += [f"    {line}" for line in ("inside = place < columns", *body)]
-        lines += [f"{spell.name(r)} = {_reduced(spell, r)}" for r in step.reductions]
-    return lines + _stores(spell, [(t, r) for t, r in results if rows.per_row(r)], "row", "")

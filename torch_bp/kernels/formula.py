@@ -12,14 +12,13 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
-from torch_bp.kernels import capture, cpu, engine, native, plain
+from torch_bp.kernels import bound, capture, engine, plain
 from torch_bp.kernels.expression import trace
 from torch_bp.kernels.number import is_number, numbers, outer_numbers, why_no_number
 from torch_bp.kernels.plain import PLAIN_TYPES, grad_enabled, unwatched
-from torch_bp.kernels.program import PLAIN_NUMBERS, Program, alone, as_torch, as_tuple
+from torch_bp.kernels.program import PLAIN_NUMBERS, Program, alone, as_torch, presence
 from torch_bp.kernels.sequence import Record
 from torch_bp.kernels.table import Table
 
@@ -35,16 +34,6 @@ def _may_write(tensors: Sequence[torch.Tensor | None], addresses: Sequence[int])
     return plain.disjoint([(start, size, 0, True) for start in addresses]) and (
         torch.is_inference_mode_enabled() or not any(t.is_inference() for t in present)
     )
-
-
-def _must_run(run: Callable[..., int], *arguments: Any) -> None:
-    if run(*arguments) == native.UNFIT:
-        raise RuntimeError("a kernel was bound to tensors that have since become unfit for it.")
-
-
-def _presence(arguments: Sequence[Any]) -> int:
-    """A bit for each positional argument that is not None, the last one's the lowest."""
-    return int("".join("01"[a is not None] for a in arguments), 2)
 
 
 class Formula:
@@ -158,7 +147,7 @@ class Formula:
         if self._by_tensors:
             program = self._programs.get((engine.forced(), first.dtype, first.is_cpu, present), _MISSING)
         if program is _MISSING:
-            program = self._prepare(first, present, keywords)
+            program = self.prepare(first, present, keywords)
         if program is None:
             return NotImplemented
         if program.entry is not None:
@@ -172,59 +161,12 @@ class Formula:
     def bound(
         self, tensors: Sequence[Any], results: Sequence[Any], keywords: Mapping[str, Any]
     ) -> Callable[[], Any] | Record:
-        """Return a function, or a record, that computes this formula of these tensors again, into `results`.
-
-        Numbers are read now, one-element tensors at every call.
-        """
-        tensors = self.padded(tensors) if len(tensors) < len(self.tensors) else tensors
-        keywords = self.defaults | dict(keywords)
-        present = [t for t in tensors if t is not None]
-        program = self._prepare(present[0], _presence(tensors), keywords)
-        targets = [t for t in results if t is not None]
-        if program is None or program.entry is None:
-            return functools.partial(self._into, tensors, targets, keywords)
-        run, elements = program.entry.run, present[0].numel()
-        if program.packed is not None and elements < cpu.PARALLEL_FROM:
-            record = program.packed.record([*present, *targets], keywords)
-            if record is not None:
-                return record
-        handles = [*map(native.handle_of, present), *map(native.handle_of, targets)]
-        if PLAIN_NUMBERS.issuperset(map(type, keywords.values())):
-            return functools.partial(_must_run, run, elements, *handles, *program.expression.host(**keywords))
-        expression = program.expression
-
-        def call() -> None:
-            read = {n: v.item() if hasattr(v, "item") else v for n, v in keywords.items()}
-            _must_run(run, elements, *handles, *expression.host(**read))
-
-        return call
+        """As `torch_bp.kernels.bound.bound`."""
+        return bound.bound(self, tensors, results, keywords)
 
     def bound_total(self, *lists: Sequence[torch.Tensor]) -> Callable[[], float] | None:
-        """Return a function that gives the one total of this formula over lists of tensors that stay where they are.
-
-        None where no kernel on the CPU serves.
-        """
-        table, program = Table(), None
-        if lists[0] and lists[0][0].is_cpu and len(lists) == len(self.tensors):
-            program = self._prepare(lists[0][0], 2 ** len(lists) - 1, {})
-        if program is None or program.totals != 1 or not program.numba:
-            return None
-        if not table.refresh(lists, program.writes, program.chunk) or not table.elements:
-            return None
-        partial = np.empty((len(table.tensor), 1))
-        arguments = table.elements, table.addresses, table.tensor, table.start, table.length, partial
-        run, add = program.list.run, partial.sum
-
-        def total() -> float:
-            run(*arguments)
-            return float(add())
-
-        return total
-
-    def _into(self, tensors: Sequence[Any], targets: Sequence[torch.Tensor], keywords: Mapping[str, Any]) -> None:
-        results = self(*tensors, **keywords)
-        for target, result in zip(targets, (r for r in as_tuple(results) if r is not None)):
-            target.copy_(result)
+        """As `torch_bp.kernels.bound.bound_total`."""
+        return bound.bound_total(self, *lists)
 
     def _addresses(self, tensors: Sequence[torch.Tensor | None]) -> list[int] | None:
         """Return where the tensors begin in memory, if they are fit for a kernel."""
@@ -239,7 +181,7 @@ class Formula:
             return tuple(tensors)
         return (*tensors, *[None] * (len(self.tensors) - len(tensors)))
 
-    def _prepare(self, first: torch.Tensor, present: int, keywords: Mapping[str, Any]) -> Program | None:
+    def prepare(self, first: torch.Tensor, present: int, keywords: Mapping[str, Any]) -> Program | None:
         """Return the kernels for plain tensors like `first`, a choice of present ones and of static keywords.
 
         `present` has a bit for each positional argument, the last one's the lowest. None where the engine in use has no
@@ -349,7 +291,7 @@ class Formula:
             return None  # a replay would read the addresses from memory that has been given back
         if not numbers(keywords.values()) or (grad_enabled() and any(map(plain.recording, present))):
             return None
-        program = self._prepare(first, _presence(lists), keywords)
+        program = self.prepare(first, presence(lists), keywords)
         if program is None:
             return None
         if program.created:

@@ -89,6 +89,11 @@ def as_tuple(results: Any) -> tuple[Any, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
+def presence(arguments: Sequence[Any]) -> int:
+    """A bit for each positional argument that is not None, the last one's the lowest."""
+    return int("".join("01"[a is not None] for a in arguments), 2)
+
+
 def alone(results: Sequence[Any]) -> Any:
     """Return nothing, one result, or a tuple of several."""
     return tuple(results) if len(results) > 1 else results[0] if results else None

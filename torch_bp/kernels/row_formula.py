@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torch_bp.kernels import cpu, cpu_row_text, cuda, cuda_text
+from torch_bp.kernels import cpu, cpu_row_text, cuda, cuda_row_text
 from torch_bp.kernels.entry import Packed, entry
 from torch_bp.kernels.expression import Expression, trace
 from torch_bp.kernels.formula import Formula
@@ -32,10 +32,10 @@ class RowProgram:
     def __init__(self, expression: Expression, engine: str, dtype: torch.dtype) -> None:
         self.expression = expression
         self.numba = engine == "numba"
-        module, text = (cpu, cpu_row_text) if self.numba else (cuda, cuda_text)
+        module, text = (cpu, cpu_row_text) if self.numba else (cuda, cuda_row_text)
         targets = [f"_result{i}" for i in range(len(expression.outputs))]
-        self.by_columns = not self.numba and cuda_text.by_columns(expression)
-        form: Any = cuda_text.text_columns if self.by_columns else text.text_rows  # type: ignore[attr-defined]
+        self.by_columns = not self.numba and cuda_row_text.by_columns(expression)
+        form: Any = cuda_row_text.text_columns if self.by_columns else text.text_rows  # type: ignore[attr-defined]
         self.kernel: Any = module.Kernel(form, expression, targets, dtype)  # type: ignore[attr-defined]
         self.sums = torch.float32 if self.by_columns and dtype is not torch.float64 else torch.float64
         self.kinds = [output.kind for output in expression.outputs]

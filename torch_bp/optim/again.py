@@ -17,10 +17,12 @@ from torch import Tensor
 from torch_bp.kernels import engine, native
 from torch_bp.kernels.plain import PLAIN_TYPES
 from torch_bp.kernels.program import PLAIN_NUMBERS
+from torch_bp.optim.bucket import Bucket, but_step
 from torch_bp.optim.copies import Copies, copies_of
-from torch_bp.optim.plan import FLAGS, Bucket, Share, but_step
+from torch_bp.optim.plan import FLAGS, Share
 
 _is = operator.is_
+_get = operator.getitem
 _grad_of = operator.attrgetter("grad")
 _is_neg = Tensor.is_neg
 _increment = torch._C._increment_version
@@ -43,7 +45,11 @@ class Again:
         self._chunks = table.tensor, table.start, table.length
         rows = [bucket.params, *(bucket.state[name] for name in share.layout if name is not None)]
         self._single = [row[k] for row in rows for k in table.seen.single]  # type: ignore[union-attr]
-        self._states = [(operator.itemgetter(name), tensors) for name, tensors in bucket.state.items()]
+        self._gradients: list[int] = []  # of which the handles are those of the second row
+        entries = [(state, name, t) for name, row in bucket.state.items() for state, t in zip(bucket.states, row)]
+        self._states, self._state_names = [state for state, _, _ in entries], [name for _, name, _ in entries]
+        self._state_tensors = [tensor for *_, tensor in entries]
+        self._counters = list(bucket.counters.values())
 
     @classmethod
     def of(cls, optimizer: Any, group: Mapping[str, Any], share: Share) -> Again | None:
@@ -67,8 +73,6 @@ class Again:
         if len(params) != self._count or not all(map(_is, params, bucket.params)):
             return False
         gradients = list(map(_grad_of, params))
-        if not PLAIN_TYPES.issuperset(map(type, gradients)) or any(map(_is_neg, gradients)):
-            return False
         if tuple(map(group.get, FLAGS)) != share.flags or tuple(optimizer.state_layout(group)) != share.layout:
             return False
         if copies_of(optimizer) is not self._copies or (self._copies and self._copies.generation != self._generation):
@@ -76,19 +80,22 @@ class Again:
         if engine.forced() != self._engine or any(map(_is_neg, self._single)):
             return False
         try:
-            for state_of, tensors in self._states:
-                if not all(map(_is, map(state_of, bucket.states), tensors)):
-                    return False
-        except KeyError:  # deleted
+            if not all(map(_is, map(_get, self._states, self._state_names), self._state_tensors)):
+                return False
+            if not self._takes(gradients):
+                return False
+        except (KeyError, TypeError):  # deleted; no gradient
             return False
         table, handles, compiled = bucket.table, self._handles, self._compiled
         seen: Any = table.seen
-        handles[1] = native.handles(gradients, self._count)
         verdict = compiled.check(
             handles, seen.handles, seen.kept, seen.kinds, seen.forms, seen.written, table.addresses, table.answer
         )
-        if verdict == native.CHANGED or not all(counter.unchanged() for counter in bucket.counters.values()):
+        if verdict == native.CHANGED:
             return False
+        for counter in self._counters:
+            if not counter.unchanged():
+                return False
         try:
             counts = bucket.advanced(optimizer, group)
             scalars = optimizer.scalars(group, counts.get("step", 0), False, **but_step(counts))
@@ -108,3 +115,14 @@ class Again:
         for name, value in counts.items():
             bucket.counters[name].set(bucket.state[name], value)
         return True
+
+    def _takes(self, gradients: list[Any]) -> bool:
+        """Point the second row at these gradients; False where a kernel cannot read them for another reason than form.
+
+        Raises:
+            TypeError: something else is among them.
+        """
+        seen = list(map(native.handle_of, gradients))
+        if seen != self._gradients:  # as a rule they are the same tensors in a captured step, and others elsewhere
+            self._handles[1] = self._gradients = seen
+        return PLAIN_TYPES.issuperset(map(type, gradients)) and not any(map(_is_neg, gradients))

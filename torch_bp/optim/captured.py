@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torch_bp.kernels import Table
+from torch_bp.kernels.program import presence
+from torch_bp.optim.bucket import Bucket, but_step
 from torch_bp.optim.copies import copies_of
-from torch_bp.optim.plan import Bucket, Share, but_step, forget
+from torch_bp.optim.plan import Share
+from torch_bp.optim.state import forget
 from torch_bp.optim.step import lists_may_serve, step
 
 _SLOTS = 32  # of numbers that are on their way
@@ -78,8 +81,7 @@ class _Part:
         self._rows = [None if name is None else bucket.state[name] for name in bucket.layout]
         self._gradients = [p.grad for p in bucket.params]
         present = [row for row in self._lists() if row is not None]
-        presence = int("".join("01"[row is not None] for row in self._lists()), 2)
-        self.program: Any = rule._prepare(bucket.params[0], presence, scalars)
+        self.program: Any = rule.prepare(bucket.params[0], presence(self._lists()), scalars)
         self.serves = (
             self.program is not None
             and not self.program.numba

@@ -20,8 +20,10 @@ from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _glob
 from torch_bp.kernels.plain import unwatched
 from torch_bp.kernels.program import write
 from torch_bp.optim.again import Again
-from torch_bp.optim.plan import Gradients, Plan, counted, forget, initial_state, on_device
+from torch_bp.optim.bucket import Gradients
+from torch_bp.optim.plan import Plan
 from torch_bp.optim.rule import UNKNOWN, explain
+from torch_bp.optim.state import counted, forget, initial_state, on_device
 
 _set_recording = torch._C._set_grad_enabled
 _profiling = torch.autograd._profiler_enabled

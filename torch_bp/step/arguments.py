@@ -6,6 +6,7 @@ What the model tells is in `torch_bp.step.unchanged`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -15,10 +16,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from torch_bp.kernels import engine
+from torch_bp.kernels.plain import PLAIN_TYPES, unwatched
 
 Inputs = tuple[tuple[Any, ...], tuple[Any, ...]]  # the arguments of the model, and the targets
 _autocasting = torch._C._is_any_autocast_enabled
-_watching = torch._C._len_torch_dispatch_stack
+_is_neg, _is_conj, _is_zero = Tensor.is_neg, Tensor.is_conj, Tensor._is_zerotensor
+_requires_grad = operator.attrgetter("requires_grad")
+_place_of, _dtype_of = Tensor.data_ptr, operator.attrgetter("dtype")
+_COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "capture": ("auto", True, False),
+    "fallback": ("error", "autograd"),
+    "precision": (None, "bf16", "fp16"),
+}
+_plain_dispatch: Any = Tensor.__torch_dispatch__
 
 
 def as_inputs(x: Any, y: Any) -> Inputs:
@@ -53,24 +64,40 @@ def kind_of(inputs: Inputs, add: bool, scale: float) -> tuple[Inputs, list[Tenso
         ValueError: an input requires a gradient.
     """
     batch, form = _flat(inputs)
-    kind: Any = None
-    if any(t.is_neg() or t.is_conj() for t in batch):  # which memory does not show
-        inputs = tree_map_only(Tensor, lambda t: t.resolve_conj().resolve_neg(), inputs)
-        batch, form = _flat(inputs)
-    if form is not None:
-        autocast = _autocast_dtype(batch) if _autocasting() else None
+    if any(map(_requires_grad, batch)):
+        shape = next(tuple(t.shape) for t in batch if t.requires_grad)
+        raise ValueError(
+            f"TrainStep: inputs must not require gradients, got one of shape {shape} that does, for which there are "
+            "none here; detach it, or use loss.backward()."
+        )
+    if form is None or not unwatched():
+        return inputs, batch, None
+    try:
+        places = list(map(_place_of, batch))
         forms = [(t.shape, t.stride(), t.dtype, t.device) for t in batch]
-        modes = engine.forced(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
-        kind = add, scale, form, modes, autocast, *forms
-    if _watching():  # somebody wants to see every operation
-        kind = None
-    for t in batch:
-        if t.requires_grad:
-            raise ValueError(
-                f"TrainStep: inputs must not require gradients, got one of shape {tuple(t.shape)} that does, for "
-                "which there are none here; detach it, or use loss.backward()."
-            )
+    except RuntimeError:  # sparse, nested or fake: no memory, or none with strides
+        return inputs, batch, None
+    complex_ = not _COMPLEX.isdisjoint(map(_dtype_of, batch))
+    if (
+        any(map(_is_neg, batch))
+        or (complex_ and any(map(_is_conj, batch)))
+        or (0 in places and any(map(_is_zero, batch)))
+    ):
+        return kind_of(tree_map_only(Tensor, _resolved, inputs), add, scale)
+    autocast = _autocast_dtype(batch) if _autocasting() else None
+    modes = engine.forced(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
+    kind: Any = (add, scale, form, modes, autocast, *forms)
+    if not PLAIN_TYPES.issuperset(map(type, batch)):
+        types: tuple[Any, ...] = (*map(type, batch),)
+        kind = (*kind, *types) if all(_plain_dispatch is t.__torch_dispatch__ for t in types) else None
     return inputs, batch, kind
+
+
+def _resolved(tensor: Tensor) -> Tensor:
+    """Write down what the memory of a tensor does not show: that it is conjugated, negated, or has none for zeros."""
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.resolve_conj().resolve_neg()
 
 
 def at(values: Any, number: int) -> Any:
@@ -78,16 +105,7 @@ def at(values: Any, number: int) -> Any:
     return tree_map_only(Tensor, lambda t: t[number], values)
 
 
-def check(
-    model: Any,
-    loss_fn: Any,
-    optimizer: Any,
-    clip_grad_norm: Any,
-    clip_grad_value: Any,
-    accumulate: Any,
-    capture: Any,
-    fallback: Any,
-) -> None:
+def check(model: Any, loss_fn: Any, optimizer: Any) -> None:
     """Refuse what no step can be made of."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"TrainStep: model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -103,15 +121,6 @@ def check(
             f"TrainStep: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; the arguments are "
             "model, loss_fn, optimizer."
         )
-    for name, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
-        if value is not None and not value > 0:
-            raise ValueError(f"TrainStep: {name} must be > 0, or None for no clipping, got {value}.")
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"TrainStep: accumulate must be a number of batches of at least 1, got {accumulate!r}.")
-    if capture not in ("auto", True, False):
-        raise ValueError(f"TrainStep: capture must be 'auto', True or False, got {capture!r}.")
-    if fallback not in ("error", "autograd"):
-        raise ValueError(f"TrainStep: fallback must be 'error' or 'autograd', got {fallback!r}.")
     held = {p for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(model.parameters()):
         raise ValueError(
@@ -138,3 +147,15 @@ def check_epoch(tensors: Any, batch_size: Any) -> None:
             "TrainStep.epoch: tensors must be inputs and targets of one length, and batch_size at least 1, got "
             f"lengths {[len(t) for t in tensors]} and {batch_size}."
         )
+
+
+def checked(name: str, value: Any) -> Any:
+    """Return the value of an option of `TrainStep`, or refuse it."""
+    if name in ("clip_grad_norm", "clip_grad_value") and value is not None and not value > 0:
+        raise ValueError(f"TrainStep: {name} must be > 0, or None for no clipping, got {value}.")
+    if name == "accumulate" and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"TrainStep: accumulate must be a number of batches of at least 1, got {value!r}.")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        *others, last = map(repr, _CHOICES[name])
+        raise ValueError(f"TrainStep: {name} must be {', '.join(others)} or {last}, got {value!r}.")
+    return value

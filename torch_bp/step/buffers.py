@@ -44,4 +44,4 @@ class Arena:
             self.offsets[key] = start
             self.size = max(self.size, start + size)
         self.total = sum(-(-max(size, 1) // ALIGNMENT) * ALIGNMENT for size, *_ in wanted.values())
-        self.storage = torch.empty(max(self.size, 1), dtype=torch.uint8).untyped_storage()
+        self.storage = torch.empty(max(self.size, 1), dtype=torch.uint8, device="cpu").untyped_storage()

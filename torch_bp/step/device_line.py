@@ -7,122 +7,33 @@ reads it, sends the optimizer's numbers (`torch_bp.optim.captured`), and launche
 
 Nothing of it waits for the device. Whether loss and gradients were finite is a number there: where they were not, the
 kernels of the update change nothing, running statistics are put back, and the host is told when it next looks
-(`Outcomes`).
+(`torch_bp.step.outcomes`).
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import operator
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torch_bp.kernels import capture
 from torch_bp.kernels.norm import ratio, values_of
 from torch_bp.optim.captured import CapturedStep, fresh
+from torch_bp.step.graph import Graph, capturing
 from torch_bp.step.line import Passes, apart
 from torch_bp.step.loss_scale import LossScale
+from torch_bp.step.memory import Overwritten
+from torch_bp.step.outcomes import NOT_FINITE, OVERFLOWED, TAKEN
 from torch_bp.step.plan import Plan
 from torch_bp.step.recorder import NotCapturableError, Recorder, tensors_in
 from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm, Update
 from torch_bp.step.watched import Monitor
-
-TAKEN, NOT_FINITE, OVERFLOWED = 0, 1, 2  # what became of a step; the last for the scale of its loss alone
-
-
-class Graph:
-    """A graph of CUDA's that is captured from two functions, one after the other.
-
-    Args:
-        pool: memory that the graphs of one step share.
-        device: of everything in it.
-    """
-
-    def __init__(self, pool: Any, device: torch.device) -> None:
-        self._graph, self._pool, self._device = torch.cuda.CUDAGraph(), pool, device
-
-    def capture(self, first: Callable[[], Any], then: Callable[[Any], None]) -> Any:
-        """Capture `then(first())` without running it; return what `first` has returned, which replays overwrite.
-
-        Raises:
-            NotCapturableError: an operation cannot be captured; the device is as it was.
-        """
-        before = torch.cuda.current_stream(self._device)
-        try:
-            # other threads, as a loader's that pins memory, go on meanwhile
-            with torch.cuda.graph(
-                self._graph,
-                pool=self._pool,
-                stream=torch.cuda.Stream(self._device),
-                capture_error_mode="thread_local",
-            ):
-                made = first()
-                then(made)
-            return made
-        except RuntimeError as error:
-            # where CUDA ends a capture itself, torch leaves its stream current, and memory going to the pool
-            torch.cuda.set_stream(before)
-            with contextlib.suppress(RuntimeError, AttributeError):
-                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            raise NotCapturableError(f"CUDA could not capture it: {error}") from error
-
-    def replay(self) -> None:
-        """Do what was captured."""
-        self._graph.replay()
-
-
-class Outcomes:
-    """Whether steps on a device were finite, read once the device has got there.
-
-    Args:
-        device: where the steps run.
-        room: how many may be on their way before the host waits.
-    """
-
-    def __init__(self, device: torch.device, room: int = 32) -> None:
-        self._cuda = device.type == "cuda"
-        self._slots = [torch.zeros((), dtype=torch.int32, pin_memory=self._cuda) for _ in range(room)]
-        self._waiting: collections.deque[tuple[Any, Tensor, Any]] = collections.deque()
-
-    def note(self, bad: Tensor, about: Any) -> None:
-        """Send for `bad`, an int32 on the device: TAKEN, NOT_FINITE or OVERFLOWED.
-
-        The oldest is waited for where there is no room: call `found` before.
-        """
-        slot = self._slots.pop()
-        slot.copy_(bad, non_blocking=True)
-        event = None
-        if self._cuda:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(bad.device))
-        self._waiting.append((event, slot, about))
-
-    def found(self, wait: bool = False) -> list[tuple[int, Any]]:
-        """Return what became of steps that were not taken and what was said about them, where the device is done.
-
-        Args:
-            wait: for all of them.
-        """
-        bad = []
-        while self._waiting:
-            event, slot, about = self._waiting[0]
-            if event is not None and not event.query():
-                if not wait and self._slots:
-                    break
-                event.synchronize()
-            self._waiting.popleft()
-            self._slots.append(slot)
-            if int(slot) != TAKEN:
-                bad.append((int(slot), about))
-        return bad
 
 
 class DeviceLine:
@@ -141,6 +52,7 @@ class DeviceLine:
         replayed: True once the graph has run.
         heard: what the monitor is to measure after a run.
         bytes: of memory that the graph has added to what the device keeps.
+        batch_bytes: of a batch.
     """
 
     def __init__(
@@ -160,7 +72,7 @@ class DeviceLine:
     ) -> None:
         self.unchanged = Unchanged(modules, leaves)
         self.plan = Plan()
-        inputs, batch = apart(inputs, modules)
+        inputs, batch, shared = apart(inputs, modules)
         with Recorder(batch) as recorder:
             hearing = None if monitor is None else monitor.hearing()
             try:
@@ -175,8 +87,13 @@ class DeviceLine:
         if not self.unchanged.holds():
             recorder.rewind()
             raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
+        if shared and recorder.writes_to_batch:
+            recorder.rewind()
+            raise NotCapturableError("the forward writes to inputs that share their memory")
+        self.unchanged.watch(recorder.outside.values())
         self._passes, self._inputs, self._leaves, self._scale, self._add = passes, inputs, list(leaves), scale, add
-        self._batch = batch
+        self._batch, self._generators = batch, recorder.generators
+        self.batch_bytes = sum(t.numel() * t.element_size() for t in batch)
         self._update, self._loss_scale, self._pool, self._bad = update, loss_scale, pool, bad
         self._limits: tuple[float | None, float | None] = (None, None)
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
@@ -192,7 +109,7 @@ class DeviceLine:
         passes.output = None
         self.loss = loss
         self._graph: Graph | None = None
-        self._snapshot: Snapshot | None = before  # of what the first run has written to
+        self._first: tuple[Snapshot, Overwritten] | None = before, recorder.overwritten  # until there is a graph
         self.replayed = False
         self._step: CapturedStep | None = None
         self._made: list[Tensor] = []
@@ -212,7 +129,7 @@ class DeviceLine:
     def _run(self, batch: Sequence[Tensor], own: bool) -> Tensor:
         if self._graph is None:
             self._capture()
-            self._snapshot, self.replayed = None, True
+            self._first, self.replayed = None, True
         for static, given in zip(self._batch, batch):
             if static is not given:
                 static.copy_(given, non_blocking=True)
@@ -244,8 +161,10 @@ class DeviceLine:
 
     def restore(self) -> None:
         """Take back what the last run wrote to the model's own tensors."""
-        if self._snapshot is not None:
-            self._snapshot.restore(random=False)
+        if self._first is not None:
+            snapshot, overwritten = self._first
+            overwritten.restore()
+            snapshot.restore(random=False)
             return
         for tensor, before in zip(self.written, self._before):
             tensor.copy_(before)
@@ -270,8 +189,8 @@ class DeviceLine:
             step.prepare()
             self._step = step
         reserved = torch.cuda.memory_reserved(self._bad.device) if self._bad.is_cuda else 0
-        graph = Graph(self._pool, self._bad.device)
-        with _capturing():
+        graph = Graph(self._pool, self._bad.device, self._generators)
+        with capturing():
             self.loss, made, self.output = graph.capture(self._pass, self._finish)
         self.bytes = torch.cuda.memory_reserved(self._bad.device) - reserved if self._bad.is_cuda else 0
         self._graph = graph
@@ -407,20 +326,3 @@ def _refuse_the_host(recorder: Recorder, leaves: Sequence[Tensor]) -> None:
     for call in recorder.calls:
         if any(t.device.type == "cpu" for t in tensors_in(tree_leaves((call.args, call.keywords)))):
             raise NotCapturableError(f"{call.operation} takes a tensor of the host's, whose values would be frozen")
-
-
-class _Watcher:
-    """Stands where a recorder does while CUDA records: what would read values raises instead."""
-
-    def formula(self, *_: Any) -> Any:
-        return NotImplemented
-
-
-@contextlib.contextmanager
-def _capturing() -> Iterator[None]:
-    thread = threading.get_ident()
-    capture.recorders[thread] = _Watcher()
-    try:
-        yield
-    finally:
-        del capture.recorders[thread]

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 import torch_bp.nn.functional
+from torch_bp.autograd.small_graph import through_autograd, writes
 from torch_bp.autograd.tape import Tape
 from torch_bp.kernels.capture import capturing
 from torch_bp.step.recorder import NotCapturableError
@@ -73,16 +74,28 @@ class UnknownBackwardError(RuntimeError):
 
 
 class Explicit(TorchFunctionMode):
-    """Sends torch's functions to where their derivative is, while a tape is open."""
+    """Sends torch's functions to where their derivative is, while a tape is open.
 
-    def __init__(self, tape: Tape, fallback: bool, path: Callable[[], str]) -> None:
+    Args:
+        tape: takes down what runs.
+        fallback: let autograd do what has no explicit backward.
+        path: names the module that runs.
+        writing: called with each tensor that a function is about to write to. None: nobody asks.
+    """
+
+    def __init__(
+        self, tape: Tape, fallback: bool, path: Callable[[], str], writing: Callable[[Tensor], None] | None = None
+    ) -> None:
         super().__init__()
-        self.tape, self.fallback, self.path = tape, fallback, path
+        self.tape, self.fallback, self.path, self.writing = tape, fallback, path, writing
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.writing is not None:
+            for target in _tensors((args[:1] if writes(func) else (), kwargs.get("out"))):
+                self.writing(target)
         ours = COUNTERPARTS.get(func)
         if ours is not None:
             with self:
@@ -99,10 +112,10 @@ class Explicit(TorchFunctionMode):
             return func(*args, **kwargs)
         if name.startswith("__"):
             name = name.strip("_")
-        if not any(map(self.tape.tracks, tree_leaves((args, kwargs)))):
+        if not torch.is_grad_enabled() or not any(map(self.tape.tracks, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
         if self.fallback or name in _KNOWN:
-            return self.tape.through_autograd(func, args, kwargs)
+            return through_autograd(self.tape, func, args, kwargs)
         raise UnknownBackwardError(
             f"TrainStep: {self._where()}calls {resolve_name(func) or name}, whose backward torch_bp has not written; "
             'use fallback="autograd", which lets autograd do that part, or loss.backward().'

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torch_bp.autograd.tape import Entry, Tape
+from torch_bp.autograd.entry import Entry
+from torch_bp.autograd.tape import Tape
 from torch_bp.optim.copies import Copies
 from torch_bp.step.explicit import Explicit, Paths
+from torch_bp.step.memory import copied as copy_of
+from torch_bp.step.memory import number
 from torch_bp.step.plan import Plan
 from torch_bp.step.program import Program
 from torch_bp.step.recorder import NotCapturableError, Place, Recorder
@@ -26,6 +29,7 @@ from torch_bp.step.unchanged import Unchanged
 from torch_bp.step.update import Norm
 from torch_bp.step.watched import Hearing, OverwrittenError, heard_by
 
+_place_of, _grad_of = Tensor.data_ptr, operator.attrgetter("grad")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,6 +71,7 @@ class Passes:
         noted: Callable[[Entry], None] | None = None,
         seen: Callable[[Entry, Sequence[Any]], None] | None = None,
         hearing: Hearing | None = None,
+        writing: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Return the loss, and the gradients of `leaves` times `scale`.
 
@@ -77,6 +82,7 @@ class Passes:
             noted: called with each entry as it has run forward.
             seen: called with each entry as it has run backward, and the gradients that it gave.
             hearing: of a monitor, for this pass alone.
+            writing: called with each tensor that the forward is about to write to.
 
         Raises:
             TypeError, ValueError: the loss is no tensor, or no number.
@@ -84,7 +90,7 @@ class Passes:
         with torch.no_grad(), heard_by(hearing, self.model), Tape(leaves, noted, whole=seen is not None) as tape:
             tape.copies = self.copies
             # As in training through autograd, for what asks, and for no_grad inside.
-            with torch.enable_grad(), Explicit(tape, self.fallback, self.path), self.autocast(leaves):
+            with torch.enable_grad(), Explicit(tape, self.fallback, self.path, writing), self.autocast(leaves):
                 output = self.model(*inputs[0])
                 loss = self.loss_fn(output, *inputs[1])
             if hearing is not None:
@@ -154,7 +160,7 @@ class Line:
     ) -> None:
         self.unchanged = Unchanged(modules, leaves)
         self.plan = Plan()
-        inputs, batch = apart(inputs, modules)
+        inputs, batch, shared = apart(inputs, modules)
         with Recorder(batch) as recorder:
             try:
                 loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of), hearing=hearing)
@@ -167,6 +173,11 @@ class Line:
         if not self.unchanged.holds():
             recorder.rewind()
             raise NotCapturableError("the forward changes attributes or buffers of a module, which decide what it does")
+        self._writes_to_batch = recorder.writes_to_batch
+        if self._writes_to_batch and shared:
+            recorder.rewind()
+            raise NotCapturableError("the forward writes to inputs that share their memory")
+        self.unchanged.watch(recorder.outside.values())
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
         places = [recorder.place(gradient) for gradient in found if gradient is not None]
         heard = () if hearing is None else tree_map_only(Tensor, recorder.place, hearing.heard)
@@ -175,10 +186,12 @@ class Line:
         passes.output = found = loss = hearing = None  # type: ignore[assignment]
         before.restore()
         recorder.rewind()
-        self.program = Program(recorder, [loss_at, *places, *tree_leaves((output, heard))])
+        with torch._C.DisableTorchFunction():  # a default device is none of the memory's
+            self.program = Program(recorder, [loss_at, *places, *tree_leaves((output, heard))])
         self.heard: Any = tree_map_only(Place, self.program.tensor, heard)
         self.output = tree_map_only(Place, self.program.tensor, output)
         self._made = [self.program.tensor(place) for place in places]
+        self._places = list(map(_place_of, self._made))
         self.loss = self.program.tensor(loss_at)
         self.written = self.program.written
         self._before = [torch.empty_like(t) for t in self.written]
@@ -190,10 +203,12 @@ class Line:
             for p, t, place in zip(self.reached, self._made, places)
         ]
         self.gradients: list[Tensor] = []
+        self._there = False  # True if `gradients` are where the pass makes them, and what the next one gives
         reached = set(self.reached)
         every = dict.fromkeys([*leaves, *(p for m in modules for p in m.parameters())])  # those of the optimizer too
         self._others = [p for p in every if p not in reached]
         self._at = self.program.arena.storage.data_ptr()
+        self._end = self._at + self.program.arena.size
         names = {id(p): name for module in modules for name, p in module.named_parameters()}
         self.plan.parameters = [names.get(id(p), "?") for p in self.reached]
         self.plan.bytes, self.plan.apart = self.program.arena.size, self.program.arena.total
@@ -204,6 +219,13 @@ class Line:
 
         So it does with gradients, unless they are to be in memory of their `own`.
         """
+        at, end = self._at, self._end
+        for t in batch:
+            if at <= t.data_ptr() < end:  # a gradient that was handed out, say
+                batch = [copy_of(t) if at <= t.data_ptr() < end else t for t in batch]
+                break
+        if self._writes_to_batch and len(set(map(number, batch))) < len(batch):
+            raise NotCapturableError("the forward writes to inputs that share their memory")
         if self.written:
             torch._foreach_copy_(self._before, self.written)
         self.program.run(batch)
@@ -216,11 +238,15 @@ class Line:
         return self.program.arena.size
 
     def intact(self) -> bool:
-        """True unless somebody has moved the memory of a gradient, and with it the arena, as `share_memory_` does."""
-        return self.program.arena.storage.data_ptr() == self._at
+        """True unless somebody has moved the arena, as `share_memory_` does, or a gradient, as `p.grad.data = ...`."""
+        return self.program.arena.storage.data_ptr() == self._at and list(map(_place_of, self._made)) == self._places
 
     def _deliver(self, own: bool, made: Sequence[Tensor]) -> None:
         """Leave the gradients in `p.grad`."""
+        if self._there and not own and all(map(operator.is_, map(_grad_of, self.reached), made)):
+            for p in self._others:
+                p.grad = None
+            return
         if self._add:
             for p, gradient in zip(self.reached, made):
                 if p.grad is None:
@@ -234,7 +260,9 @@ class Line:
                 p.grad = None
         gradients: list[Any] = [p.grad for p in self.reached]
         if not all(map(operator.is_, gradients, self.gradients)) or not self.gradients:
-            self.gradients, self.norm = gradients, Norm(gradients)
+            self.gradients, norm = gradients, Norm(gradients)
+            self._there = not self._add and all(map(operator.is_, gradients, made))
+            self.norm: Callable[[], float] = norm.unmoved if self._there else norm  # `intact` has looked at these
 
     def restore(self) -> None:
         """Take back what the last run wrote to the model's own tensors."""
@@ -242,18 +270,18 @@ class Line:
             tensor.copy_(before)
 
 
-def apart(inputs: Any, modules: Sequence[torch.nn.Module]) -> tuple[Any, list[Tensor]]:
-    """Return the inputs with no two tensors in one memory, nor in a parameter's, and those tensors."""
-    taken = {t.untyped_storage()._cdata for m in modules for t in (*m.parameters(), *m.buffers())}
-    batch = []
+def apart(inputs: Any, modules: Sequence[torch.nn.Module]) -> tuple[Any, list[Tensor], bool]:
+    """Return the inputs with no two tensors in one memory, nor in a parameter's, those tensors, and if any was."""
+    taken = {number(t) for m in modules for t in (*m.parameters(), *m.buffers()) if t.layout is torch.strided}
+    batch: list[Tensor] = []
+    shared = False
 
     def alone(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata in taken:
-            tensor = torch.empty_strided(
-                tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
-            ).copy_(tensor)
-        taken.add(tensor.untyped_storage()._cdata)
+        nonlocal shared
+        if number(tensor) in taken:
+            tensor, shared = copy_of(tensor), True
+        taken.add(number(tensor))
         batch.append(tensor)
         return tensor
 
-    return tree_map_only(Tensor, alone, inputs), batch
+    return tree_map_only(Tensor, alone, inputs), batch, shared

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from torch_bp.autograd.tape import Entry
+from torch_bp.autograd.entry import Entry
 from torch_bp.kernels.norm import values_of
 from torch_bp.step.line import Passes
 

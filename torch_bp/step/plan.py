@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_bp.autograd.tape import Entry
+from torch_bp.autograd.entry import Entry
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torch_bp.autograd.tape import Entry
+from torch_bp.autograd.entry import Entry
 from torch_bp.step.agreement import against_autograd, against_differences
 from torch_bp.step.isolated import isolated
 from torch_bp.step.line import Passes

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_bp.kernels import capture
+from torch_bp.step.memory import Overwritten, number, whole
 
 _aten = torch.ops.aten
 _READS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.is_nonzero.default}
@@ -88,10 +89,6 @@ class Call:
     from_nothing: bool
 
 
-def _number(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 class Recorder(TorchDispatchMode):
     """Notes what is dispatched while it is active, and runs it. It keeps no memory of the pass alive.
 
@@ -100,6 +97,8 @@ class Recorder(TorchDispatchMode):
         memories: by their number.
         written: memory from outside that calls write to, but for the batch, each as one tensor.
         touched: tensors of that memory.
+        outside: by their identity, tensors that were there before and that calls read or write, but for the batch.
+        overwritten: memory that was there before, as it was.
 
     Args:
         batch: tensors in memory of their own, for which others of the same form stand in when the pass runs again.
@@ -108,30 +107,28 @@ class Recorder(TorchDispatchMode):
     def __init__(self, batch: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.batch = list(batch)
-        self.of_batch = {_number(t): k for k, t in enumerate(batch)}
+        self.of_batch = {number(t): k for k, t in enumerate(batch)}
         self.calls: list[Call] = []
         self.memories: dict[int, Memory] = {}
         self.written: list[Tensor] = []
         self.touched: list[Tensor] = []
+        self.outside: dict[int, Tensor] = {}
         self._lifted: set[int] = set()
         self._drawn: list[tuple[torch.Generator, Tensor]] = []  # generators of the model's own, as they were
-        self._overwritten: dict[int, tuple[Tensor, Tensor]] = {}  # memory that was there before, as it was
+        self.overwritten = Overwritten()
 
     def rewind(self) -> None:
         """Take back what the pass did to memory that was there before, and to generators but for torch's own."""
         for generator, state in self._drawn:
             generator.set_state(state)
-        for whole, before in self._overwritten.values():
-            whole.copy_(before)
+        self.overwritten.restore()
 
     def _keep(self, tensor: Tensor) -> None:
         """Note what memory holds that is written to, if the pass has not made it."""
-        key = _number(tensor)
-        known = self.memories.get(key)
-        if key in self._overwritten or (known is not None and known.made) or tensor.layout is not torch.strided:
-            return
-        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-        self._overwritten[key] = whole, whole.clone()
+        if tensor.layout is torch.strided:
+            known = self.memories.get(number(tensor))
+            if known is None or not known.made:
+                self.overwritten.keep(tensor)
 
     def __enter__(self) -> Any:
         capture.recorders[threading.get_ident()] = self
@@ -141,15 +138,25 @@ class Recorder(TorchDispatchMode):
         del capture.recorders[threading.get_ident()]
         return super().__exit__(*details)
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Those that the pass was given to draw from."""
+        return [generator for generator, _ in self._drawn]
+
+    @property
+    def writes_to_batch(self) -> bool:
+        """True if a call writes to a tensor of the batch."""
+        return any(self.memories[key].written for key in self.of_batch if key in self.memories)
+
     def place(self, value: Any) -> Any:
         """Return the place of a tensor in memory that was made or is of the batch; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
-        memory = self.memories.get(_number(value))
-        if (memory is None or not memory.made) and _number(value) not in self.of_batch:
+        memory = self.memories.get(number(value))
+        if (memory is None or not memory.made) and number(value) not in self.of_batch:
             return value
         form = tuple(value.shape), value.stride(), int(value.storage_offset())
-        return Place(_number(value), value.dtype, value.device, *form)
+        return Place(number(value), value.dtype, value.device, *form)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -175,28 +182,30 @@ class Recorder(TorchDispatchMode):
         return results
 
     def _note(self, operation: Any, args: tuple[Any, ...], keywords: dict[str, Any], results: Any) -> None:
-        number = len(self.calls)
+        here = len(self.calls)
         given = tensors_in(tree_leaves((args, keywords)))
         if any(t.layout is not torch.strided for t in (*given, *tensors_in(tree_leaves(results)))):
             raise NotCapturableError(f"{operation} has a tensor that is not strided memory")
         if operation in _LIFTS:  # from a list of numbers: of this pass alone, but for its values
-            self._lifted.update(map(_number, tensors_in(tree_leaves(results))))
+            self._lifted.update(map(number, tensors_in(tree_leaves(results))))
         for tensor in given:
-            self._use(tensor, number)
+            memory = self._use(tensor, here)
+            if not memory.made and number(tensor) not in self.of_batch:
+                self.outside[id(tensor)] = tensor
         made = tree_leaves(results)
         fresh = False
         for tensor in tensors_in(made):
-            known = _number(tensor) in self.memories
-            memory = self._use(tensor, number)
+            known = number(tensor) in self.memories
+            memory = self._use(tensor, here)
             if not known:
                 memory.made = fresh = True
         written = _written(operation, args, keywords)
         for tensor in written:
-            memory = self._use(tensor, number)
-            if _number(tensor) in self._lifted:
+            memory = self._use(tensor, here)
+            if number(tensor) in self._lifted:
                 raise NotCapturableError(f"{operation} writes to a tensor that was made of numbers on the host")
-            if not memory.made and not memory.written and _number(tensor) not in self.of_batch:
-                self.written.append(_whole(tensor))
+            if not memory.made and not memory.written and number(tensor) not in self.of_batch:
+                self.written.append(whole(tensor))
                 self.touched.append(tensor)
             memory.written = True
         if fresh or written:  # else a view, or nothing that is kept
@@ -204,21 +213,14 @@ class Recorder(TorchDispatchMode):
             args, keywords = tree_map_only(Tensor, self.place, (args, keywords))
             self.calls.append(Call(operation, args, keywords, list(map(self.place, made)), from_nothing))
 
-    def _use(self, tensor: Tensor, number: int) -> Memory:
+    def _use(self, tensor: Tensor, call: int) -> Memory:
         storage = tensor.untyped_storage()
         memory = self.memories.get(storage._cdata)
         if memory is None:
-            memory = Memory(storage.nbytes(), number, number, StorageWeakRef(storage))
+            memory = Memory(storage.nbytes(), call, call, StorageWeakRef(storage))
             self.memories[storage._cdata] = memory
-        memory.last = number
+        memory.last = call
         return memory
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of the memory that a tensor lies in; several views may be written to."""
-    storage = tensor.untyped_storage()
-    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return whole.set_(storage, 0, (storage.nbytes() // tensor.itemsize,), (1,))  # type: ignore[call-overload]
 
 
 def _sized_by_values(operation: Any, args: tuple[Any, ...]) -> bool:

@@ -16,66 +16,19 @@ from torch.utils._pytree import tree_leaves
 
 from torch_bp.step import device_line
 from torch_bp.step.arguments import Inputs, kind_of
-from torch_bp.step.device_line import DeviceLine, Outcomes
+from torch_bp.step.device_line import DeviceLine
 from torch_bp.step.line import Line, Passes
 from torch_bp.step.loss_scale import LossScale
-from torch_bp.step.plan import Plan
+from torch_bp.step.outcomes import Outcomes
 from torch_bp.step.recorder import NotCapturableError, tensors_in
 from torch_bp.step.snapshot import Snapshot
-from torch_bp.step.unchanged import hooked, refuse_backward_hooks
-from torch_bp.step.update import Norm, Update
+from torch_bp.step.uncaptured import Uncaptured
+from torch_bp.step.unchanged import hooked
+from torch_bp.step.update import Update
 from torch_bp.step.watched import Monitor, OverwrittenError
 
 _set_recording = torch._C._set_grad_enabled
 _LINES = 16  # that are kept, each with buffers of its own
-
-
-class Uncaptured:
-    """A pass that ran as it is, with the model's Python.
-
-    Args:
-        passes, modules, inputs, leaves, scale, add: as of `Line`.
-        before: brings back what a pass changes besides.
-        monitor: that records it, if any.
-    """
-
-    replayed = updates = False
-
-    def __init__(
-        self,
-        passes: Passes,
-        modules: Sequence[torch.nn.Module],
-        inputs: Inputs,
-        leaves: Sequence[Tensor],
-        scale: float,
-        add: bool,
-        before: Snapshot,
-        monitor: Monitor | None,
-    ) -> None:
-        refuse_backward_hooks(modules)
-        self.restore = functools.partial(before.restore, random=False)
-        self.plan = Plan()
-        hearing = None if monitor is None else monitor.hearing()
-        self.loss, found = passes.run(inputs, leaves, scale, self.plan.noting(passes.path.of), hearing=hearing)
-        self.output, passes.output = passes.output, None
-        self.heard = () if hearing is None else hearing.heard
-        if not add:
-            for p in [*leaves, *(p for module in modules for p in module.parameters())]:
-                p.grad = None
-        given: set[int] = set()
-        for p, gradient in zip(leaves, found):
-            if gradient is not None:
-                shared = gradient.layout is torch.strided and (
-                    gradient.stride() != p.stride() or gradient.untyped_storage()._cdata in given
-                )
-                gradient = torch.empty_like(p).copy_(gradient) if shared else gradient
-                if gradient.layout is torch.strided:
-                    given.add(gradient.untyped_storage()._cdata)
-                _accumulate(p, gradient, add)
-        names = {id(p): name for module in modules for name, p in module.named_parameters()}
-        self.plan.parameters = [names.get(id(p), "?") for p, gradient in zip(leaves, found) if gradient is not None]
-        self.gradients = [p.grad for p in leaves if p.grad is not None]
-        self.norm = Norm(self.gradients)
 
 
 class Runner:
@@ -201,7 +154,7 @@ class Runner:
         before = Snapshot(self._modules)
         leaves = self._parameters()
         try:
-            if self.capture and kind not in self._never:
+            if self.capture is True or (self.capture and kind not in self._never):
                 try:
                     return self._captured(inputs, kind, leaves, add, scale, own, final, before)
                 except NotCapturableError:
@@ -225,7 +178,8 @@ class Runner:
     ) -> Line | DeviceLine:
         if kind is None:
             raise NotCapturableError(
-                "an argument that is no tensor cannot be compared with the next one (no hash), or a mode watches"
+                "an argument cannot be compared with the next one (it is no tensor and has no hash, or a sparse or "
+                "nested tensor or one around others), or a mode, a transform or a tracer watches"
             )
         if hooked(self._modules):
             raise NotCapturableError("hooks on modules or parameters would miss the calls of a captured step")
@@ -272,13 +226,3 @@ class Runner:
             self._device = pool, torch.zeros((), dtype=torch.int32, device=leaf.device)
             self.outcomes = Outcomes(leaf.device)
         return self._device
-
-
-def _accumulate(p: Tensor, gradient: Tensor, add: bool) -> None:
-    """Do what autograd does with the gradient of a leaf: its hooks, `p.grad`, and the hooks after that."""
-    for hook in (p._backward_hooks or {}).values():
-        replaced = hook(gradient)
-        gradient = gradient if replaced is None else replaced
-    p.grad = p.grad + gradient if add and p.grad is not None else gradient
-    for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values():
-        hook(p)

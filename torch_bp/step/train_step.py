@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torch_bp.kernels.norm import values_of
 from torch_bp.optim.copies import Copies
-from torch_bp.step.arguments import Inputs, as_inputs, at, check, check_epoch
-from torch_bp.step.device_line import NOT_FINITE, DeviceLine
-from torch_bp.step.line import DTYPES, Line, Passes
+from torch_bp.step.arguments import Inputs, as_inputs, at, check, check_epoch, checked
+from torch_bp.step.line import DTYPES, Passes
 from torch_bp.step.loss_scale import LossScale
-from torch_bp.step.origin import origin
 from torch_bp.step.plan import Plan
 from torch_bp.step.record import record
-from torch_bp.step.runner import Runner, Uncaptured
+from torch_bp.step.runner import Runner
 from torch_bp.step.table import Trace
-from torch_bp.step.update import Norm, Update
+from torch_bp.step.update import Update
 from torch_bp.step.watched import Monitor, name_of, require_monitor
+from torch_bp.step.window import Window
 
 
 class TrainStep:
@@ -38,6 +35,9 @@ class TrainStep:
     inside of other objects (an element of a list, a configuration, a module in a closure), and numbers that `forward`
     makes on the host, of a clock or a generator of NumPy's: use `capture=False` there, or `reset()` when they change. A
     model with hooks on modules is never captured.
+
+    On CUDA, a batch is held until the device has done its step, since an error that is told of then names what is wrong
+    in it: 32 batches, or 256 MB and one batch more, whichever is less. There the host waits.
 
     Args:
         model: a module. Modules of `torch_bp.nn`, torch's own of the same names, functions of the same names,
@@ -93,21 +93,10 @@ class TrainStep:
         precision: str | None = None,
         watch: Monitor | None = None,
     ) -> None:
-        check(model, loss_fn, optimizer, clip_grad_norm, clip_grad_value, accumulate, capture, fallback)
-        if precision not in (None, "bf16", "fp16"):
-            raise ValueError(f"TrainStep: precision must be None, 'bf16' or 'fp16', got {precision!r}.")
-        self._arguments = {
-            "clip_grad_norm": clip_grad_norm,
-            "clip_grad_value": clip_grad_value,
-            "accumulate": accumulate,
-            "capture": capture,
-            "fallback": fallback,
-            "keep_output": keep_output,
-            "precision": precision,
-        }
+        check(model, loss_fn, optimizer)
+        fixed = {"fallback": fallback, "keep_output": keep_output, "precision": precision}
+        self._fixed = {name: checked(name, value) for name, value in fixed.items()}
         self.model, self.loss_fn, self._optimizer = model, loss_fn, optimizer
-        self.accumulate = accumulate
-        self.steps = 0
         self._loss_scale = LossScale() if precision == "fp16" else None
         self._passes = Passes(model, loss_fn, fallback == "autograd", keep_output, precision)
         self._keep_output = keep_output
@@ -115,12 +104,13 @@ class TrainStep:
             self._passes.copies = Copies(DTYPES[precision])
             self._passes.copies.attach(optimizer)
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
-        self._update = Update(optimizer, clip_grad_norm, clip_grad_value)
+        self._update = Update(optimizer, None, None)
         self._runner = Runner(self._passes, self._modules, self._parameters, self._update, self._loss_scale)
-        self.capture = capture
-        self._ran: Line | DeviceLine | Uncaptured | None = None  # the last pass
-        self._waiting = 0  # batches since the last update
-        self._by_hand = False  # True if `backward` has left gradients
+        self._window = Window(
+            self._passes, self._modules, self._parameters, self._update, self._loss_scale, self._runner
+        )
+        self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
+        self.accumulate, self.capture = accumulate, capture
         self.watch = watch
 
     def __repr__(self) -> str:
@@ -143,7 +133,9 @@ class TrainStep:
     def __getstate__(self) -> dict[str, Any]:
         """What it was made of: buffers and what was captured belong to this object alone."""
         made = (self.model, self.loss_fn, self.optimizer)
-        return {"made": made, "arguments": self._arguments, "state": self.state_dict()}
+        settable = "clip_grad_norm", "clip_grad_value", "accumulate", "capture"
+        arguments = self._fixed | {name: getattr(self, name) for name in settable}
+        return {"made": made, "arguments": arguments, "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["made"], **state["arguments"])  # type: ignore[misc]  # a monitor is of the original alone
@@ -164,7 +156,7 @@ class TrainStep:
                 are as they were before the batch; gradients of a window of batches are dropped, and a new one begins.
             ValueError: an input requires a gradient, which would be none here.
         """
-        return self._one(as_inputs(x, y)).clone()
+        return self._window.one(as_inputs(x, y)).clone()
 
     def backward(self, x: Any, y: Any, scale: float = 1.0) -> Tensor:
         """Do everything but the update, as `loss.backward()`: gradients are added to those in `p.grad`.
@@ -178,18 +170,18 @@ class TrainStep:
         Returns:
             The loss (), in memory of its own.
         """
-        if self._loss_scale is not None and self._waiting:
+        if self._loss_scale is not None and self._window.waiting:
             raise RuntimeError(
                 f"TrainStep.backward: a window must not be open with precision='fp16', whose gradients are scaled, got "
-                f"{self._waiting} of {self.accumulate} batches; finish it, or call update() or drop()."
+                f"{self._window.waiting} of {self.accumulate} batches; finish it, or call update() or drop()."
             )
         add = any(p.grad is not None for p in self._parameters())
-        self._by_hand = True
-        self._raise_found()
+        self._window.by_hand = True
+        self._window.raise_found()
         if self.watch is not None:  # updates may be the optimizer's own
             self.watch.follow(name_of(self.loss_fn), whole=False)
-        self._ran = self._runner.run(as_inputs(x, y), add, scale, own=True)
-        return self._ran.loss.clone()
+        ran = self._window.ran = self._runner.run(as_inputs(x, y), add, scale, own=True)
+        return ran.loss.clone()
 
     def many(self, xs: Any, ys: Any) -> Tensor:
         """Do a step on each batch along the first dimension.
@@ -248,8 +240,8 @@ class TrainStep:
         After `backward`, and for a window that is not full, the last one of an epoch: each of its batches counts for
         1 / accumulate, as in any window. Without gradients, nothing happens.
         """
-        if any(p.grad is not None for p in self._parameters()) and (self._waiting or self._by_hand):
-            self._finish(None)
+        if any(p.grad is not None for p in self._parameters()) and (self._window.waiting or self._window.by_hand):
+            self._window.finish(None)
 
     def check(self) -> None:
         """Wait for the steps that a device is still at, and raise what they have found.
@@ -260,7 +252,7 @@ class TrainStep:
         Raises:
             FloatingPointError: as of a call.
         """
-        self._raise_found(wait=True)
+        self._window.raise_found(wait=True)
 
     def trace(self, x: Any, y: Any, *, check: bool = False) -> Trace:
         """Return the table of Algorithm 1 for a batch: what every operation gives, and the error signals; no update.
@@ -279,11 +271,7 @@ class TrainStep:
 
     def drop(self) -> None:
         """Forget the gradients of a window that is not full, and those in `p.grad`; a new window begins."""
-        self._waiting, self._by_hand = 0, False
-        for p in self._parameters():
-            p.grad = None
-        if self._update.monitor is not None:
-            self._update.monitor.skipped()
+        self._window.drop()
 
     def reset(self) -> None:
         """Forget what was captured; the next step is captured anew."""
@@ -308,13 +296,31 @@ class TrainStep:
         return self._optimizer
 
     @property
+    def steps(self) -> int:
+        """Updates so far, but for those that a device was found not to have taken; it can be set."""
+        return self._window.steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._window.steps = value
+
+    @property
+    def accumulate(self) -> int:
+        """As given; it can be set."""
+        return self._window.accumulate
+
+    @accumulate.setter
+    def accumulate(self, value: int) -> None:
+        self._window.accumulate = checked("accumulate", value)
+
+    @property
     def capture(self) -> bool | str:
         """As given; it can be set."""
         return self._runner.capture
 
     @capture.setter
     def capture(self, value: bool | str) -> None:
-        self._runner.capture = value
+        self._runner.capture = checked("capture", value)
 
     @property
     def clip_grad_norm(self) -> float | None:
@@ -323,7 +329,7 @@ class TrainStep:
 
     @clip_grad_norm.setter
     def clip_grad_norm(self, value: float | None) -> None:
-        self._update.max_norm = value
+        self._update.max_norm = checked("clip_grad_norm", value)
 
     @property
     def clip_grad_value(self) -> float | None:
@@ -332,14 +338,14 @@ class TrainStep:
 
     @clip_grad_value.setter
     def clip_grad_value(self, value: float | None) -> None:
-        self._update.max_value = value
+        self._update.max_value = checked("clip_grad_value", value)
 
     @property
     def plan(self) -> Plan:
         """What the last step did; `print` it. RuntimeError before the first."""
-        if self._ran is None:
+        if self._window.ran is None:
             raise RuntimeError("TrainStep.plan: a plan is made for a batch, and none was seen; do a step first.")
-        return self._ran.plan
+        return self._window.ran.plan
 
     def memory(self) -> dict[str, int]:
         """Bytes of what the step owns: "buffers", and of these "gradients"."""
@@ -356,7 +362,8 @@ class TrainStep:
         """
         if not self._keep_output:
             raise RuntimeError("TrainStep.output: it must be kept; make the step with keep_output=True.")
-        return tree_map_only(Tensor, lambda t: t.detach().clone(), None if self._ran is None else self._ran.output)
+        output = None if self._window.ran is None else self._window.ran.output
+        return tree_map_only(Tensor, lambda t: t.detach().clone(), output)
 
     def _parameters(self) -> list[Tensor]:
         unique = dict.fromkeys(p for module in self._modules for p in module.parameters())
@@ -368,110 +375,14 @@ class TrainStep:
         losses = []
         try:
             for inputs in batches:
-                losses.append(self._one(inputs).clone())
+                losses.append(self._window.one(inputs).clone())
                 # From here to the next batch, nobody but the optimizer writes to parameters.
                 self._runner.trusting = not _observed(self.optimizer)
         finally:
             self._runner.trusting = False
         return torch.stack(losses) if losses else torch.empty(0)
 
-    def _one(self, inputs: Inputs) -> Tensor:
-        if self._runner.outcomes is not None:
-            # with a loss scale, steps that are left out are no exception: the counts of the next ones depend on them
-            self._raise_found(wait=self._loss_scale is not None)
-        if self._update.monitor is not None:
-            self._update.monitor.follow(name_of(self.loss_fn), whole=True)
-        if not self._waiting:  # gradients by hand are replaced
-            self._by_hand = False
-        final = self._waiting + 1 >= self.accumulate
-        self._ran = ran = self._runner.run(inputs, self._waiting > 0, 1 / self.accumulate, final=final)
-        loss = ran.loss
-        if ran.replayed and (ran.updates or not final):  # whether it is finite, the device will tell
-            self._waiting += 1
-            self._told(inputs, final)
-            return loss
-        size = ran.norm()
-        # a norm can overflow where no number does
-        finite = math.isfinite(size) or all(map(_finite, ran.gradients))
-        earlier = ran.replayed and self.accumulate > 1 and int(self._runner.window) == NOT_FINITE  # type: ignore[arg-type]
-        if earlier or not math.isfinite(loss) or not (finite or self._can_scale_down()):
-            self._refuse(inputs, loss, size)
-        self._waiting += 1
-        if final and not finite:
-            self._leave_out()
-        elif final:
-            self._finish(size if self.accumulate == 1 else None)
-        return loss
-
-    def _told(self, inputs: Inputs, final: bool) -> None:
-        """Note that a device was told to do a pass, and if it is the `final` one of a window, the update."""
-        about = self.steps + 1, inputs, self._ran, final
-        self._runner.outcomes.note(self._runner.window, about)  # type: ignore[union-attr, arg-type]
-        if final:
-            self._waiting, self._by_hand = 0, False
-            self.steps += 1
-            if self._update.monitor is not None:
-                self._update.monitor.updated()
-
-    def _can_scale_down(self) -> bool:
-        """True if gradients may have overflowed for their scale alone."""
-        return self._loss_scale is not None and float(self._loss_scale.value) > 1
-
-    def _leave_out(self) -> None:
-        """Drop a window whose scaled gradients have overflowed."""
-        self.drop()
-        self._loss_scale.update_(torch.ones(()))  # type: ignore[union-attr]
-
-    def _raise_found(self, wait: bool = False) -> None:
-        """Raise if a device has come upon a step that was not finite, which it has not taken."""
-        outcomes = self._runner.outcomes
-        found = [] if outcomes is None else outcomes.found(wait)
-        untaken = [about for _, about in found if about[-1]]
-        for _, _, line, _ in untaken:
-            line.take_back()
-        self.steps -= len(untaken)
-        refused = [about for code, about in found if code == NOT_FINITE]
-        if refused:
-            step, inputs, _, _ = refused[0]
-            later = len({about[0] for about in refused}) - 1
-            more = f", as at {later} later" * (later > 0)
-            where = origin(self._passes, inputs, self._parameters(), self._modules)
-            raise FloatingPointError(
-                f"TrainStep: at step {step}{more} the loss or the norm of the gradients was not finite: {where}. The "
-                "device has left parameters, optimizer and running statistics as they were before the batch, and has "
-                "gone on with those that came after; leave the batch out, or lower the rate, or clip gradients by "
-                "clip_grad_norm."
-            )
-
-    def _finish(self, norm: float | None) -> None:
-        by_hand, self._waiting, self._by_hand = self._by_hand, 0, False
-        gradients = [] if self._ran is None else self._ran.gradients
-        if norm is None:  # other batches of the window may have reached others
-            gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        if self._loss_scale is not None and not by_hand:
-            self._loss_scale.unscale_(gradients)
-            self._loss_scale.update_(torch.zeros(()))
-            norm = None
-        self._update(gradients, Norm(gradients)() if norm is None else norm)
-        self.steps += 1
-
-    def _refuse(self, inputs: Inputs, loss: Tensor, norm: float) -> NoReturn:
-        """Leave everything as it was before the batch, but for the gradients of its window, and say what is wrong."""
-        value = loss.item()
-        self._ran.restore()  # type: ignore[union-attr]
-        self.drop()
-        where = origin(self._passes, inputs, self._parameters(), self._modules)
-        raise FloatingPointError(
-            f"TrainStep: at step {self.steps + 1} the loss is {value:.4g} and the norm of the gradients {norm:.4g}: "
-            f"{where}. Parameters, optimizer and running statistics are as before the batch, gradients of its window "
-            "are dropped; leave the batch out, or lower the rate, or clip gradients by clip_grad_norm."
-        )
-
 
 def _observed(optimizer: Any) -> bool:
     """True if somebody is called in the optimizer's step."""
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
-
-
-def _finite(gradient: Tensor) -> bool:
-    return bool(values_of(gradient).isfinite().all())

@@ -1,8 +1,9 @@
 """Whether a model is still what it was when a step was captured.
 
 What a captured step does was decided by the model's modules and numbers: training or evaluation, a dropout rate, which
-activation, which parameters are trained, where they lie. Each of these is looked at before every step, some thirty
-nanoseconds each; what no longer holds is captured anew.
+activation, which parameters are trained, where they lie. Tensors that a function has
+from elsewhere have a place and a form as well. Each of these is looked at before every step, some thirty nanoseconds
+each; what no longer holds is captured anew.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+
+from torch_bp.step.memory import number
 
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}  # torch's own, the same for as long as a module lives
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -84,11 +88,22 @@ class Unchanged:
         self._dicts += [value for value in self._values if isinstance(value, list | dict | set)]
         self._sizes = list(map(len, self._dicts))
         self._hooks = [getattr(module, name) for module in everything for name in _HOOKS]
-        every = {id(v): v for v in (*self._values, *tensors)}.values()
+        self._look([*self._values, *tensors])
+
+    def _look(self, values: Iterable[Any]) -> None:
+        every = {id(v): v for v in values}.values()
         self._tensors = [value for value in every if isinstance(value, Tensor)]
         self._where = list(map(Tensor.data_ptr, self._tensors))
         self._strides = list(map(Tensor.stride, self._tensors))
+        self._counts = list(map(Tensor.numel, self._tensors))
         self._trained = [t.requires_grad for t in self._tensors]
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Watch strided tensors besides, but for those in memory of one that is watched: views that a forward makes."""
+        known = {number(t) for t in self._tensors if t.layout is torch.strided}
+        others = [t for t in tensors if number(t) not in known]
+        if others:
+            self._look([*self._tensors, *others])
 
     def holds(self) -> bool:
         """True if all is as it was, and nobody watches."""
@@ -98,6 +113,7 @@ class Unchanged:
                 and list(map(len, self._dicts)) == self._sizes
                 and list(map(Tensor.data_ptr, self._tensors)) == self._where
                 and list(map(Tensor.stride, self._tensors)) == self._strides
+                and list(map(Tensor.numel, self._tensors)) == self._counts
                 and list(map(_trained, self._tensors)) == self._trained
                 and not any(self._hooks)
                 and not _has_any_global_hook()
