@@ -114,9 +114,9 @@ class TrainStep:
         self.watch = watch
 
     def __repr__(self) -> str:
-        given = {name: getattr(self, name, value) for name, value in self._arguments.items()}
         usual = TrainStep.__init__.__kwdefaults__ or {}
-        options = [f"{name}={value!r}" for name, value in given.items() if value != usual.get(name)]
+        given = self._options()
+        options = [f"{name}={given[name]!r}" for name in usual if name in given and given[name] != usual[name]]
         made = type(self.model).__name__, name_of(self.loss_fn), type(self.optimizer).__name__
         return f"TrainStep({', '.join([*made, *options])}, steps={self.steps})"
 
@@ -130,12 +130,14 @@ class TrainStep:
         if self._loss_scale is not None and state["loss_scale"] is not None:
             self._loss_scale.load_state_dict(state["loss_scale"])
 
+    def _options(self) -> dict[str, Any]:
+        settable = "clip_grad_norm", "clip_grad_value", "accumulate", "capture"
+        return self._fixed | {name: getattr(self, name) for name in settable}
+
     def __getstate__(self) -> dict[str, Any]:
         """What it was made of: buffers and what was captured belong to this object alone."""
         made = (self.model, self.loss_fn, self.optimizer)
-        settable = "clip_grad_norm", "clip_grad_value", "accumulate", "capture"
-        arguments = self._fixed | {name: getattr(self, name) for name in settable}
-        return {"made": made, "arguments": arguments, "state": self.state_dict()}
+        return {"made": made, "arguments": self._options(), "state": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["made"], **state["arguments"])  # type: ignore[misc]  # a monitor is of the original alone
