@@ -16,7 +16,7 @@ from torch_bp.diagnostics.cadence import Cadence
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.hearing import Hearing, measure
 from torch_bp.diagnostics.live_check import LiveCheck
-from torch_bp.diagnostics.loss import Losses
+from torch_bp.diagnostics.loss import Losses, as_loss
 from torch_bp.diagnostics.measurements import Detail, Measurements
 from torch_bp.diagnostics.parameters import COLUMNS, ParameterSums, measures_itself
 from torch_bp.diagnostics.probe import EagerProbe, Probe
@@ -27,6 +27,7 @@ from torch_bp.diagnostics.verdicts import Verdicts
 from torch_bp.diagnostics.writers import Output
 
 _log = logging.getLogger(__name__)
+_UNREAD = "a reading could not be made"
 
 
 class Monitor:
@@ -74,25 +75,28 @@ class Monitor:
         self._hooks: list[Any] = []
         self._began, self._closed = clock(), False
         self._explicit = self._whole = False  # passes are those of a TrainStep; and so are updates
+        self._stepping: Any = None  # the arguments of the call of `optimizer.step` that is under way
         self._listen_to_optimizer()
         self._recording = False
         probe.anew, probe.answers, probe.failed = self._anew, self._backward_begins, self._failed
         if losses.name is None and detail.units:
             probe.returned = losses.compared
-        self._said = self._deaf = False  # that something has failed; that nothing is heard
+        self._said: set[str] = set()  # what has failed
+        self._deaf = False  # nothing is heard
         self._next()
 
     # --- what loops may tell
 
     def loss(self, loss: Any) -> Any:
         """Note the loss of the step, and return it: `monitor.loss(criterion(model(x), y)).backward()`."""
+        noted = as_loss(loss)
         if self._recording:
-            self._losses.add(loss)
+            self._losses.training.append(noted)
         return loss
 
     def validation(self, loss: Any) -> None:
         """Note a loss of the validation set."""
-        self._losses.validation.append(torch.as_tensor(loss).detach().mean())
+        self._losses.validation.append(as_loss(loss))
 
     def clipped(self, total_norm: Any, max_norm: float) -> Any:
         """Note what `clip_grad_norm_` returned, and return it; `max_norm` is what it was given."""
@@ -118,7 +122,7 @@ class Monitor:
     def gradients_ready(self) -> None:
         """Say, in a closure that `optimizer.step` calls, that gradients are there; torch_bp's optimizers can tell."""
         if self._recording and self._optimizer is not None and not measures_itself(self._optimizer):
-            self._safely(self._parameters.before, self._optimizer)
+            self._safely(self._parameters.before, self._optimizer, alone=self.alone)
 
     def step_done(self, loss: Any = None) -> None:
         """A step is over; for loops without an optimizer that was given to `watch`."""
@@ -188,7 +192,7 @@ class Monitor:
     def updating(self) -> None:
         """The optimizer is about to step."""
         if self._whole and self._recording and self._optimizer is not None:
-            self._safely(self._parameters.before, self._optimizer)
+            self._safely(self._parameters.before, self._optimizer, alone=self.alone)
 
     def updated(self) -> None:
         """The optimizer has stepped."""
@@ -258,6 +262,10 @@ class Monitor:
         self._output.text(tag, markdown, self.step)
 
     def __enter__(self) -> Monitor:
+        if self._closed:
+            raise RuntimeError(
+                "watch: monitor must be open where its with block begins, got a closed one. Make another."
+            )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -285,12 +293,16 @@ class Monitor:
                 self._hooks.pop().remove()
 
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A step that calls that of its base class begins twice, and is one: it ends with the inner call.
+        self._stepping = args
         closure = args[1:] or kwargs.get("closure")  # which computes the gradients in the step
         if self._recording:
-            self._safely(self._parameters.before, optimizer, computes=bool(closure))
+            self._safely(self._parameters.before, optimizer, computes=bool(closure), alone=self.alone)
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._end(self._safely(self._parameters.after, optimizer) if self._recording else None)
+        if args is self._stepping:
+            self._stepping = None
+            self._end(self._safely(self._parameters.after, optimizer) if self._recording else None)
 
     @torch.no_grad()
     def _end(self, sums: tuple[list[int], Sequence[Tensor]] | None) -> None:
@@ -347,23 +359,24 @@ class Monitor:
         self._losses.forget()
 
     def _backward_begins(self) -> None:
-        if self.step and not self._explicit and (carried := self._parameters.carried()) is not None:
+        if self.step and not self._explicit and (carried := self._parameters.carried(self._optimizer)) is not None:
             self._now["carried"] = carried
 
-    def _safely(self, call: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    def _safely(self, call: Callable[..., Any], *args: Any, what: str = _UNREAD, **keywords: Any) -> Any:
         """What a call returns; None if it has failed, which is said once, and no reason to stop a training."""
         try:
             return call(*args, **keywords)
         except Exception as error:
-            self._failed(error)
+            self._failed(error, what)
             return None
 
-    def _failed(self, error: Exception) -> None:
-        if not self._said:
-            self._said = True
+    def _failed(self, error: Exception, what: str = _UNREAD) -> None:
+        if what not in self._said:
+            self._said.add(what)
             _log.warning(
-                "watch: at step %d a reading could not be made; training goes on, and further ones are tried. %s: %s",
+                "watch: at step %d %s; training goes on, and further ones are tried. %s: %s",
                 self.step,
+                what,
                 type(error).__name__,
                 error,
                 exc_info=error,
@@ -378,6 +391,7 @@ class Monitor:
         labels, output = self._losses.labels, self._losses.output
         loss, validation = self._losses.take()
         carried = self._now.pop("carried", None)
+        carried = carried if self._parameters.added_to() else None
         for name, value in (
             ("loss", loss),
             ("validation_loss", validation),
@@ -447,7 +461,7 @@ class Monitor:
             if self._verdicts is not None:
                 self._safely(self._verdicts, reading)
             if self._on_reading is not None:
-                self._on_reading(reading)
+                self._safely(self._on_reading, reading, what="on_reading has failed")
 
 
 def _mean_of_processes(loss: Tensor) -> Tensor:

@@ -186,7 +186,9 @@ def _check(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"watch: model must be a torch.nn.Module, got {type(model).__name__}.")
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+    if optimizer is not None and not (
+        isinstance(optimizer, torch.optim.Optimizer) and "param_groups" in vars(optimizer)
+    ):
         raise TypeError(
             f"watch: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; a wrapper has it as "
             "`.optimizer`, and a log folder is `output=`."
