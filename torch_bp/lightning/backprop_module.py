@@ -285,9 +285,7 @@ class _ExplicitPass:
             )
         before = [p.grad for p in leaves]
         _give(leaves, [None] * len(leaves))
-        share = (
-            self._scale() / self.trainer.accumulate_grad_batches
-        )  # a monitor hears error signals
+        share = self._scale() / self.trainer.accumulate_grad_batches  # a monitor hears error signals
         loss = self._step.backward(x, y, share)
         reached = [(p, p.grad) for p in leaves if p.grad is not None]
         _give(leaves, before)
