@@ -187,3 +187,32 @@ def test_two_monitors_of_one_file_lose_no_line(tmp_path, caplog):
         monitor.close()
     assert len((tmp_path / "readings.jsonl").read_text().splitlines()) == 8
     assert len([r for r in caplog.records if "something else writes to" in r.getMessage()]) == 2
+
+
+@pytest.mark.parametrize("change", ["replaced", "added", "parameter"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_layers_that_change_on_the_way(change, every):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, every=every, budget=None) as monitor:
+        train(model, optimizer, 3)
+        if change == "replaced":
+            model[2] = nn.Linear(16, 3)
+        elif change == "added":
+            model.append(nn.Linear(3, 3))
+        else:
+            model[2].weight = nn.Parameter(torch.randn(3, 16))
+        optimizer.add_param_group({"params": [model[-1].weight]})
+        train(model, optimizer, 4)
+    assert monitor.findings == []
+    steps = [reading.step for reading in monitor.readings]
+    # nobody has listened to the new layer in the step under way
+    assert steps == ([0, 1, 2, 4, 5, 6] if every == 1 else [0, 2, 4, 6])
+    last = monitor.last.layers[str(len(model) - 1)]
+    assert last.grad_norm == pytest.approx(
+        math.sqrt(sum(p.grad.double().square().sum().item() for p in model[-1].parameters())), rel=1e-5
+    )
+    assert last.update_norm > 0
+    assert last.signal_norm > 0
+    monitor.close()
+    assert hooks(model) == 0

@@ -65,9 +65,9 @@ class Monitor:
         if options["diagnose"]:
             self._verdicts = Verdicts(output.text, silent=options["silent"])
         self._check: LiveCheck | None = options["check"]
-        self._parameters = ParameterSums(measurements.layers, detail.per_example)
-        self._assembly = Assembly(measurements.layers, self._parameters.rows)
-        self.unknown = {layer.name: layer.unknown for layer in measurements.layers if layer.unknown}
+        self._make: Callable[[], tuple[Measurements, Probe]] | None = options["anew"]
+        self._detail = detail
+        self._arrange()
         self._waiting: deque[Snapshot] = deque()
         self._kept: deque[Snapshot | Reading] = deque(maxlen=options["keep"])
         self._latest: Tensor | None = None  # loss of the last step, if that was recorded
@@ -78,9 +78,7 @@ class Monitor:
         self._stepping: Any = None  # the arguments of the call of `optimizer.step` that is under way
         self._listen_to_optimizer()
         self._recording = False
-        probe.anew, probe.answers, probe.failed = self._anew, self._backward_begins, self._failed
-        if losses.name is None and detail.units:
-            probe.returned = losses.compared
+        self._connect()
         self._said: set[str] = set()  # what has failed
         self._deaf = False  # nothing is heard
         self._next()
@@ -306,7 +304,7 @@ class Monitor:
 
     @torch.no_grad()
     def _end(self, sums: tuple[list[int], Sequence[Tensor]] | None) -> None:
-        if sums is not None:
+        if sums is not None and not self._changed():
             self._safely(self._record, *sums)
         if self._checks:
             self._check_gradients()
@@ -333,10 +331,47 @@ class Monitor:
             self._waiting[-1].facts |= facts
         self._began += clock() - began  # it was asked for, whatever it costs
 
+    def _arrange(self) -> None:
+        """Take down which layers there are."""
+        layers = self._measurements.layers
+        self._parameters = ParameterSums(layers, self._detail.per_example)
+        self._assembly = Assembly(layers, self._parameters.rows)
+        self.unknown = {layer.name: layer.unknown for layer in layers if layer.unknown}
+        self._structure = _structure(self._model)
+
+    def _connect(self) -> None:
+        probe, losses = self._probe, self._losses
+        probe.anew, probe.answers, probe.failed = self._anew, self._backward_begins, self._failed
+        if losses.name is None and self._detail.units:
+            probe.returned = losses.compared
+
+    def _changed(self) -> bool:
+        """Whether modules or parameters were added, removed or replaced since they were taken down."""
+        if self._make is None or self._explicit:
+            return False
+        now = _structure(self._model)
+        return len(now) != len(self._structure) or any(a is not b for a, b in zip(now, self._structure))
+
+    def _rearrange(self) -> None:
+        """Begin anew with the layers that there are now."""
+        self._read(wait=True)
+        self._structure = _structure(self._model)  # if it has no layers now, the former ones are watched on
+        made = self._safely(self._make)  # type: ignore[arg-type]
+        if made is None:
+            return
+        self._probe.detach()
+        since = self._assembly.ledger.state_dict()
+        self._measurements, self._probe = made
+        self._arrange()
+        self._assembly.ledger.load_state_dict(since)
+        self._connect()
+
     def _next(self) -> None:
         """Listen to the next step, or do not."""
         wanted = self._cadence.records(self.step) or (self._check is not None and self._check.due(self.step))
         self._recording = self._losses.wanted = not self._closed and wanted
+        if self._recording and self._changed():
+            self._rearrange()
         self._measurements.begin()
         self._probe.forget()
         self._losses.forget()
@@ -462,6 +497,11 @@ class Monitor:
                 self._safely(self._verdicts, reading)
             if self._on_reading is not None:
                 self._safely(self._on_reading, reading, what="on_reading has failed")
+
+
+def _structure(model: nn.Module) -> list[object]:
+    """The modules of a model, and their parameters."""
+    return [part for module in model.modules() for part in (module, *module._parameters.values())]
 
 
 def _mean_of_processes(loss: Tensor) -> Tensor:

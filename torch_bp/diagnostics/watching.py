@@ -143,6 +143,7 @@ def watch(
     if reduce and not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError("watch: reduce must be False where torch.distributed is not initialised, got True.")
     measured = layers_of(model, layers)
+    whole = model
     is_compiled = compiled(model)
     leads = not reduce or distributed.get_rank() == 0
     destination = open_output(output if leads else None, dict(tags or {}))
@@ -164,6 +165,12 @@ def watch(
     }
     check = None if check_every is None else LiveCheck(getattr(model, "module", model), check_every, loss_fn)
     options["check"] = check
+
+    def anew() -> tuple[Measurements, Probe]:
+        found = Measurements(layers_of(whole, layers), detail, device_of(whole))
+        return found, EagerProbe(whole, found)
+
+    options["anew"] = None if is_compiled else anew
     options |= {"on_reading": on_reading, "diagnose": diagnose, "silent": silent or not leads}
     cadence = Cadence(every, None if is_compiled or reduce else budget)
     monitor = Monitor(model, optimizer, destination, detail, cadence, losses, measurements, probe, options)
