@@ -216,3 +216,54 @@ def test_layers_that_change_on_the_way(change, every):
     assert last.signal_norm > 0
     monitor.close()
     assert hooks(model) == 0
+
+
+class Tokens(nn.Module):
+    """A linear map of steps of sequences: with the batch first, second, or in one with the steps; or called twice."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.body = kind, nn.Linear(8, 8)
+        self.head = nn.Linear(32 if kind == "rows" else 8, 3)
+
+    def forward(self, x):
+        if self.kind == "rows":
+            return self.head(self.body(x.flatten(0, 1)).tanh().view(len(x), -1))
+        if self.kind == "second":
+            return self.head(self.body(x.transpose(0, 1)).tanh().mean(0))
+        z = self.body(x).tanh()
+        return self.head((self.body(z).tanh() if self.kind == "twice" else z).mean(1))
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("kind", ["first", "second", "rows", "twice"])
+def test_norms_of_single_examples_are_those_of_autograd_or_none(kind, named):
+    torch.manual_seed(0)
+    model, loss_fn, x, y = Tokens(kind), nn.CrossEntropyLoss(), torch.randn(6, 4, 8), torch.arange(6) % 3
+    expected = {}
+    for one, label in zip(x, y):
+        gradients = torch.autograd.grad(loss_fn(model(one[None]), label[None]), [*model.parameters()])
+        for (name, _), gradient in zip(model.named_parameters(), gradients):
+            expected.setdefault(name.partition(".")[0], []).append(gradient.square().sum())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, level="full", **ALWAYS) as monitor:
+        loss_fn(model(x=x) if named else model(x), y).backward()
+        optimizer.step()
+    assert monitor.last.batch == 6
+    layers = monitor.last.layers
+    assert (layers["body"].per_example is not None) == (kind == "first")
+    for name in ("body", "head") if kind == "first" else ("head",):
+        norms = torch.stack(expected[name]).view(6, 2).sum(1).sqrt()
+        assert layers[name].per_example.count == 6
+        assert layers[name].per_example.mean == pytest.approx(norms.mean().item(), rel=1e-4)
+
+
+def test_a_tied_weight_has_no_norms_of_single_examples():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(3, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, level="full", **ALWAYS) as monitor:
+        train(model, optimizer, 1, torch.arange(16) % 3)
+    assert monitor.last.layers["2"].per_example is None
+    assert monitor.last.layers["1"].per_example.count == 16

@@ -420,6 +420,7 @@ class Monitor:
     def _record(self, rows: list[int], sums: Sequence[Tensor]) -> None:
         probe, measurements = self._probe, self._measurements
         probe.finish()
+        measurements.keep_examples(probe.batch)
         named = signals(measurements, self._reduce)
         if rows:
             named |= dict(zip(COLUMNS, sums))

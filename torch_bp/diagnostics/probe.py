@@ -74,7 +74,7 @@ class EagerProbe:
         if self._hooks:
             return
         add, model = self._hooks.append, model or self._model
-        add(model.register_forward_pre_hook(Hook(partial(self._runs, self._model_runs))))
+        add(model.register_forward_pre_hook(Hook(partial(self._runs, self._model_runs)), with_kwargs=True))
         if self.returned is not None:
             add(model.register_forward_hook(Hook(partial(self._runs, self._model_ran))))
         for module in self._activations:
@@ -145,13 +145,14 @@ class EagerProbe:
     def _recorded(self) -> bool:
         return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
-    def _model_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _model_runs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # After a step that a GradScaler has skipped, gradients have been cleared with nothing between.
         if self._tape is None and self.answered and _in_backward() == -1 and all(p.grad is None for p in self._params):
             self.forget()
             self.anew()
-        x = tensor_in(args)
-        first = x if x is not None else next((a for a in args if isinstance(a, Tensor)), None)
+        given = [*args, *kwargs.values()]
+        x = tensor_in(given)
+        first = x if x is not None else next((a for a in given if isinstance(a, Tensor)), None)
         if first is not None:
             self.batch += first.shape[0] if first.dim() else 1
         if x is not None:
