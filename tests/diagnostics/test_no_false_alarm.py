@@ -151,3 +151,17 @@ def test_a_batch_without_a_gradient_says_nothing_of_the_rate():
     assert kinds(*[reading(step, 1e-2 * (step < 5), 1.0 * (step < 5)) for step in range(6)]) == []
     assert kinds(*[reading(step, 0.0, 0.0) for step in range(6)]) == []
     assert kinds(*[reading(step, 1e-8, 1.0) for step in range(6)]) == ["rate too low"]
+
+
+def test_an_input_whose_squares_overflow_is_not_infinite():
+    torch.manual_seed(0)
+    model, optimizer_of = nn.Sequential(nn.Linear(8, 3)), torch.optim.SGD
+    with watch(model, optimizer_of(model.parameters(), lr=0.1), level="full", **ALWAYS) as monitor:
+        (model(X * 1e37).sigmoid().sum() * 0 + model(X).sum()).backward()
+        monitor.optimizer.step()
+    assert monitor.last.input_finite.ok
+    assert not monitor.last.input.std < float("inf")
+    assert [(f.kind, f.value) for f in monitor.findings if f.layer == "0" and "input" in f.kind] == [
+        ("unscaled input", float("inf"))
+    ]
+    assert not [f for f in monitor.findings if "the input has" in f.cause]

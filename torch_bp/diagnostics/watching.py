@@ -91,7 +91,8 @@ def watch(
         keep: readings that are kept in memory.
         tags: other names for tags, as {"loss/train": "train_loss"}.
         on_reading: called with each reading that is written.
-        diagnose: look for faults. Default: True.
+        diagnose: look for faults. Default: True. A loss that is not meant to fall, such as those of two networks that
+            play against each other, may well be said not to.
         silent: do not log what is found.
         check_every: steps from one gradient check to the next, which compares one directional derivative of each layer
             with a difference of the loss, on the batch of the step: `torch_bp.autograd.directional_check`. Such a step
