@@ -267,3 +267,17 @@ def test_a_tied_weight_has_no_norms_of_single_examples():
         train(model, optimizer, 1, torch.arange(16) % 3)
     assert monitor.last.layers["2"].per_example is None
     assert monitor.last.layers["1"].per_example.count == 16
+
+
+def test_records_that_are_not_written_are_of_the_layers_that_there_were():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, write_every=100, **ALWAYS) as monitor:
+        train(model, optimizer, 2)
+        first = float(model[0].weight.grad.double().norm())
+        model.insert(0, nn.Linear(8, 8))
+        train(model, optimizer, 3)
+    readings = {reading.step: reading for reading in monitor.readings}
+    assert list(readings[1].layers) == ["0", "2"]
+    assert readings[1].layers["0"].grad_norm >= first
+    assert list(readings[4].layers) == ["0", "1", "3"]

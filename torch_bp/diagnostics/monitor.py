@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter as clock
 from typing import Any
@@ -21,9 +20,9 @@ from torch_bp.diagnostics.measurements import Detail, Measurements
 from torch_bp.diagnostics.parameters import COLUMNS, ParameterSums, measures_itself
 from torch_bp.diagnostics.probe import EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
+from torch_bp.diagnostics.reading_log import ReadingLog
 from torch_bp.diagnostics.recorder import signals
 from torch_bp.diagnostics.snapshot import Snapshot
-from torch_bp.diagnostics.verdicts import Verdicts
 from torch_bp.diagnostics.writers import Output
 
 _log = logging.getLogger(__name__)
@@ -59,17 +58,12 @@ class Monitor:
         self._model, self._optimizer, self._output, self._cadence = model, optimizer, output, cadence
         self._losses, self._measurements, self._probe = losses, measurements, probe
         self._scaler, self._reduce = options["scaler"], options["reduce"]
-        self._mean, self._write_every = options["reduction"] == "mean", options["write_every"]
-        self._on_reading: Callable[[Reading], None] | None = options["on_reading"]
-        self._verdicts: Verdicts | None = None
-        if options["diagnose"]:
-            self._verdicts = Verdicts(output.text, silent=options["silent"])
+        self._mean = options["reduction"] == "mean"
+        self._log = ReadingLog(output, options, self._safely)
         self._check: LiveCheck | None = options["check"]
         self._make: Callable[[], tuple[Measurements, Probe]] | None = options["anew"]
         self._detail = detail
         self._arrange()
-        self._waiting: deque[Snapshot] = deque()
-        self._kept: deque[Snapshot | Reading] = deque(maxlen=options["keep"])
         self._latest: Tensor | None = None  # loss of the last step, if that was recorded
         self._now: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
@@ -80,7 +74,6 @@ class Monitor:
         self._recording = False
         self._connect()
         self._said: set[str] = set()  # what has failed
-        self._deaf = False  # nothing is heard
         self._next()
 
     # --- what loops may tell
@@ -207,30 +200,15 @@ class Monitor:
     @property
     def readings(self) -> list[Reading]:
         """All readings that are kept, the latest last. It waits for those that are on their way to the host."""
-        self._read(wait=True)
-        found = [self._assembled(kept) if isinstance(kept, Snapshot) else kept for kept in self._kept]
-        self._kept.clear()
-        self._kept += [reading for reading in found if reading is not None]
-        return list(self._kept)  # type: ignore[arg-type]
+        return self._log.all()
 
     @property
     def last(self) -> Reading | None:
-        self._read(wait=True)
-        while self._kept:
-            kept = self._kept.pop()
-            reading = self._assembled(kept) if isinstance(kept, Snapshot) else kept
-            if reading is not None:
-                self._kept.append(reading)
-                return reading
-        return None
+        return self._log.last()
 
     @property
     def findings(self) -> list[Finding]:
-        self._read(wait=True)
-        return [] if self._verdicts is None else self._verdicts.findings
-
-    def _assembled(self, snapshot: Snapshot) -> Reading | None:
-        return self._safely(self._assembly.reading, snapshot, remember=False)
+        return self._log.findings()
 
     def close(self, metrics: Mapping[str, float] | None = None, hparams: Mapping[str, Any] | None = None) -> None:
         """Read and write what is left, and leave the model as it was.
@@ -248,9 +226,7 @@ class Monitor:
         self._listen_to_optimizer()
         if self._optimizer is not None:
             self._parameters.abandon(self._optimizer)
-        self._read(wait=True)
-        if self._verdicts is not None:
-            self._safely(self._verdicts.close)
+        self._log.close()
         if hparams is not None or metrics is not None:
             self._output.hparams(dict(hparams or {}), dict(metrics or {}))
         self._output.close()
@@ -271,12 +247,12 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on: the count of steps, and since when units are dead."""
-        return {"step": self.step, "every": self._cadence.every, "since": self._assembly.ledger.state_dict()}
+        return {"step": self.step, "every": self._cadence.every, "since": self._log.assembly.ledger.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
         self._cadence.every = state["every"]
-        self._assembly.ledger.load_state_dict(state["since"])
+        self._log.assembly.ledger.load_state_dict(state["since"])
         self._next()
 
     # --- the course of a step
@@ -310,7 +286,7 @@ class Monitor:
             self._check_gradients()
         now = clock()
         self.step += 1
-        self._read(wait=False)
+        self._log.arrived(wait=False)
         if not self._probe.compiled and not self._reduce:
             self._cadence.tell(self._recording, now - self._began, clock() - now)
         self._next()
@@ -326,16 +302,16 @@ class Monitor:
         began = clock()
         self._probe.detach()
         found = self._check.run(self.step)  # type: ignore[union-attr]
-        if found is not None and self._waiting and self._waiting[-1].step == self.step:
+        if found is not None:
             facts = {"gradient_errors": found.errors, "gradient_tolerance": found.tolerance}
-            self._waiting[-1].facts |= facts
+            self._log.note(self.step, facts)
         self._began += clock() - began  # it was asked for, whatever it costs
 
     def _arrange(self) -> None:
         """Take down which layers there are."""
         layers = self._measurements.layers
         self._parameters = ParameterSums(layers, self._detail.per_example)
-        self._assembly = Assembly(layers, self._parameters.rows)
+        self._log.assembly = Assembly(layers, self._parameters.rows)
         self.unknown = {layer.name: layer.unknown for layer in layers if layer.unknown}
         self._structure = _structure(self._model)
 
@@ -354,16 +330,16 @@ class Monitor:
 
     def _rearrange(self) -> None:
         """Begin anew with the layers that there are now."""
-        self._read(wait=True)
+        self._log.all()
         self._structure = _structure(self._model)  # if it has no layers now, the former ones are watched on
         made = self._safely(self._make)  # type: ignore[arg-type]
         if made is None:
             return
         self._probe.detach()
-        since = self._assembly.ledger.state_dict()
+        since = self._log.assembly.ledger.state_dict()
         self._measurements, self._probe = made
         self._arrange()
-        self._assembly.ledger.load_state_dict(since)
+        self._log.assembly.ledger.load_state_dict(since)
         self._connect()
 
     def _next(self) -> None:
@@ -451,6 +427,7 @@ class Monitor:
             "updated": self._optimizer is not None and "_applied_in_backward" not in vars(self._optimizer),
             "idle": 0.0 if self.alone else None,  # what the optimizer has changed of layers that it does not have
             "answered": probe.answered,
+            "compiled": probe.compiled,
             "loss_function": self._losses.name,
             "looked at": list(measurements.not_finite),
             "order": tuple(probe.order),
@@ -473,31 +450,7 @@ class Monitor:
                 facts["lr"] = tuple(map(float, rates))
         snapshot = Snapshot(self.step, facts)
         snapshot.take(named)
-        self._waiting.append(snapshot)
-
-    def _read(self, wait: bool) -> None:
-        """Read the records that have come to the host, and write those whose turn it is."""
-        while self._waiting and (wait or self._waiting[0].ready):
-            snapshot = self._waiting.popleft()
-            if self._probe.compiled and not self._deaf and not snapshot.heard:
-                self._deaf = True
-                _log.warning(
-                    "watch: nothing is heard of the layers of the compiled model, as it ran before it was watched. "
-                    "Call watch before the first run, or torch.compiler.reset() after it."
-                )
-            due = self._write_every is None or snapshot.step % self._write_every == 0
-            if not (due or snapshot.nonfinite):
-                self._kept.append(snapshot)
-                continue
-            reading = self._safely(self._assembly.reading, snapshot)
-            if reading is None:
-                continue
-            self._kept.append(reading)
-            self._output.write(reading)
-            if self._verdicts is not None:
-                self._safely(self._verdicts, reading)
-            if self._on_reading is not None:
-                self._safely(self._on_reading, reading, what="on_reading has failed")
+        self._log.add(snapshot)
 
 
 def _structure(model: nn.Module) -> list[object]:
