@@ -165,3 +165,17 @@ def test_an_input_whose_squares_overflow_is_not_infinite():
         ("unscaled input", float("inf"))
     ]
     assert not [f for f in monitor.findings if "the input has" in f.cause]
+
+
+def test_positions_and_a_head_that_begin_as_nothing():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions, self.body, self.head = nn.Parameter(torch.zeros(8)), nn.Linear(8, 32), nn.Linear(32, 3)
+            nn.init.zeros_(self.head.weight)
+
+        def forward(self, x):
+            return self.head(self.body(x + self.positions).tanh())
+
+    torch.manual_seed(0)
+    assert watched(Model()).findings == []

@@ -72,8 +72,9 @@ def initialization(history: History, limit: Thresholds) -> Iterator[Finding]:
 
 def _zero(now: Reading) -> Iterator[tuple[str, float, float, str]]:
     for layer in now.layers.values():
-        # the last layer of a branch that begins as the identity is 0, and has a gradient
-        if layer.weight_norm == 0 and not layer.grad_norm:
+        # the last layer of a branch that begins as the identity is 0, and has a gradient; and what is added, such as
+        # positions, or scales has no units that could learn the same
+        if layer.weight_norm == 0 and not layer.grad_norm and layer.activation_mean is not None:
             yield layer.name, 0.0, 0.0, "all weights are 0, so that its units learn the same, or nothing"
 
 
