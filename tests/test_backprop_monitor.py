@@ -205,3 +205,14 @@ def test_verdicts_under_a_trainer(options, caplog):
     assert [found.kind for found in callback.monitor.findings if found.layer == "model.0"] == wanted
     said = [record for record in caplog.records if "layer model.0" in record.getMessage()]
     assert len(said) == (not options)
+
+
+def test_a_second_fit_of_a_trainer_goes_on(tmp_path):
+    callback, model = BackpropMonitor(**ALWAYS), module()
+    runner = trainer(callback, logger=CSVLogger(tmp_path), max_epochs=1)
+    runner.fit(model, DATA, DATA)
+    runner.fit_loop.max_epochs = 2
+    runner.fit(model, DATA, DATA)
+    assert [r.step for r in read_readings(f"{runner.log_dir}/readings.jsonl")] == list(range(12))
+    trainer(callback).fit(module(), DATA, DATA)  # another one begins anew
+    assert callback.monitor.readings[0].step == 0

@@ -1,6 +1,7 @@
 """`BackpropModule` in two processes over gloo on the CPU, under Lightning's DDPStrategy."""
 
 import logging
+import math
 import os
 from functools import partial
 
@@ -16,9 +17,10 @@ from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+import torch_bp
 from tests import processes
 from torch_bp import nn, optim
-from torch_bp.lightning import BackpropModule
+from torch_bp.lightning import BackpropModule, BackpropMonitor, DivergenceGuard
 from torch_bp.optim import lr_scheduler
 
 CASES = {}
@@ -138,6 +140,67 @@ def as_by_autograd(together, rank):
     assert kind is not Unused or all(p.grad is None for p in module.model.nobody.parameters())
 
 
+@cases(plain={}, accumulated={"accumulate_grad_batches": 2})
+def a_monitor_reads_the_same_of_each_engine(options, rank):
+    readings = []
+    for engine in ("autograd", "step"):
+        callback = BackpropMonitor(every=1, budget=None, silent=True)
+        fit(make(engine), rank, {}, callbacks=[callback], max_epochs=1, limit_train_batches=4, **options)
+        readings.append(callback.monitor.readings)
+    assert len(readings[0]) == len(readings[1]) == 4 // options.get("accumulate_grad_batches", 1)
+    for one, other in zip(*readings):
+        assert other.loss == pytest.approx(one.loss, rel=1e-5)
+        for name, layer in one.layers.items():
+            assert other.layers[name].signal_norm == pytest.approx(layer.signal_norm, rel=1e-5), name
+            assert other.layers[name].forward == layer.forward
+
+
+class OneBad(Callback):
+    """In one step the loss of one process is NaN."""
+
+    def __init__(self, rank, step):
+        self.rank, self.step = rank, step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+            batch[0].fill_(math.nan)
+
+
+@cases(autograd="autograd", step="step")
+def all_go_back_where_one_diverges(engine, rank):
+    guard = DivergenceGuard(every=2, trust=1, keep=2)
+    module = make(engine)
+    fit(module, rank, {}, callbacks=[OneBad(1, 5), guard])
+    assert [(event.reason, event.action) for event in guard.events] == [("loss", "rollback")]
+    events = [None] * processes.WORLD
+    distributed.all_gather_object(events, [(e.step, e.back_to, e.factor) for e in guard.events])
+    assert events[0] == events[1] == [(6, 4, 0.5)]
+    assert alike_everywhere(module.parameters())
+    assert all(p.isfinite().all() for p in module.parameters())
+    rates = [None] * processes.WORLD
+    distributed.all_gather_object(rates, module.trainer.optimizers[0].param_groups[0]["lr"])
+    assert rates[0] == rates[1]
+
+
+@cases()
+def a_guard_of_a_plain_loop_is_given_the_mean(rank):
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    guard = torch_bp.DivergenceGuard(model, optimizer, every=2, trust=1, keep=2)
+    for step in range(8):
+        x = X[rank::2] * (math.nan if step == 5 and rank == 1 else 1)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), Y[rank::2])
+        loss.backward()
+        mean = loss.detach() / processes.WORLD
+        distributed.all_reduce(mean)
+        assert guard.step(mean) == (step != 5)
+    assert [(event.step, event.back_to) for event in guard.events] == [(6, 4)]
+    assert alike_everywhere(model.parameters())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 @cases()
 def hooks_are_refused(rank):
     module = make("step")
@@ -147,4 +210,4 @@ def hooks_are_refused(rank):
 
 
 def test_two_processes(tmp_path):
-    processes.run(__name__, tmp_path)
+    processes.run(__name__, tmp_path, seconds=120)

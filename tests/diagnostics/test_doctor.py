@@ -307,3 +307,13 @@ def test_cures_that_cannot_be_tried(tmp_path, capsys, arguments, message):
     train(tmp_path, bias=-50.0)
     assert main(["doctor", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_readings_of_several_runs_at_once(tmp_path):
+    path = tmp_path / "readings.jsonl"
+    write_readings(path, [Reading(step) for step in range(5) for _ in range(2)])
+    with pytest.raises(ValueError, match="must hold one run, got lines of several at once, as steps go back 5 times"):
+        examine(tmp_path)
+    path.unlink()
+    write_readings(path, [Reading(step) for step in (*range(9), *range(4, 9), *range(2, 12))])  # resumed twice
+    assert examine(tmp_path).subject

@@ -423,3 +423,85 @@ def test_it_is_logged(caplog):
         run(model, optimizer, guard, [1.0, NAN])
     assert caplog.messages == [f"DivergenceGuard: {guard.events[0]}."]
     assert str(guard.events[0]).startswith("step 2: the loss is nan, not finite; went back to step 0")
+
+
+class Remembers(torch.nn.Module):
+    """A layer with a buffer that grows, one that comes, and a count that is in no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.count = nn.Linear(6, 3), 0
+        self.register_buffer("means", torch.zeros(0))
+        self.register_buffer("seen", None)
+
+    def forward(self, x):
+        self.count += 1
+        self.means = torch.cat([self.means, x.detach().mean()[None]])
+        self.seen = torch.zeros(self.count) if self.count % 2 else None
+        return self.linear(x)
+
+    def get_extra_state(self):
+        return {"count": self.count}
+
+    def set_extra_state(self, state):
+        self.count = state["count"]
+
+
+def test_buffers_that_grow_and_what_modules_keep_beside_them():
+    model = torch.nn.Sequential(Remembers())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = torch_bp.DivergenceGuard(model, optimizer, every=3, trust=2, keep=2)
+    kept = {}
+    for step in range(9):
+        optimizer.zero_grad()
+        loss = loss_of(model, NAN if step == 8 else 1.0)
+        loss.backward()
+        guard.step(loss)
+        kept.setdefault(step + 1, everything(model))
+    back_to = guard.events[0].back_to
+    assert back_to == 6
+    assert same(everything(model), kept[back_to])
+    assert (model[0].count, len(model[0].means)) == (6, 6)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate")])
+def test_no_memory_for_another_snapshot(error, monkeypatch, caplog):
+    from torch_bp.diagnostics.run_state import Snapshot
+
+    taken, take = [], Snapshot.take
+
+    def sometimes(self, state):
+        taken.append(state)
+        if len(taken) in (2, 3):
+            raise error
+        take(self, state)
+
+    monkeypatch.setattr(Snapshot, "take", sometimes)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = torch_bp.DivergenceGuard(model, optimizer, every=3, trust=2, keep=2)
+    for step in range(15):
+        optimizer.zero_grad()
+        loss = loss_of(model, NAN if step == 14 else 1.0)
+        loss.backward()
+        assert guard.step(loss) == (step != 14)
+    said = [record.getMessage() for record in caplog.records if "no memory for another snapshot" in record.getMessage()]
+    assert len(said) == 1
+    assert guard.events[0].back_to > 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("another")])
+def test_a_run_of_which_there_is_no_snapshot_is_not_guarded(error, monkeypatch):
+    from torch_bp.diagnostics.run_state import Snapshot
+
+    def never(self, state):
+        raise error
+
+    monkeypatch.setattr(Snapshot, "take", never)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = torch_bp.DivergenceGuard(model, optimizer)
+    loss = loss_of(model)
+    loss.backward()
+    with pytest.raises(RuntimeError, match=str(error)):
+        guard.step(loss)

@@ -79,10 +79,27 @@ def test_names_of_later_versions_are_ignored():
     assert Reading.from_json('{"version": 9, "step": 4, "mood": [1, {"a": 2}]}') == Reading(4)
 
 
-@pytest.mark.parametrize("line", ["", "{", "[]", "3", "{}", '{"step": 1, "input": 3}'])
+STEPS = ["null", '"x"', "-5", "1.5", "1e400", "true"]
+VALUES = [
+    '"loss": "abc"',
+    '"loss": [1]',
+    '"loss": {"a": 1}',
+    '"layers": [3]',
+    '"layers": {"a": {"signal_norm": "x"}}',
+    '"lr": 3',
+]
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "3", "{}", '{"step": 1, "input": 3}', "[" * 100_000])
 def test_lines_that_are_no_reading(line):
     with pytest.raises(ValueError, match="Reading: line must be what"):
         Reading.from_json(line)
+
+
+@pytest.mark.parametrize("text", [*(f'"step": {step}' for step in STEPS), *(f'"step": 1, {each}' for each in VALUES)])
+def test_values_that_no_reading_has(text):
+    with pytest.raises(ValueError, match="Reading: line must be what"):
+        Reading.from_json(f"{{{text}}}")
 
 
 def test_a_file_grows_by_lines_and_a_line_cut_off_is_left_out(tmp_path):

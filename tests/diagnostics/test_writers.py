@@ -1,5 +1,6 @@
 """What arrives in TensorBoard's event file, read back, and what happens when writing fails."""
 
+import io
 import logging
 import math
 import sys
@@ -137,15 +138,31 @@ def test_a_folder_that_cannot_be_written(tmp_path, caplog):
     assert len(monitor.readings) == 3
 
 
-def test_a_line_that_was_cut_off_is_written_over(tmp_path, monkeypatch):
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("length", [15, 100_000])
+def test_a_line_that_was_cut_off_is_written_over(tmp_path, monkeypatch, same, length):
     from torch_bp.diagnostics.writers import JsonLines
 
     lines = JsonLines(tmp_path / "readings.jsonl")
     lines.write(Reading(0))
-    with lines.path.open("ab") as file:
-        file.write(b'{"step": 1, "lo')  # all that the disk has taken
+
+    def fills_the_disk(*_):
+        with open(lines.path, "ab") as file:
+            file.write(b'{"step": 1, "lo'.ljust(length))
+        raise OSError(28, "No space left on device")
+
+    class File(io.BytesIO):
+        write = fills_the_disk
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(lines.path), "open", lambda *_: File())
+        with pytest.raises(OSError, match="No space left"):
+            lines.write(Reading(1))
+    if not same:
+        lines = JsonLines(lines.path)  # as of a run that goes on after it was killed
     lines.write(Reading(2))
-    assert list(read_readings(lines.path)) == [Reading(0), Reading(2)]
+    lines.write(Reading(3))
+    assert list(read_readings(lines.path)) == [Reading(0), Reading(2), Reading(3)]
 
 
 def test_colours():

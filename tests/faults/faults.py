@@ -195,8 +195,9 @@ FAULTS = {
     "unscaled input: bytes": Fault(Recipe(batch_of=lambda x, y: (128 + 64 * x, y)), ("unscaled input",), layer="0"),
     "unscaled input: tiny": Fault(Recipe(batch_of=lambda x, y: (x / 1000, y)), ("unscaled input",), layer="0"),
     "unused parameters": Fault(Recipe(prepare=unused), ("unused parameters",), layer="2.forgotten"),
+    # By the second reading it is known that nothing else, such as a second optimizer, updates them.
     "not in the optimizer": Fault(
-        Recipe(parameters=lambda model: model[4].parameters()), ("not in the optimizer",), layer="0"
+        Recipe(parameters=lambda model: model[4].parameters()), ("not in the optimizer",), 1, layer="0"
     ),
     # The second backward pass adds to the first one's gradients.
     "gradient not zeroed": Fault(Recipe(zero_grad=False), ("gradient not zeroed",), 1),

@@ -19,7 +19,11 @@ def unscaled_input(history: History, limit: Thresholds) -> Iterator[Finding]:
     if values is None or not layers or not layers[0].kind.startswith(("Linear", "Conv", "Lazy", "MLP")):
         return
     size = math.hypot(values.mean, values.std)
-    if not math.isfinite(size) or limit.input_low <= size <= limit.input_high:
+    if not math.isfinite(size) and history.now.input_finite is not None and history.now.input_finite.ok:
+        size = math.inf  # no value is, but squares are
+    elif not math.isfinite(size):
+        return
+    if limit.input_low <= size <= limit.input_high:
         return
     high = size > limit.input_high
     yield Finding(

@@ -65,10 +65,16 @@ def zero_gradient(history: History, limit: Thresholds) -> Iterator[Finding]:
 
 
 def not_in_optimizer(history: History, limit: Thresholds) -> Iterator[Finding]:
-    """Parameters that have a gradient, and that the step does not change, though it changes others."""
+    """Parameters that have a gradient, and that the step does not change, though it changes others; nor has anything
+    else since the last reading, such as a second optimizer.
+    """
     del limit
+    if len(history.latest) < 2:
+        return
+    before = history.latest[-2].layers
     layers = [x for x in history.now.layers.values() if x.update_norm is not None and x.grad_norm]
-    still = [x for x in layers if x.update_norm == 0]
+    still = [x for x in layers if x.update_norm == 0 and x.name in before]
+    still = [x for x in still if x.weight_norm == before[x.name].weight_norm]
     if still and len(still) < len(layers) and all(history.now.lr):
         yield Finding(
             *("not in the optimizer", still[0].name, history.now.step, 0.0, 0.0),

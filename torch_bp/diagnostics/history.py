@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch_bp.diagnostics.reading import LayerReading, Reading
 
 FIRST, LATEST = 16, 512  # readings that are kept of the start and of the end
+UNFOLDING = 50  # steps in which what began as 0 takes part
 
 # Activations that are flat at both ends; all others that can be flat are rectifiers.
 SATURATING = ("Sigmoid", "Tanh", "Softsign", "Hardtanh", "Hardsigmoid", "LogSigmoid", "Tanhshrink")
@@ -83,6 +84,13 @@ class History:
 def signals(reading: Reading) -> list[LayerReading]:
     """Layers whose error signal was measured and is finite, in the order of the forward pass."""
     return [x for x in reading.layers.values() if x.signal_norm is not None and math.isfinite(x.signal_norm)]
+
+
+def unfolding(history: History) -> bool:
+    """Whether weights that began as 0, as those of a head or at the end of a residual branch do, have just left it."""
+    if history.first.step or history.span > UNFOLDING:
+        return False
+    return any(x.weight_norm == 0 and x.grad_norm for x in history.first.layers.values())
 
 
 def hidden(reading: Reading) -> Iterator[LayerReading]:

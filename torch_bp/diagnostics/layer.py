@@ -52,8 +52,10 @@ class Layer:
 
     @property
     def unit_dim(self) -> int:
-        """The dimension of the output along which its units lie, as seen from the end of a convolution's shape."""
-        return -1 if self.linear else 1
+        """The dimension of the output along which its units lie; of a convolution, without a batch too."""
+        if isinstance(self.module, _CONVOLUTIONS):
+            return -1 - len(self.module.kernel_size)
+        return 1 if isinstance(self.module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) else -1
 
     @property
     def unknown(self) -> str:

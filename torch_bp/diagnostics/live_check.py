@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torch_bp.autograd import directional_check
+from torch_bp.diagnostics.hook import Hook
 from torch_bp.diagnostics.replica import same_random_numbers
 
 _log = logging.getLogger("torch_bp")
@@ -69,9 +70,9 @@ class LiveCheck:
         """Listen to the model and the loss."""
         if self._hooks:
             return
-        self._hooks.append(self._model.register_forward_hook(self._model_ran, with_kwargs=True))
+        self._hooks.append(self._model.register_forward_hook(Hook(self._model_ran), with_kwargs=True))
         if self.loss_fn is not None:
-            self._hooks.append(self.loss_fn.register_forward_hook(self._loss_ran, with_kwargs=True))
+            self._hooks.append(self.loss_fn.register_forward_hook(Hook(self._loss_ran), with_kwargs=True))
 
     def detach(self) -> None:
         """Listen no longer, and keep nothing."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_bp.diagnostics.hook import Hook
 from torch_bp.diagnostics.quantities import sums
 
 
@@ -26,12 +27,13 @@ class Losses:
         self.name = None if loss_fn is None else type(loss_fn).__name__
         self.wanted = True
         self._with_labels = labels
-        self._hook = None if loss_fn is None else loss_fn.register_forward_hook(self._called, with_kwargs=True)
+        self._hook = None
+        if loss_fn is not None:
+            self._hook = loss_fn.register_forward_hook(Hook(self._called), with_kwargs=True)
 
     def add(self, loss: Any) -> None:
         """Note a loss of the step: a tensor, or a number."""
-        loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
-        self.training.append(loss if loss.dim() == 0 else loss.mean())
+        self.training.append(as_loss(loss))
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
         """The mean loss of the step, and of the validation since the last step that took it."""
@@ -53,7 +55,7 @@ class Losses:
         if torch.compiler.is_compiling() or not isinstance(loss, Tensor):
             return
         if not torch.is_grad_enabled():
-            self.validation.append(loss.detach().mean())
+            self.validation.append(as_loss(loss))
             return
         if not self.wanted:
             return
@@ -70,6 +72,23 @@ class Losses:
         with torch.no_grad():
             self.output = output_statistics(output.detach())
             self.labels = label_statistics(output, target) if isinstance(target, Tensor) else None
+
+
+def as_loss(loss: Any) -> Tensor:
+    """A loss that was told, a tensor or a number, as a tensor of one element without a graph: its mean, if of more.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(loss, Tensor):
+        try:
+            return torch.tensor(float(loss), dtype=torch.float64)
+        except (TypeError, ValueError):
+            got = type(loss).__name__
+            raise TypeError(f"watch: loss must be a tensor or a number, got {got}. Pick it out of it.") from None
+    loss = loss.detach()
+    loss = loss if loss.is_floating_point() else (loss.abs() if loss.is_complex() else loss).double()
+    return loss if loss.dim() == 0 else loss.mean()
 
 
 def label_statistics(output: Tensor, target: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ are collected and summed together, one call of a kernel for all of a small netwo
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,8 @@ class Measurements:
     ) -> None:
         self.layers, self.detail, self.device, self.threshold = layers, detail, device, threshold
         self.values = torch.zeros(KINDS * len(layers) + 1, 5, dtype=torch.float64, device=device)  # the last: the input
+        owners = Counter(id(p) for layer in layers for p in layer.params)
+        self._tied = {p for p, count in owners.items() if count > 1}
         self.units: dict[int, Tensor] = {}  # (O) examples for which a unit is active
         self.rows: dict[int, int] = {}  # examples and steps of sequences that were counted there
         self.causes: dict[int, Tensor] = {}  # (4, O): largest z, largest |z - b|, active without bias, weight norm
@@ -138,7 +141,7 @@ class Measurements:
         """
         self._add(KINDS * layer.index + FORWARD, output)
         self._look(KINDS * layer.index + FORWARD, output)
-        if self.detail.per_example and layer.linear and input is not None and input.is_floating_point():
+        if self._by_example(layer) and input is not None and input.is_floating_point():
             self.inputs.setdefault(layer.index, []).append(input.detach())
         if self.detail.histograms:
             self._histogram(layer, FORWARD, output)
@@ -170,6 +173,13 @@ class Measurements:
     def observe_gradient(self, layer: Layer, kind: int, gradient: Tensor) -> None:
         """The gradient AFTER the activation of a layer, or BEFORE it."""
         self._add(KINDS * layer.index + kind, gradient)
+
+    def keep_examples(self, batch: int) -> None:
+        """Drop norms of single examples of layers that have not seen each of the batch once: called several times, or
+        with rows of another kind, such as the steps of a sequence.
+        """
+        found = self.examples.items()
+        self.examples = {index: squares for index, squares in found if sum(s.numel() for s in squares) == batch}
 
     def flush(self) -> None:
         """Sum what has been waiting."""
@@ -211,6 +221,10 @@ class Measurements:
         _, batch, tensors = known
         if batch is not None:
             batch.add(tensors, self.values)
+
+    def _by_example(self, layer: Layer) -> bool:
+        """Whether norms of the gradients of single examples are measured; a tied weight gets more than this layer's."""
+        return self.detail.per_example and layer.linear and not any(id(p) in self._tied for p in layer.params)
 
     def _batch(self, slots: tuple[int, ...], tensors: Sequence[Tensor]) -> _Batch:
         key = slots, tuple(t.numel() for t in tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter as clock
 from typing import Any
@@ -16,17 +15,18 @@ from torch_bp.diagnostics.cadence import Cadence
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.hearing import Hearing, measure
 from torch_bp.diagnostics.live_check import LiveCheck
-from torch_bp.diagnostics.loss import Losses
+from torch_bp.diagnostics.loss import Losses, as_loss
 from torch_bp.diagnostics.measurements import Detail, Measurements
 from torch_bp.diagnostics.parameters import COLUMNS, ParameterSums, measures_itself
 from torch_bp.diagnostics.probe import EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
+from torch_bp.diagnostics.reading_log import ReadingLog
 from torch_bp.diagnostics.recorder import signals
 from torch_bp.diagnostics.snapshot import Snapshot
-from torch_bp.diagnostics.verdicts import Verdicts
 from torch_bp.diagnostics.writers import Output
 
 _log = logging.getLogger(__name__)
+_UNREAD = "a reading could not be made"
 
 
 class Monitor:
@@ -58,48 +58,42 @@ class Monitor:
         self._model, self._optimizer, self._output, self._cadence = model, optimizer, output, cadence
         self._losses, self._measurements, self._probe = losses, measurements, probe
         self._scaler, self._reduce = options["scaler"], options["reduce"]
-        self._mean, self._write_every = options["reduction"] == "mean", options["write_every"]
-        self._on_reading: Callable[[Reading], None] | None = options["on_reading"]
-        self._verdicts: Verdicts | None = None
-        if options["diagnose"]:
-            self._verdicts = Verdicts(output.text, silent=options["silent"])
+        self._mean = options["reduction"] == "mean"
+        self._log = ReadingLog(output, options, self._safely)
         self._check: LiveCheck | None = options["check"]
-        self._parameters = ParameterSums(measurements.layers, detail.per_example)
-        self._assembly = Assembly(measurements.layers, self._parameters.rows)
-        self.unknown = {layer.name: layer.unknown for layer in measurements.layers if layer.unknown}
-        self._waiting: deque[Snapshot] = deque()
-        self._kept: deque[Snapshot | Reading] = deque(maxlen=options["keep"])
+        self._make: Callable[[], tuple[Measurements, Probe]] | None = options["anew"]
+        self._detail = detail
+        self._arrange()
         self._latest: Tensor | None = None  # loss of the last step, if that was recorded
         self._now: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         self._began, self._closed = clock(), False
         self._explicit = self._whole = False  # passes are those of a TrainStep; and so are updates
+        self._stepping: Any = None  # the arguments of the call of `optimizer.step` that is under way
         self._listen_to_optimizer()
         self._recording = False
-        probe.anew, probe.answers, probe.failed = self._anew, self._backward_begins, self._failed
-        if losses.name is None and detail.units:
-            probe.returned = losses.compared
-        self._said = self._deaf = False  # that something has failed; that nothing is heard
+        self._connect()
+        self._said: set[str] = set()  # what has failed
         self._next()
 
     def __repr__(self) -> str:
         """It waits for nothing: what is on its way from a device is a reading, without findings yet."""
         of = [type(each).__name__ for each in (self._model, self._optimizer) if each is not None]
-        found = 0 if self._verdicts is None else len(self._verdicts.findings)
-        readings = len(self._kept) + len(self._waiting)
-        return f"Monitor({', '.join(of)}, steps={self.step}, readings={readings}, findings={found})"
+        readings, findings = self._log.counts
+        return f"Monitor({', '.join(of)}, steps={self.step}, readings={readings}, findings={findings})"
 
     # --- what loops may tell
 
     def loss(self, loss: Any) -> Any:
         """Note the loss of the step, and return it: `monitor.loss(criterion(model(x), y)).backward()`."""
+        noted = as_loss(loss)
         if self._recording:
-            self._losses.add(loss)
+            self._losses.training.append(noted)
         return loss
 
     def validation(self, loss: Any) -> None:
         """Note a loss of the validation set."""
-        self._losses.validation.append(torch.as_tensor(loss).detach().mean())
+        self._losses.validation.append(as_loss(loss))
 
     def clipped(self, total_norm: Any, max_norm: float) -> Any:
         """Note what `clip_grad_norm_` returned, and return it; `max_norm` is what it was given."""
@@ -125,7 +119,7 @@ class Monitor:
     def gradients_ready(self) -> None:
         """Say, in a closure that `optimizer.step` calls, that gradients are there; torch_bp's optimizers can tell."""
         if self._recording and self._optimizer is not None and not measures_itself(self._optimizer):
-            self._safely(self._parameters.before, self._optimizer)
+            self._safely(self._parameters.before, self._optimizer, alone=self.alone)
 
     def step_done(self, loss: Any = None) -> None:
         """A step is over; for loops without an optimizer that was given to `watch`."""
@@ -195,7 +189,7 @@ class Monitor:
     def updating(self) -> None:
         """The optimizer is about to step."""
         if self._whole and self._recording and self._optimizer is not None:
-            self._safely(self._parameters.before, self._optimizer)
+            self._safely(self._parameters.before, self._optimizer, alone=self.alone)
 
     def updated(self) -> None:
         """The optimizer has stepped."""
@@ -212,30 +206,15 @@ class Monitor:
     @property
     def readings(self) -> list[Reading]:
         """All readings that are kept, the latest last. It waits for those that are on their way to the host."""
-        self._read(wait=True)
-        found = [self._assembled(kept) if isinstance(kept, Snapshot) else kept for kept in self._kept]
-        self._kept.clear()
-        self._kept += [reading for reading in found if reading is not None]
-        return list(self._kept)  # type: ignore[arg-type]
+        return self._log.all()
 
     @property
     def last(self) -> Reading | None:
-        self._read(wait=True)
-        while self._kept:
-            kept = self._kept.pop()
-            reading = self._assembled(kept) if isinstance(kept, Snapshot) else kept
-            if reading is not None:
-                self._kept.append(reading)
-                return reading
-        return None
+        return self._log.last()
 
     @property
     def findings(self) -> list[Finding]:
-        self._read(wait=True)
-        return [] if self._verdicts is None else self._verdicts.findings
-
-    def _assembled(self, snapshot: Snapshot) -> Reading | None:
-        return self._safely(self._assembly.reading, snapshot, remember=False)
+        return self._log.findings()
 
     def close(self, metrics: Mapping[str, float] | None = None, hparams: Mapping[str, Any] | None = None) -> None:
         """Read and write what is left, and leave the model as it was.
@@ -253,9 +232,7 @@ class Monitor:
         self._listen_to_optimizer()
         if self._optimizer is not None:
             self._parameters.abandon(self._optimizer)
-        self._read(wait=True)
-        if self._verdicts is not None:
-            self._safely(self._verdicts.close)
+        self._log.close()
         if hparams is not None or metrics is not None:
             self._output.hparams(dict(hparams or {}), dict(metrics or {}))
         self._output.close()
@@ -265,6 +242,10 @@ class Monitor:
         self._output.text(tag, markdown, self.step)
 
     def __enter__(self) -> Monitor:
+        if self._closed:
+            raise RuntimeError(
+                "watch: monitor must be open where its with block begins, got a closed one. Make another."
+            )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -272,12 +253,12 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on: the count of steps, and since when units are dead."""
-        return {"step": self.step, "every": self._cadence.every, "since": self._assembly.ledger.state_dict()}
+        return {"step": self.step, "every": self._cadence.every, "since": self._log.assembly.ledger.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
         self._cadence.every = state["every"]
-        self._assembly.ledger.load_state_dict(state["since"])
+        self._log.assembly.ledger.load_state_dict(state["since"])
         self._next()
 
     # --- the course of a step
@@ -292,22 +273,26 @@ class Monitor:
                 self._hooks.pop().remove()
 
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A step that calls that of its base class begins twice, and is one: it ends with the inner call.
+        self._stepping = args
         closure = args[1:] or kwargs.get("closure")  # which computes the gradients in the step
         if self._recording:
-            self._safely(self._parameters.before, optimizer, computes=bool(closure))
+            self._safely(self._parameters.before, optimizer, computes=bool(closure), alone=self.alone)
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._end(self._safely(self._parameters.after, optimizer) if self._recording else None)
+        if args is self._stepping:
+            self._stepping = None
+            self._end(self._safely(self._parameters.after, optimizer) if self._recording else None)
 
     @torch.no_grad()
     def _end(self, sums: tuple[list[int], Sequence[Tensor]] | None) -> None:
-        if sums is not None:
+        if sums is not None and not self._changed():
             self._safely(self._record, *sums)
         if self._checks:
             self._check_gradients()
         now = clock()
         self.step += 1
-        self._read(wait=False)
+        self._log.arrived(wait=False)
         if not self._probe.compiled and not self._reduce:
             self._cadence.tell(self._recording, now - self._began, clock() - now)
         self._next()
@@ -323,15 +308,52 @@ class Monitor:
         began = clock()
         self._probe.detach()
         found = self._check.run(self.step)  # type: ignore[union-attr]
-        if found is not None and self._waiting and self._waiting[-1].step == self.step:
+        if found is not None:
             facts = {"gradient_errors": found.errors, "gradient_tolerance": found.tolerance}
-            self._waiting[-1].facts |= facts
+            self._log.note(self.step, facts)
         self._began += clock() - began  # it was asked for, whatever it costs
+
+    def _arrange(self) -> None:
+        """Take down which layers there are."""
+        layers = self._measurements.layers
+        self._parameters = ParameterSums(layers, self._detail.per_example)
+        self._log.assembly = Assembly(layers, self._parameters.rows)
+        self.unknown = {layer.name: layer.unknown for layer in layers if layer.unknown}
+        self._structure = _structure(self._model)
+
+    def _connect(self) -> None:
+        probe, losses = self._probe, self._losses
+        probe.anew, probe.answers, probe.failed = self._anew, self._backward_begins, self._failed
+        if losses.name is None and self._detail.units:
+            probe.returned = losses.compared
+
+    def _changed(self) -> bool:
+        """Whether modules or parameters were added, removed or replaced since they were taken down."""
+        if self._make is None or self._explicit:
+            return False
+        now = _structure(self._model)
+        return len(now) != len(self._structure) or any(a is not b for a, b in zip(now, self._structure))
+
+    def _rearrange(self) -> None:
+        """Begin anew with the layers that there are now."""
+        self._log.all()
+        self._structure = _structure(self._model)  # if it has no layers now, the former ones are watched on
+        made = self._safely(self._make)  # type: ignore[arg-type]
+        if made is None:
+            return
+        self._probe.detach()
+        since = self._log.assembly.ledger.state_dict()
+        self._measurements, self._probe = made
+        self._arrange()
+        self._log.assembly.ledger.load_state_dict(since)
+        self._connect()
 
     def _next(self) -> None:
         """Listen to the next step, or do not."""
         wanted = self._cadence.records(self.step) or (self._check is not None and self._check.due(self.step))
         self._recording = self._losses.wanted = not self._closed and wanted
+        if self._recording and self._changed():
+            self._rearrange()
         self._measurements.begin()
         self._probe.forget()
         self._losses.forget()
@@ -354,23 +376,24 @@ class Monitor:
         self._losses.forget()
 
     def _backward_begins(self) -> None:
-        if self.step and not self._explicit and (carried := self._parameters.carried()) is not None:
+        if self.step and not self._explicit and (carried := self._parameters.carried(self._optimizer)) is not None:
             self._now["carried"] = carried
 
-    def _safely(self, call: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    def _safely(self, call: Callable[..., Any], *args: Any, what: str = _UNREAD, **keywords: Any) -> Any:
         """What a call returns; None if it has failed, which is said once, and no reason to stop a training."""
         try:
             return call(*args, **keywords)
         except Exception as error:
-            self._failed(error)
+            self._failed(error, what)
             return None
 
-    def _failed(self, error: Exception) -> None:
-        if not self._said:
-            self._said = True
+    def _failed(self, error: Exception, what: str = _UNREAD) -> None:
+        if what not in self._said:
+            self._said.add(what)
             _log.warning(
-                "watch: at step %d a reading could not be made; training goes on, and further ones are tried. %s: %s",
+                "watch: at step %d %s; training goes on, and further ones are tried. %s: %s",
                 self.step,
+                what,
                 type(error).__name__,
                 error,
                 exc_info=error,
@@ -379,12 +402,14 @@ class Monitor:
     def _record(self, rows: list[int], sums: Sequence[Tensor]) -> None:
         probe, measurements = self._probe, self._measurements
         probe.finish()
+        measurements.keep_examples(probe.batch)
         named = signals(measurements, self._reduce)
         if rows:
             named |= dict(zip(COLUMNS, sums))
         labels, output = self._losses.labels, self._losses.output
         loss, validation = self._losses.take()
         carried = self._now.pop("carried", None)
+        carried = carried if self._parameters.added_to() else None
         for name, value in (
             ("loss", loss),
             ("validation_loss", validation),
@@ -408,6 +433,7 @@ class Monitor:
             "updated": self._optimizer is not None and "_applied_in_backward" not in vars(self._optimizer),
             "idle": 0.0 if self.alone else None,  # what the optimizer has changed of layers that it does not have
             "answered": probe.answered,
+            "compiled": probe.compiled,
             "loss_function": self._losses.name,
             "looked at": list(measurements.not_finite),
             "order": tuple(probe.order),
@@ -430,31 +456,12 @@ class Monitor:
                 facts["lr"] = tuple(map(float, rates))
         snapshot = Snapshot(self.step, facts)
         snapshot.take(named)
-        self._waiting.append(snapshot)
+        self._log.add(snapshot)
 
-    def _read(self, wait: bool) -> None:
-        """Read the records that have come to the host, and write those whose turn it is."""
-        while self._waiting and (wait or self._waiting[0].ready):
-            snapshot = self._waiting.popleft()
-            if self._probe.compiled and not self._deaf and not snapshot.heard:
-                self._deaf = True
-                _log.warning(
-                    "watch: nothing is heard of the layers of the compiled model, as it ran before it was watched. "
-                    "Call watch before the first run, or torch.compiler.reset() after it."
-                )
-            due = self._write_every is None or snapshot.step % self._write_every == 0
-            if not (due or snapshot.nonfinite):
-                self._kept.append(snapshot)
-                continue
-            reading = self._safely(self._assembly.reading, snapshot)
-            if reading is None:
-                continue
-            self._kept.append(reading)
-            self._output.write(reading)
-            if self._verdicts is not None:
-                self._safely(self._verdicts, reading)
-            if self._on_reading is not None:
-                self._on_reading(reading)
+
+def _structure(model: nn.Module) -> list[object]:
+    """The modules of a model, and their parameters."""
+    return [part for module in model.modules() for part in (module, *module._parameters.values())]
 
 
 def _mean_of_processes(loss: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def first_origin(reading: Reading) -> _Origin | None:
     given, values = reading.input_finite, reading.input
     if given is not None and not given.ok:
         return _Origin("", "input", given)
-    if values is not None and not math.isfinite(values.mean + values.std):
+    if given is None and values is not None and not math.isfinite(values.mean + values.std):
         return _Origin("", "input", None)
     for what in ("weight", "forward"):
         for number, layer in enumerate(reading.layers.values()):

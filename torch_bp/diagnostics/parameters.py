@@ -46,10 +46,17 @@ class ParameterSums:
         self._own = False
         self._before: tuple[list[Tensor], Tensor | None, Tensor, list[Tensor] | None, list[Tensor]] | None = None
         self._tables: dict[str, Table] = {}
+        self._there: list[tuple[Tensor, Tensor]] = []
         self._carried_tables: dict[Any, Table] = {}
 
-    def before(self, optimizer: torch.optim.Optimizer, computes: bool = False) -> None:
-        """The step is about to run; it `computes` the gradients, if it calls a closure."""
+    def before(self, optimizer: torch.optim.Optimizer, computes: bool = False, alone: bool = True) -> None:
+        """The step is about to run.
+
+        Args:
+            optimizer: that steps.
+            computes: it computes the gradients, as it calls a closure.
+            alone: no other one updates parameters, so that those that it does not have are measured, too.
+        """
         self.abandon(optimizer)  # what a step that has raised has left
         inside = vars(optimizer).get("_extras")
         if measures_itself(optimizer):
@@ -60,12 +67,16 @@ class ParameterSums:
             if inside.measured and inside.projected >= self._projected:
                 self._extras = inside
                 return
-        params = [p for p in self.params if (p.requires_grad if computes else p.grad is not None)]
+        params = self._of(optimizer)
+        if alone:  # a gradient from before a layer was frozen is nobody's any more, unless the optimizer uses it
+            its_own = set(map(id, params))
+            params = [p for p in self.params if p.requires_grad or id(p) in its_own]
+        params = [p for p in params if (p.requires_grad if computes else p.grad is not None)]
         if params:
             weights = [plain(p) for p in params]
             weight = self._squares("weight", weights)
-            gradients: Any = None if computes else [plain(p.grad) for p in params]  # type: ignore[arg-type]
-            grad = None if computes else self._squares("grad", gradients)
+            gradients: Any = None if computes else [p.grad for p in params]
+            grad = None if computes else self._squares("grad", list(map(plain, gradients)))
             kept = gradients if self._projected else None
             self._before = params, grad, weight, kept, [w.clone() for w in weights]
 
@@ -85,8 +96,8 @@ class ParameterSums:
             if not there:
                 return [], ()
             params, weights, weight = [params[k] for k in there], [weights[k] for k in there], weight[there]
-            gradients = [plain(p.grad) for p in params]  # type: ignore[arg-type]
-            grad = self._squares("grad", gradients)
+            gradients = [p.grad for p in params]  # type: ignore[misc]
+            grad = self._squares("grad", list(map(plain, gradients)))  # type: ignore[arg-type]
             gradients = gradients if self._projected else None
         updates = [plain(p) - w for p, w in zip(params, weights)]
         update = self._squares("update", updates)
@@ -104,14 +115,21 @@ class ParameterSums:
         unused = tuple(self._names[id(p)] for p in self.params if p.requires_grad and p.grad is None)
         return (() if len(unused) + len(frozen) == len(self.params) else unused), frozen
 
-    def carried(self) -> Tensor | None:
-        """The norm of the gradients that are there; None where there are none."""
-        gradients = [p.grad for p in self.params if p.grad is not None]
+    def carried(self, optimizer: torch.optim.Optimizer | None) -> Tensor | None:
+        """The norm of the gradients that are there, and that the optimizer would use; None where there are none."""
+        params = self.params if optimizer is None else self._of(optimizer)
+        self._there = [(p, p.grad) for p in params if p.grad is not None]
+        gradients = [gradient for _, gradient in self._there]
         return total_of_squares(gradients, self._carried_tables).sqrt() if gradients else None
+
+    def added_to(self) -> bool:
+        """Whether what was `carried` is still there, with more: else it was cleared, after the backward of another."""
+        there, self._there = self._there, []
+        return all(p.grad is gradient for p, gradient in there)
 
     def gradients(self) -> tuple[list[int], Sequence[Tensor]]:
         """As `after`, of parameters that nobody is seen to update."""
-        params = [p for p in self.params if p.grad is not None]
+        params = [p for p in self.params if p.grad is not None and p.requires_grad]
         if not params:
             return [], ()
         gradients: list[Any] = [p.grad for p in params]
@@ -124,6 +142,9 @@ class ParameterSums:
         if self._own:
             vars(optimizer).pop("_extras", None)
         self._extras, self._before, self._own = None, None, False
+
+    def _of(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        return [p for group in optimizer.param_groups for p in group["params"] if id(p) in self.rows]
 
     def _squares(self, what: str, tensors: list[Tensor]) -> Tensor:
         first = tensors[0]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from torch_bp.autograd import function as functions
 from torch_bp.diagnostics import quantities
+from torch_bp.diagnostics.hook import Hook
 from torch_bp.diagnostics.layer import ACTIVATIONS, PASSING, Layer, is_norm, linked, tensor_in
 from torch_bp.diagnostics.measurements import AFTER, BACKWARD, BEFORE, FORWARD, KINDS, Measurements
 
@@ -56,7 +57,10 @@ class EagerProbe:
         self.widths: dict[int, int] = {}
         self._hooks: list[Any] = []
         self._seen: set[int] = set()
-        self._layers = [(layer.module, partial(self._layer_ran, layer)) for layer in measurements.layers]
+        self._layers = [
+            (layer.module, partial(self._layer_ran, layer), partial(self._in_order, layer))
+            for layer in measurements.layers
+        ]
         others = [m for m in model.modules() if id(m) not in layers]
         self._between = [m for m in model.modules() if isinstance(m, PASSING)]
         self._activations = [m for m in others if isinstance(m, ACTIVATIONS)]
@@ -70,19 +74,27 @@ class EagerProbe:
         if self._hooks:
             return
         add, model = self._hooks.append, model or self._model
-        add(model.register_forward_pre_hook(partial(self._runs, self._model_runs)))
+        add(model.register_forward_pre_hook(Hook(partial(self._runs, self._model_runs)), with_kwargs=True))
         if self.returned is not None:
-            add(model.register_forward_hook(partial(self._runs, self._model_ran)))
+            add(model.register_forward_hook(Hook(partial(self._runs, self._model_ran))))
         for module in self._activations:
-            add(module.register_forward_hook(partial(self._runs, self._activation_ran)))
-        for module, hook in self._layers:
-            add(module.register_forward_hook(partial(self._runs, hook)))
+            add(module.register_forward_hook(Hook(partial(self._runs, self._activation_ran))))
+        for module, hook, order in self._layers:
+            add(module.register_forward_hook(Hook(partial(self._runs, hook, without=order))))
         for module in self._between:
-            add(module.register_forward_hook(partial(self._runs, self._passed)))
+            add(module.register_forward_hook(Hook(partial(self._runs, self._passed))))
 
-    def _runs(self, hook: Callable[..., None], *args: Any) -> None:
-        """Call a hook of a module; what it does is no part of the pass, for a tape either."""
+    def _runs(self, hook: Callable[..., None], *args: Any, without: Callable[..., None] | None = None) -> None:
+        """Call a hook of a module; what it does is no part of the pass, for a tape either.
+
+        Args:
+            hook: called where there is a graph, or a tape.
+            args: of the hook.
+            without: called in its place in a forward without gradients.
+        """
         if not self._recorded():
+            if without is not None and not torch._C._are_functorch_transforms_active():
+                self._safely(without, *args)
             return
         tape = functions.tapes.get(threading.get_ident()) if functions.tapes else None
         if tape is None:
@@ -133,13 +145,14 @@ class EagerProbe:
     def _recorded(self) -> bool:
         return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
-    def _model_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _model_runs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # After a step that a GradScaler has skipped, gradients have been cleared with nothing between.
         if self._tape is None and self.answered and _in_backward() == -1 and all(p.grad is None for p in self._params):
             self.forget()
             self.anew()
-        x = tensor_in(args)
-        first = x if x is not None else next((a for a in args if isinstance(a, Tensor)), None)
+        given = [*args, *kwargs.values()]
+        x = tensor_in(given)
+        first = x if x is not None else next((a for a in given if isinstance(a, Tensor)), None)
         if first is not None:
             self.batch += first.shape[0] if first.dim() else 1
         if x is not None:
@@ -161,15 +174,20 @@ class EagerProbe:
         z = tensor_in(output)
         if z is None:
             return
-        if layer.index not in self.widths:
-            self.order.append(layer)
-            self.widths[layer.index] = z.shape[layer.unit_dim] if z.dim() > 1 else z.numel()
+        self._in_order(layer, module, args, z)
         x = args[0] if args and isinstance(args[0], Tensor) else None
         if is_norm(module):
             self.measurements.observe_forward(layer, x, z, z)
         else:
             self._open, self._tail = (layer, x, z), z
         self._when_signalled(z, self._signal_came, layer)
+
+    def _in_order(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note the place of a layer: of a checkpoint whose forward has no graph, it is told by that forward."""
+        z = tensor_in(output)
+        if z is not None and layer.index not in self.widths:
+            self.order.append(layer)
+            self.widths[layer.index] = z.shape[layer.unit_dim] if z.dim() > 1 else z.numel()
 
     def _signal_came(self, layer: Layer, dz: Tensor) -> None:
         if self._open is not None and self._open[0] is layer:

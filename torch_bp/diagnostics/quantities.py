@@ -140,7 +140,14 @@ def noise(mean_square: float, batch_square: float, batch: int) -> tuple[float, f
 
 def predicted_decrease(gradients: Sequence[Tensor], updates: Sequence[Tensor]) -> Tensor:
     """-g . u in float64: by how much the loss would fall by the updates u, were it linear, eq. 6."""
-    return -torch.stack([(plain(g).double() * plain(u).double()).sum() for g, u in zip(gradients, updates)]).sum()
+    return -torch.stack([_product(g, u) for g, u in zip(gradients, updates)]).sum()
+
+
+def _product(g: Tensor, u: Tensor) -> Tensor:
+    if g.layout is torch.sparse_coo:  # 0 but for these rows
+        g = g.detach().coalesce()
+        u = u.detach()[tuple(g.indices())]
+    return (plain(g).double() * plain(u).double()).sum()
 
 
 def histogram(x: Tensor, bins: int = BINS) -> Tensor:

@@ -40,20 +40,23 @@ def rate_too_high(history: History, limit: Thresholds) -> Iterator[Finding]:
 
 def rate_too_low(history: History, limit: Thresholds) -> Iterator[Finding]:
     """No layer moves by more than a ten-thousandth a step, in the start of a run and not in a warm-up."""
-    ratios = update_ratios(history.now)
-    rates = [max(reading.lr, default=0.0) for reading in history.latest[-3:]]
-    if not ratios or len(rates) < 3 or history.span > START or history.now.step > 2 * START:
+    latest = history.latest[-3:]
+    # of three steps: one whose gradients are 0, as of a batch without examples, says nothing of the rate
+    ratios = [ratio for reading in latest for ratio in update_ratios(reading).values()]
+    rates = [max(reading.lr, default=0.0) for reading in latest]
+    if not update_ratios(history.now) or len(rates) < 3 or history.span > START or history.now.step > 2 * START:
         return
     # a loss that is next to nothing leaves no gradient to move by
     learned = history.median_loss(-3) < 0.5 * history.median_loss(3)
     warming, decayed = rates[-1] > rates[0], rates[-1] < history.top_lr / 2
-    if learned or warming or decayed or max(ratios.values()) >= limit.update_ratio_low:
+    no_gradient = rates[-1] > 0 and all(reading.grad_norm == 0 for reading in latest)
+    if learned or warming or decayed or no_gradient or max(ratios) >= limit.update_ratio_low:
         return
-    cause = f"no layer changes by more than {max(ratios.values()):.1g} of its weights a step, lr={rates[-1]:g}"
+    cause = f"no layer changes by more than {max(ratios):.1g} of its weights a step, lr={rates[-1]:g}"
     if rates[-1] == 0:
         cause = "the learning rate is 0"
     yield Finding(
-        *("rate too low", "", history.now.step, max(ratios.values()), limit.update_ratio_low, cause),
+        *("rate too low", "", history.now.step, max(ratios), limit.update_ratio_low, cause),
         f"a learning rate 10 times higher: lr={10 * rates[-1]:g}" if rates[-1] else "set lr, such as lr=1e-3",
         action="lr*10" if rates[-1] else "",
     )

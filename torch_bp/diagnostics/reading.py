@@ -139,9 +139,11 @@ class Reading:
             nan
         """
         try:
-            values = json.loads(line)
-            return _read(cls, values)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            reading = _read(cls, json.loads(line))
+            if isinstance(reading.step, bool) or not isinstance(reading.step, int) or reading.step < 0:
+                raise TypeError(f"step must be a whole number of 0 or more, got {reading.step!r}")
+            return reading
+        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"Reading: line must be what Reading.to_json writes, got {line[:80]!r}. Name a file of readings."
             ) from error
@@ -166,6 +168,7 @@ _PARTS: dict[str, Any] = {
 }
 _TEXTS = {"name", "kind", "activation", "cause", "unknown", "loss_function"}
 _NAMES = {"unused", "frozen"}
+_LISTS = {"lr", "counts", "examples"}
 
 
 def _plain(value: Any) -> Any:
@@ -197,10 +200,12 @@ def _read_field(name: str, value: Any) -> Any:
         return {key: _number(each) for key, each in value.items()}
     if name == "dead":
         return tuple(_read(DeadUnit, each) for each in value)
-    if isinstance(value, list):
+    if name in _LISTS:
         return tuple(map(_number, value))
     return _number(value)
 
 
 def _number(value: Any) -> Any:
+    if value is not None and not isinstance(value, int | float | str):
+        raise TypeError(f"a number is wanted, got {value!r}")
     return float(value) if isinstance(value, str) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def _of_files(path: Path, files: list[Path]) -> list[Reading]:
         raise ValueError(f"run: {files[0]} must be text, a reading a line, got bytes that are none.") from error
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from error
+    back = sum(after.step <= before.step for before, after in itertools.pairwise(readings))
+    if back * 4 > len(readings) > 4:
+        raise ValueError(
+            f"run: {files[0]} must hold one run, got lines of several at once, as steps go back {back} times in "
+            f"{len(readings)} readings. Give each monitor a folder of its own."
+        )
     return _not_empty(files[0], readings, "it holds no whole line")
 
 

@@ -17,7 +17,7 @@ class RunState:
     """All that a run goes on from: what is read into a `Snapshot` and written back from it.
 
     Args:
-        model: its parameters and buffers; what is tied is kept once.
+        model: its parameters and buffers, what is tied once; and the extra state of its modules.
         optimizers: their state and groups, and parameters of theirs that are not the model's.
         objects: anything with `state_dict` and `load_state_dict`, such as schedules, a GradScaler, or a loader that
             knows its position, and `torch.Generator`s.
@@ -39,6 +39,23 @@ class RunState:
                         known.add(id(p))
                         found[f"optimizer {number}, group {index}, parameter {place}"] = p
         return found
+
+    def extra_states(self) -> dict[str, Any]:
+        """What modules keep beside tensors, in `get_extra_state`, by name."""
+        modules = self.model.named_modules()
+        return {n: m.get_extra_state() for n, m in modules if type(m).get_extra_state is not nn.Module.get_extra_state}
+
+    def no_buffers(self) -> list[str]:
+        """Names of buffers that are None."""
+        modules = self.model.named_modules()
+        return [f"{n}.{own}" if n else own for n, m in modules for own, b in m._buffers.items() if b is None]
+
+    def put_back(self, name: str, buffer: Tensor | None) -> None:
+        """Give a module another buffer, where the one that it has is none, or of another shape or dtype."""
+        parent, _, own = name.rpartition(".")
+        buffers = self.model.get_submodule(parent)._buffers
+        if own in buffers:
+            buffers[own] = buffer
 
     def structure(self) -> dict[str, Any]:
         """What must be the same objects when a snapshot is written back: parameters, and the optimizers' lists."""
@@ -73,6 +90,8 @@ class Snapshot:
         self._structure = state.structure()
         self._tree = {
             "tensors": self._keep(("tensor",), state.tensors()),
+            "none": state.no_buffers(),
+            "extra": self._keep(("extra",), state.extra_states()),
             "optimizers": [self._optimizer(number, each) for number, each in enumerate(state.optimizers)],
             "objects": [self._keep(("object", n), _state_of(each)) for n, each in enumerate(state.objects)],
             "random": _random_numbers(),
@@ -94,9 +113,18 @@ class Snapshot:
         self.check(state)
         if self._storage == "cpu" and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies to the host may be on their way
-        for name, tensor in state.tensors().items():
-            if name in self._tree["tensors"]:  # a buffer that has come since is nothing to go back to
-                _once(tensor).copy_(self._tree["tensors"][name])
+        now = state.tensors()  # a buffer that has come since is nothing to go back to
+        for name, kept in self._tree["tensors"].items():
+            tensor = _once(now[name]) if name in now else None
+            alike = tensor is not None and (tensor.shape, tensor.dtype) == (kept.shape, kept.dtype)
+            if tensor is not None and (alike or name in self._structure):
+                tensor.copy_(kept)
+            else:  # a buffer that grows
+                state.put_back(name, kept.to(self._devices[id(kept)], copy=True))
+        for name in self._tree["none"]:
+            state.put_back(name, None)
+        for name, extra in self._tree["extra"].items():
+            state.model.get_submodule(name).set_extra_state(_copied(extra))
         for optimizer, kept in zip(state.optimizers, self._tree["optimizers"]):
             _restore_optimizer(optimizer, kept, self._devices)
         for each, kept in zip(state.objects, self._tree["objects"]):

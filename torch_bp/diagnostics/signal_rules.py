@@ -11,18 +11,21 @@ import math
 from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
-from torch_bp.diagnostics.history import SATURATING, History, hidden, signals
+from torch_bp.diagnostics.history import SATURATING, UNFOLDING, History, hidden, signals, unfolding
 from torch_bp.diagnostics.reading import LayerReading, Reading
 from torch_bp.diagnostics.thresholds import Thresholds
 
 INIT = "torch_bp.nn.init.auto_(model)"
+BYPASS = 10.0  # a signal of the first layer that is larger has not come through the layers where it is least
 
 
 def vanishing(history: History, limit: Thresholds) -> Iterator[Finding]:
     """The error signal of a layer is next to nothing of the last layer's, sec. 9.1."""
     layers = _live(history.now)
     ratios = _ratios(layers)
-    if not ratios or min(ratios.values()) >= limit.vanishing:
+    if not ratios or min(ratios.values()) >= limit.vanishing or unfolding(history) or _blocked(history):
+        return
+    if ratios[layers[0].name] > BYPASS * limit.vanishing:  # it reaches the first layer by another way
         return
     name = min(ratios, key=lambda each: ratios[each])
     by_weights, by_derivatives = _factors(layers, name)
@@ -69,7 +72,9 @@ def initialization(history: History, limit: Thresholds) -> Iterator[Finding]:
 
 def _zero(now: Reading) -> Iterator[tuple[str, float, float, str]]:
     for layer in now.layers.values():
-        if layer.weight_norm == 0:
+        # the last layer of a branch that begins as the identity is 0, and has a gradient; and what is added, such as
+        # positions, or scales has no units that could learn the same
+        if layer.weight_norm == 0 and not layer.grad_norm and layer.activation_mean is not None:
             yield layer.name, 0.0, 0.0, "all weights are 0, so that its units learn the same, or nothing"
 
 
@@ -77,12 +82,14 @@ def _scale(now: Reading, limit: Thresholds) -> Iterator[tuple[str, float, float,
     """The layer whose weights change the scale of the signal most: that of the error, or for the first of the input."""
     layers = list(now.layers.values())
     factors = {after.name: before.weight_factor for before, after in itertools.pairwise(layers)}
+    # a normalisation behind them takes the scale of weights out again
+    normed = {layer.name for layer, after in itertools.pairwise(layers) if "Norm" in after.kind}
     if layers and now.input is not None and layers[0].activation_var is not None:
         size = math.hypot(now.input.mean, now.input.std)
         if size > 0 and layers[0].activation not in SATURATING:
             # the input's scale is divided out; a rectifier takes less than half
             factors = {layers[0].name: math.sqrt(layers[0].activation_var) / size, **factors}
-    known = {name: f for name, f in factors.items() if f is not None and 0 < f < math.inf}
+    known = {name: f for name, f in factors.items() if f is not None and 0 < f < math.inf and name not in normed}
     if not known:
         return
     name = max(known, key=lambda each: abs(math.log(known[each])))
@@ -105,6 +112,13 @@ def _spread(now: Reading, limit: Thresholds) -> Iterator[tuple[str, float, float
         grows = max(spreads, key=lambda each: spreads[each]) == name
         cause = f"activations {'grow' if grows else 'fade'} {ratio:.2g} times from layer to layer"
         yield name, ratio, limit.activation_ratio, cause
+
+
+def _blocked(history: History) -> bool:
+    """Whether, in the first steps of a run, the signal grows from nothing, as that of a head that began as 0."""
+    first = history.first.layers.values()
+    dead = any(x.dead_units and x.dead_units == x.units for x in first)
+    return not dead and history.span <= UNFOLDING and any(x.signal_norm == 0 for x in first) and not history.first.step
 
 
 def _live(now: Reading) -> list[LayerReading]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from torch_bp.diagnostics.run_state import RunState, Snapshot
+
+_logger = logging.getLogger("torch_bp")
 
 
 @dataclass
@@ -43,6 +48,7 @@ class SnapshotRing:
         self._storage = storage
         self._slots: list[Slot] = []  # the oldest first
         self._free: list[Snapshot] = []
+        self._said = False  # that there is no memory for more
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -67,14 +73,30 @@ class SnapshotRing:
         return not self._slots or position - self._slots[-1].position >= self.every
 
     def take(self, position: int, notes: Any) -> None:
-        """Take a snapshot; RuntimeError if parameters were added, removed or replaced since the last."""
+        """Take a snapshot; RuntimeError if parameters were added, removed or replaced since the last.
+
+        Where there is no memory for one more than there are, those that there are stay.
+        """
         first = not self._slots
         if not first:
             self._slots[-1].snapshot.check(self.state)
         if len(self._slots) >= self.keep:
             self._free.append(self._slots.pop(0).snapshot)
         snapshot = self._free.pop() if self._free else Snapshot(self._storage)
-        snapshot.take(self.state)
+        try:
+            snapshot.take(self.state)
+        except (MemoryError, RuntimeError) as error:
+            if first or not _no_memory(error):
+                raise
+            if not self._said:
+                self._said = True
+                _logger.warning(
+                    "DivergenceGuard: there is no memory for another snapshot; the run goes on, and can go back to the "
+                    "%d that there are. storage='cpu' keeps them on the host, a lower keep takes fewer. %s",
+                    len(self._slots),
+                    error,
+                )
+            return
         self._slots.append(Slot(snapshot, position, notes, first))
 
     def good(self) -> list[Slot]:
@@ -95,3 +117,7 @@ class SnapshotRing:
             for device, size in snapshot.bytes().items():
                 sizes[device] = sizes.get(device, 0) + size
         return sizes
+
+
+def _no_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
-from torch_bp.diagnostics.history import SATURATING, History, hidden, update_ratios
+from torch_bp.diagnostics.history import SATURATING, History, hidden, unfolding, update_ratios
 from torch_bp.diagnostics.rate_rules import lower
 from torch_bp.diagnostics.reading import LayerReading
 from torch_bp.diagnostics.signal_rules import INIT
@@ -21,6 +21,8 @@ LARGE = 0.1  # of an update over the weights: the first steps of a run that is w
 def dead_units(history: History, limit: Thresholds) -> Iterator[Finding]:
     """Most rectifiers of a layer are 0 for all examples, sec. 8.3: they get no gradient any more."""
     now = history.now
+    if unfolding(history):  # units behind weights that are still 0
+        return
     for layer in hidden(now):
         if layer.activation in SATURATING or layer.dead_units is None or not layer.units:
             continue

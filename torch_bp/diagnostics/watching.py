@@ -92,7 +92,8 @@ def watch(
         keep: readings that are kept in memory.
         tags: other names for tags, as {"loss/train": "train_loss"}.
         on_reading: called with each reading that is written.
-        diagnose: look for faults. Default: True.
+        diagnose: look for faults. Default: True. A loss that is not meant to fall, such as those of two networks that
+            play against each other, may well be said not to.
         silent: do not log what is found.
         check_every: steps from one gradient check to the next, which compares one directional derivative of each layer
             with a difference of the loss, on the batch of the step: `torch_bp.autograd.directional_check`. Such a step
@@ -140,6 +141,7 @@ def watch(
     if reduce and not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError("watch: reduce must be False where torch.distributed is not initialised, got True.")
     measured = layers_of(model, layers)
+    whole = model
     is_compiled = compiled(model)
     leads = not reduce or distributed.get_rank() == 0
     destination = open_output(output if leads else None, dict(tags or {}))
@@ -161,6 +163,12 @@ def watch(
     }
     check = None if check_every is None else LiveCheck(getattr(model, "module", model), check_every, loss_fn)
     options["check"] = check
+
+    def anew() -> tuple[Measurements, Probe]:
+        found = Measurements(layers_of(whole, layers), detail, device_of(whole))
+        return found, EagerProbe(whole, found)
+
+    options["anew"] = None if is_compiled else anew
     options |= {"on_reading": on_reading, "diagnose": diagnose, "silent": silent or not leads}
     cadence = Cadence(every, None if is_compiled or reduce else budget)
     monitor = Monitor(model, stepping, destination, detail, cadence, losses, measurements, probe, options)
@@ -196,7 +204,9 @@ def _check(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"watch: model must be a torch.nn.Module, got {type(model).__name__}.")
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+    if optimizer is not None and not (
+        isinstance(optimizer, torch.optim.Optimizer) and "param_groups" in vars(optimizer)
+    ):
         raise TypeError(
             f"watch: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; a wrapper has it as "
             "`.optimizer`, and a log folder is `output=`."

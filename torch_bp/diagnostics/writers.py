@@ -56,7 +56,9 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._whole: int | None = None  # length of the file without a line that was cut off
+        self._end: int | None = None  # of the last line
+        self._whole = False  # the file does not end within a line, as where a process was killed, or the disk was full
+        self._shared = False  # something else writes to the file
 
     def write(self, reading: Reading) -> None:
         line = f"{reading.to_json()}\n".encode()
@@ -66,15 +68,36 @@ class JsonLines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab")
         with file:
-            if self._whole is not None and file.tell() > self._whole:
-                file.truncate(self._whole)
-            self._whole = file.seek(0, os.SEEK_END)
+            start = file.seek(0, os.SEEK_END)
+            if not self._whole:
+                start = _whole_lines(self.path, start)
+                file.truncate(start)
+            if self._end is not None and start > self._end and not self._shared:
+                self._shared = True
+                _log.warning(
+                    "watch: something else writes to %s, too, and readings of several runs cannot be told apart. Give "
+                    "each a folder of its own.",
+                    self.path,
+                )
+            self._whole = False
             file.write(line)
             file.flush()
-            self._whole += len(line)
+            self._whole, self._end = True, start + len(line)
 
     def close(self) -> None:
         pass
+
+
+def _whole_lines(path: Path, size: int) -> int:
+    """How long a file of this size is up to its last line break."""
+    with path.open("rb") as file:
+        while size:
+            start = max(size - 65536, 0)
+            file.seek(start)
+            if found := file.read(size - start).rfind(b"\n") + 1:
+                return start + found
+            size = start
+    return 0
 
 
 class Scalars:

@@ -123,11 +123,11 @@ class ExplicitPass:
             )
         before = [p.grad for p in leaves]
         _give(leaves, [None] * len(leaves))
-        scale = self._scale()
-        loss = self._step.backward(x, y, scale)
+        share = self._scale() / self.trainer.accumulate_grad_batches  # a monitor hears error signals
+        loss = self._step.backward(x, y, share)
         reached = [(p, p.grad) for p in leaves if p.grad is not None]
         _give(leaves, before)
-        return loss, lambda dy: [dy / scale * gradient for _, gradient in reached], [p for p, _ in reached]
+        return loss, lambda dy: [dy / share * gradient for _, gradient in reached], [p for p, _ in reached]
 
 
 class _Gradients(torch.autograd.Function):

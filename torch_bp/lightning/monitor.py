@@ -63,6 +63,10 @@ class BackpropMonitor(Callback):
         self._which, self._validation_loss = optimizer, validation_loss
         self.monitor: Monitor | None = None
         self._state: Mapping[str, Any] | None = None
+        self._left: tuple[int, Mapping[str, Any]] = (
+            0,
+            {},
+        )  # at the end of a fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.monitor = None
@@ -79,8 +83,11 @@ class BackpropMonitor(Callback):
         if (loss_fn := next((each for each in losses if isinstance(each, torch.nn.Module)), None)) is not None:
             self.monitor.loss_of_check(loss_fn)
         self.monitor.alone = len(trainer.optimizers) == 1
+        if self._state is None and trainer.global_step and trainer.global_step == self._left[0]:
+            self._state = self._left[1]  # the same trainer fits on
         if self._state is not None:
             self.monitor.load_state_dict(self._state)
+            self._state = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.monitor is not None:
@@ -110,10 +117,10 @@ class BackpropMonitor(Callback):
                 return
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+        self._close(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
+        self._close(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         if self.monitor is not None:
@@ -123,9 +130,10 @@ class BackpropMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict or None
 
-    def _close(self) -> None:
+    def _close(self, trainer: Trainer) -> None:
         if self.monitor is not None:
             self.monitor.close()
+            self._left = trainer.global_step, self.monitor.state_dict()
 
 
 class _Loggers:

@@ -1,0 +1,118 @@
+"""From the records of a monitor to readings: waited for, kept, written, and looked at by the rules, in their order."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch_bp.diagnostics.assembly import Assembly
+from torch_bp.diagnostics.finding import Finding
+from torch_bp.diagnostics.reading import Reading
+from torch_bp.diagnostics.snapshot import Snapshot
+from torch_bp.diagnostics.verdicts import Verdicts
+from torch_bp.diagnostics.writers import Output
+
+_logger = logging.getLogger(__name__)
+
+
+class ReadingLog:
+    """Takes snapshots of steps, which may be on their way from a device, and makes readings of them.
+
+    Args:
+        output: all that readings are written to.
+        options: `keep`, `write_every`, `on_reading`, `diagnose` and `silent` of `watch`.
+        safely: makes a call, and survives it.
+
+    Attributes:
+        assembly: makes readings of snapshots; set it before the first comes, and where layers change.
+    """
+
+    assembly: Assembly
+
+    def __init__(self, output: Output, options: Mapping[str, Any], safely: Callable[..., Any]) -> None:
+        self._output, self._safely = output, safely
+        self._write_every: int | None = options["write_every"]
+        self._on_reading: Callable[[Reading], None] | None = options["on_reading"]
+        self._verdicts: Verdicts | None = None
+        if options["diagnose"]:
+            self._verdicts = Verdicts(output.text, silent=options["silent"])
+        self._waiting: deque[Snapshot] = deque()
+        self._kept: deque[Snapshot | Reading] = deque(maxlen=options["keep"])
+        self._deaf = False  # nothing is heard
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many readings are kept or on their way, and how many findings there are so far; it waits for nothing."""
+        findings = 0 if self._verdicts is None else len(self._verdicts.findings)
+        return len(self._kept) + len(self._waiting), findings
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Take the next one."""
+        self._waiting.append(snapshot)
+
+    def note(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Put facts to the latest snapshot, if it is of this step."""
+        if self._waiting and self._waiting[-1].step == step:
+            self._waiting[-1].facts |= facts
+
+    def all(self) -> list[Reading]:
+        """All readings that are kept, the latest last."""
+        self.arrived(wait=True)
+        found = [self._assembled(kept) if isinstance(kept, Snapshot) else kept for kept in self._kept]
+        self._kept.clear()
+        self._kept += [reading for reading in found if reading is not None]
+        return list(self._kept)  # type: ignore[arg-type]
+
+    def last(self) -> Reading | None:
+        """The latest reading."""
+        self.arrived(wait=True)
+        while self._kept:
+            kept = self._kept.pop()
+            reading = self._assembled(kept) if isinstance(kept, Snapshot) else kept
+            if reading is not None:
+                self._kept.append(reading)
+                return reading
+        return None
+
+    def findings(self) -> list[Finding]:
+        """What is wrong, by the readings that were written so far."""
+        self.arrived(wait=True)
+        return [] if self._verdicts is None else self._verdicts.findings
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.arrived(wait=True)
+        if self._verdicts is not None:
+            self._safely(self._verdicts.close)
+
+    def arrived(self, wait: bool) -> None:
+        """Read the records that have come to the host, and write those whose turn it is."""
+        while self._waiting and (wait or self._waiting[0].ready):
+            snapshot = self._waiting.popleft()
+            if not self._deaf and not snapshot.heard and snapshot.facts["compiled"]:
+                self._deaf = True
+                _logger.warning(
+                    "watch: nothing is heard of the layers of the compiled model, as it ran before it was watched. "
+                    "Call watch before the first run, or torch.compiler.reset() after it."
+                )
+            due = self._write_every is None or snapshot.step % self._write_every == 0
+            if due or snapshot.nonfinite:
+                self._write(snapshot)
+            else:
+                self._kept.append(snapshot)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        reading = self._safely(self.assembly.reading, snapshot)
+        if reading is None:
+            return
+        self._kept.append(reading)
+        self._output.write(reading)
+        if self._verdicts is not None:
+            self._safely(self._verdicts, reading)
+        if self._on_reading is not None:
+            self._safely(self._on_reading, reading, what="on_reading has failed")
+
+    def _assembled(self, snapshot: Snapshot) -> Reading | None:
+        return self._safely(self.assembly.reading, snapshot, remember=False)
