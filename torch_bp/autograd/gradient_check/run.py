@@ -95,6 +95,7 @@ def _with_dtype(row: GradcheckRow, signal: Signal, passes: Passes) -> GradcheckR
     rounding = 1e-6 * max(
         torch.linalg.vector_norm(gradient, torch.inf).item(), (signal.covector * passes.values).norm().item() / 20
     )
+    rounding = max(rounding, 1e3 * torch.finfo(torch.float64).eps)  # few digits are left of what is 0 but for rounding
     # after a random float64 co-vector, entries above the rounding error that all fit float32 are no coincidence
     for few in (gradient[:256], gradient):
         entries = few[few.abs() > rounding]
