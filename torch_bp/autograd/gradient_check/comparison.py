@@ -106,13 +106,14 @@ def entry_by_entry(slopes: Slopes, name: str, signal: Signal, kinks: int = 0) ->
         probe = slopes.compare(name, signal, difference)
         analytic[i], numeric[i] = probe.analytic, probe.numeric
         floor[i] = slopes.floor(signal, difference, 0.0) if slopes.tells(probe, signal) else -1.0
-    largest = numeric.abs().nan_to_num(0, 0, 0).max().item() / 20 if slopes.atol is None else 0.0
+    told = numeric.abs().nan_to_num(0, 0, 0) * (floor >= 0)
+    largest = told.max().item() / 20 if slopes.atol is None else 0.0
     scale = torch.maximum(torch.maximum(analytic.abs(), numeric.abs()), floor.clamp(min=largest))
     error = ((analytic - numeric).abs() / scale).where(analytic != numeric, 0.0).nan_to_num(torch.inf, torch.inf)
     checked = n
     for i in ((error > slopes.rtol) | (floor < 0)).nonzero().view(-1).tolist():
         unit.zero_()[i] = 1
-        probe = slopes.probe(name, signal, unit, largest)
+        probe = slopes.probe(name, signal, unit, largest if floor[i] >= 0 else 0.0)
         if probe.error > slopes.rtol and probe.kink and probe.between:
             kinks, checked, error[i] = kinks + 1, checked - 1, -1.0
         else:

@@ -31,8 +31,8 @@ def check_forward(passes: Passes, slopes: Slopes, signal: Signal | None) -> None
         found, size = terms.sum().item(), terms.norm().item()
         if signal is not None:
             products = signal.gradients[name] * moved
-            off = abs(found - products.sum().item())
-            if off <= passes.slack * max(size, products.norm().item(), 1e-3 * passes.values.norm().item()):
+            off, size = abs(found - products.sum().item()), max(size, products.norm().item())
+            if off <= passes.slack * max(size, 1e-3 * passes.values.norm().item()):
                 continue
         # the gradient along `moved` that has this slope, for the comparison that knows about kinks
         along = Signal(passes.covector, {name: moved * (found / torch.dot(moved, moved).item())})

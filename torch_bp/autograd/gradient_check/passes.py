@@ -147,4 +147,4 @@ def close(a: Tensor, b: Tensor, slack: float, least: float = 0.0) -> bool:
     if torch.equal(a, b):
         return True
     off = torch.linalg.vector_norm(a - b, torch.inf).item()
-    return off <= least or off <= slack * max(torch.linalg.vector_norm(t, torch.inf).item() for t in (a, b)) + least
+    return off <= least or off <= slack * torch.linalg.vector_norm(b, torch.inf).item() + least

@@ -92,13 +92,11 @@ def _with_dtype(row: GradcheckRow, signal: Signal, passes: Passes) -> GradcheckR
     gradient = signal.gradients[row.name]
     if passes.dtype is not torch.float64 or not len(gradient) or row.error > 1e-4:
         return row
-    rounding = 1e-6 * max(
-        torch.linalg.vector_norm(gradient, torch.inf).item(), (signal.covector * passes.values).norm().item() / 20
-    )
-    rounding = max(rounding, 1e3 * torch.finfo(torch.float64).eps)  # few digits are left of what is 0 but for rounding
+    # few digits are left of what is 0 but for rounding
+    size = max((signal.covector * passes.values).norm().item() / 20, 1e9 * torch.finfo(torch.float64).eps)
     # after a random float64 co-vector, entries above the rounding error that all fit float32 are no coincidence
     for few in (gradient[:256], gradient):
-        entries = few[few.abs() > rounding]
+        entries = few[few.abs() > 1e-6 * max(size, torch.linalg.vector_norm(few, torch.inf).item())]
         if len(entries) and not entries.equal(entries.float().double()):
             return row
     if not len(entries):
