@@ -210,10 +210,10 @@ def test_all_operations_of_torch(dtype):
             if not _verdict(gradcheck, f, tensors, options) and _by_torch(op, f, tensors, options):
                 wrong.append(f"{op.formatted_name} {[tuple(t.shape) for t in tensors]}")
     assert wrong == []
-    assert count > 500
+    assert count > 250
 
 
-def _samples(op, dtype, limit=2):
+def _samples(op, dtype, limit=1):
     """Calls of an operation, as functions of the tensors to check."""
     from torch.utils._pytree import tree_flatten, tree_unflatten
 
