@@ -78,7 +78,8 @@ def gradcheck(
             precision, or returns to single inside, runs as it is, and a note of the report says so.
         check_contract: check also what `contract` lists: layouts of the gradient from above, subsets of the tensors
             that require grad, part of the batch; and one backward in the precision that the inputs have.
-            Default: True.
+            Default: True. The function is called with fewer examples then, too: False for one that would read out of
+            bounds, as a kernel may that takes their number from elsewhere.
 
     Returns:
         A report, true if all is well, with a row for each tensor.
