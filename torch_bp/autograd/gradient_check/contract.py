@@ -22,7 +22,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch_bp.autograd.gradient_check.example import Examples
 from torch_bp.autograd.gradient_check.passes import Passes, close, signals_like, signals_of_ones
 from torch_bp.autograd.gradient_check.slope import Signal
-from torch_bp.autograd.gradient_check.subject import Tensors, flat, real
+from torch_bp.autograd.gradient_check.subject import Tensors, flat, largest, real
 
 _CURE = "if dropout is the cause, call module.eval(); else fix the random seed inside the function."
 _STRIDED = "with a non-contiguous gradient from above"
@@ -198,7 +198,7 @@ class Contract:
                 ) from error
             base.subject.require_unaltered("its backward")
             if len(absent) == len(outputs):
-                if all(g is None or not _largest(real(g)) for g in found):
+                if all(g is None or not largest(real(g)) for g in found):
                     continue
                 expected = {n: _flat_or_zeros(None, t) for n, t in zip(base.subject.checked, tensors)}
             else:
@@ -210,7 +210,7 @@ class Contract:
         """True if both differ by rounding alone; `of` is a term of theirs, if it may be larger."""
         if close(a, b, self.passes.slack, self.least):
             return True
-        return of is not None and close(a, b, self.passes.slack, self.least + self.passes.slack * _largest(of))
+        return of is not None and close(a, b, self.passes.slack, self.least + self.passes.slack * largest(of))
 
     def _differing(self, a: Tensors, b: Tensors) -> bool:
         return not all(self._near(a[name], b[name]) for name in a)
@@ -238,10 +238,6 @@ def _where(subset: list[str]) -> str:
 
 def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return torch.equal(a, b) or bool(((a - b).abs() <= tolerance).all())
-
-
-def _largest(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor, torch.inf).item() if tensor.numel() else 0.0
 
 
 def _flat_or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:

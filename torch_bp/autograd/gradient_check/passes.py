@@ -12,7 +12,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 from torch_bp.autograd.gradient_check.slope import PRECISION, Signal, covector_like
 from torch_bp.autograd.gradient_check.sparse import SparseOutputError
-from torch_bp.autograd.gradient_check.subject import Subject, Tensors, flat, real
+from torch_bp.autograd.gradient_check.subject import Subject, Tensors, flat, largest, real
 
 
 class Passes:
@@ -146,5 +146,5 @@ def close(a: Tensor, b: Tensor, slack: float, least: float = 0.0) -> bool:
     """True if two tensors differ by rounding alone: by `slack` of the largest entry, or by `least`."""
     if torch.equal(a, b):
         return True
-    off = torch.linalg.vector_norm(a - b, torch.inf).item()
-    return off <= least or off <= slack * torch.linalg.vector_norm(b, torch.inf).item() + least
+    off = largest(a - b)
+    return off <= least or off <= slack * largest(b) + least

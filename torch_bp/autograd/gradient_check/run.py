@@ -15,7 +15,7 @@ from torch_bp.autograd.gradient_check.options import Options
 from torch_bp.autograd.gradient_check.passes import Passes, require_supported
 from torch_bp.autograd.gradient_check.report import GradcheckReport, GradcheckRow
 from torch_bp.autograd.gradient_check.slope import Signal, Slopes
-from torch_bp.autograd.gradient_check.subject import Subject
+from torch_bp.autograd.gradient_check.subject import Subject, largest
 
 
 def run(subject: Subject, options: Options) -> tuple[GradcheckReport, Signal | None]:
@@ -96,7 +96,7 @@ def _with_dtype(row: GradcheckRow, signal: Signal, passes: Passes) -> GradcheckR
     size = max((signal.covector * passes.values).norm().item() / 20, 1e9 * torch.finfo(torch.float64).eps)
     # after a random float64 co-vector, entries above the rounding error that all fit float32 are no coincidence
     for few in (gradient[:256], gradient):
-        entries = few[few.abs() > 1e-6 * max(size, torch.linalg.vector_norm(few, torch.inf).item())]
+        entries = few[few.abs() > 1e-6 * max(size, largest(few))]
         if len(entries) and not entries.equal(entries.float().double()):
             return row
     if not len(entries):

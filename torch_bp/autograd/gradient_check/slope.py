@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from torch_bp.autograd.gradient_check.subject import Subject, flat, real
+from torch_bp.autograd.gradient_check.subject import Subject, flat, largest, real
 
 # eps, rtol: rounding costs about u |f| / h and truncation h^2 |f'''| / 6, least together near the cube root of u
 PRECISION = {
@@ -108,10 +108,8 @@ class Slopes:
         tensor = self.subject.tensors[name].detach()
         centre = real(tensor)
         move = direction.view(centre.shape).to(centre)
-        if not self.given:  # a step has some digits also where the entry is large
-            largest = torch.linalg.vector_norm(centre, torch.inf).item()
-            if 64 * self.unit * largest > step:
-                move = move * (centre.abs() * (64 * self.unit / step)).clamp(min=1)
+        if not self.given and 64 * self.unit * largest(centre) > step:  # some digits also where the entry is large
+            move = move * (centre.abs() * (64 * self.unit / step)).clamp(min=1)
         upper, lower = torch.add(centre, move, alpha=step), torch.sub(centre, move, alpha=step)
         moved = (upper.double() - lower.double()).div_(2 * step).reshape(-1).cpu()
         if self.given and ((moved == 0) & (direction != 0)).any():
@@ -160,7 +158,7 @@ class Slopes:
         if found.error > self.rtol or self.tells(found, signal):
             return found
         tensor = real(self.subject.tensors[name])
-        step = self.eps * torch.linalg.vector_norm(tensor, torch.inf).item()
+        step = self.eps * largest(tensor)
         if not 0 < step < math.inf or norm(signal.covector * self.outputs) < 1e-280:
             return found
         other = self.compare(name, signal, self.difference(name, direction, step), least)
@@ -233,8 +231,8 @@ def norm(tensor: Tensor) -> float:
     """Return the norm, also where squares are out of range."""
     found = tensor.norm().item()
     if (found == 0 or math.isinf(found)) and tensor.numel():
-        largest = torch.linalg.vector_norm(tensor, torch.inf).item()
-        return largest * (tensor / largest).norm().item() if 0 < largest < math.inf else largest
+        top = largest(tensor)
+        return top * (tensor / top).norm().item() if 0 < top < math.inf else top
     return found
 
 
