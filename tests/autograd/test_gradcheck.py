@@ -521,9 +521,9 @@ ONES = torch.ones(2, dtype=torch.float64)
         (torch.sin, ONES, {"check_backward_ad": False}, "one of check_backward_ad and check_forward_ad must be True"),
         (torch.argmax, ONES, {}, "func must return a floating-point tensor, got none"),
         (lambda x: None, ONES, {}, "func must return a floating-point tensor, got none"),
-        (torch.sin, ONES, {"eps": 0}, "eps, atol and rtol must be > 0, got 0, None and None"),
-        (torch.sin, ONES, {"rtol": -1.0}, "must be > 0"),
-        (torch.sin, ONES, {"atol": math.nan}, "must be > 0"),
+        (torch.sin, ONES, {"eps": 0}, "eps must be > 0, got 0"),
+        (torch.sin, ONES, {"rtol": -1.0}, "rtol must be >= 0, got -1.0"),
+        (torch.sin, ONES, {"atol": math.nan}, "atol must be >= 0, got nan"),
         (torch.sin, ONES, {"eps": 1e-20}, "eps must exceed the rounding of input 0, got 1e-20"),
     ],
 )

@@ -149,3 +149,101 @@ def test_a_wrong_slope_is_found_also_at_kinks():
         raise_exception=False,
     )
     assert not outside
+
+
+ALONG_THE_FIRST_AXIS = {
+    "cumsum": lambda x: x.cumsum(0),
+    "cumprod": lambda x: x.cumprod(0),
+    "cummax": lambda x: x.cummax(0).values,
+    "logcumsumexp": lambda x: x.logcumsumexp(0),
+    "backwards": lambda x: x.flip(0).cumsum(0).flip(0),
+    "the one before": lambda x: x + torch.cat([torch.zeros_like(x[:1]), x[:-1]]),
+    "causal": lambda x: torch.ones(len(x), len(x), dtype=x.dtype).tril() @ x,
+    "lu_factor": lambda x: torch.linalg.lu_factor(x)[0],
+}
+
+
+@pytest.mark.parametrize("name", ALONG_THE_FIRST_AXIS)
+def test_entries_that_depend_on_those_before_them(name):
+    """The first few give the same outputs alone, but not the same gradients."""
+    assert gradcheck(ALONG_THE_FIRST_AXIS[name], torch.randn(6, 3, requires_grad=True))
+
+
+def test_recurrent_layers_and_time_first():
+    assert gradcheck(nn.GRU(3, 2), torch.randn(6, 2, 3, requires_grad=True))
+    assert gradcheck(nn.LSTM(3, 2), torch.randn(5, 5, 3, requires_grad=True))
+
+
+def test_a_table_as_long_as_the_batch():
+    assert gradcheck(lambda index, w: w[index], (torch.tensor([0, 1, 1, 2]), torch.randn(4, 3, requires_grad=True)))
+
+
+def test_a_view_into_something_larger_keeps_its_place():
+    whole = torch.randn(20, dtype=torch.float64)
+    x = whole[10:].requires_grad_()
+    assert gradcheck(lambda x: x.as_strided((2, 2), (1, 2), 10), x)
+
+
+def test_backwards_and_jvps_that_are_zero_but_for_rounding():
+    assert gradcheck(lambda x: nn.functional.layer_norm(x, (1,)), torch.randn(3, 1, requires_grad=True))
+    w = torch.randn(1, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, dtype=torch.float64)
+    assert gradcheck(lambda w: torch.native_layer_norm(x, (1,), w, None, 0.5)[0], w)
+
+
+UNSAFE = {"lu_unpack", "_segment_reduce", "normal"}  # reads out of bounds for part of a batch; has no slopes of its own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32], ids=str)
+def test_all_operations_of_torch(dtype):
+    """No verdict is another than torch's, but that single precision is no fault here."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    count, wrong = 0, []
+    warnings.simplefilter("ignore")
+    for op in op_db:
+        if op.name in UNSAFE or not op.supports_autograd or dtype not in op.supported_backward_dtypes("cpu"):
+            continue
+        for f, tensors, options in _samples(op, dtype):
+            count += 1
+            if not _verdict(gradcheck, f, tensors, options) and _by_torch(op, f, tensors, options):
+                wrong.append(f"{op.formatted_name} {[tuple(t.shape) for t in tensors]}")
+    assert wrong == []
+    assert count > 250
+
+
+def _samples(op, dtype, limit=1):
+    """Calls of an operation, as functions of the tensors to check."""
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    made = list(op.sample_inputs("cpu", dtype, requires_grad=True))
+    for sample in made[:: max(1, len(made) // limit)][:limit]:
+        leaves, structure = tree_flatten((sample.input, sample.args, sample.kwargs))
+        places = [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if not places or any(leaves[i].layout is not torch.strided for i in places):
+            continue
+
+        def f(*tensors, leaves=leaves, places=places, structure=structure, sample=sample):
+            values = list(leaves)
+            for i, t in zip(places, tensors):
+                values[i] = t
+            first, args, keywords = tree_unflatten(values, structure)
+            return sample.output_process_fn_grad(op.gradcheck_wrapper(op.get_op(), first, *args, **keywords))
+
+        yield f, tuple(leaves[i] for i in places), {"nondet_tol": op.gradcheck_nondet_tol}
+
+
+def _by_torch(op, f, tensors, options):
+    double = tuple(
+        t.detach().to(torch.complex128 if t.is_complex() else torch.float64).requires_grad_() for t in tensors
+    )
+    return _verdict(torch.autograd.gradcheck, f, double, options | {"fast_mode": op.gradcheck_fast_mode is not False})
+
+
+def _verdict(check, f, tensors, options):
+    torch.manual_seed(0)
+    try:
+        return bool(check(f, tensors, **options))
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False

@@ -18,6 +18,8 @@ _LEFT_OUT |= {"square", "clamp", "maximum", "minimum", "abs", "sign", "log_softm
 # half precision is another matter: the check runs in double
 _NOT_HERE = {"HALF", "dtype", "wide", "narrow", "float", "is_complex", "is_grad_enabled", "tangents_possible"}
 
+WRONG, RAISED = "wrong", "raised"  # how a fault is found: by results that differ, or since nothing runs at all
+
 
 @dataclass(frozen=True)
 class Mutant:

@@ -6,7 +6,7 @@ from functools import cache, partial
 import torch
 
 from tests import tables
-from tests.mutants.mutation import Namespace
+from tests.mutants.mutation import RAISED, WRONG, Namespace
 from torch_bp.autograd import gradcheck, gradgradcheck
 
 
@@ -219,21 +219,35 @@ def _called(name, namespace, drawn):
 
 
 def caught(target, mutant):
-    """True if a check of first or second derivatives, or of both, finds the fault, or a call fails outright."""
+    """Return WRONG if a check of first or second derivatives finds the fault by its numbers.
+
+    RAISED if the module cannot be made or a call fails, forward or backward, which is no merit of the check; else "".
+    """
     try:
         namespace = target.namespace(mutant)
         made = list(calls(target, namespace))
-        last = _LAST.get(target.file, 0)  # what told the last fault probably tells this one
-        for i in (last, *(i for i in range(len(made)) if i != last)):
-            if not gradcheck(*made[i], raise_exception=False, check_contract=False, check_undefined_grad=False):
-                _LAST[target.file] = i
-                return True
-        checks = [gradcheck, gradgradcheck]
-        if "norm" in target.rows[0]:  # statistics are results there, with signals of their own
-            checks.append(lambda f, tensors, **options: gradcheck(_with_gradient(f), tensors, **options))
-        return any(not check(f, tensors, raise_exception=False) for check in checks for f, tensors in made)
+        return _found(target, made)
     except Exception:
-        return True
+        return RAISED
+
+
+def _found(target, made):
+    last = _LAST.get(target.file, 0)  # what told the last fault probably tells this one
+    verdict = ""
+    for i in (last, *(i for i in range(len(made)) if i != last)):
+        verdict = verdict or _verdict(gradcheck, *made[i], check_contract=False, check_undefined_grad=False)
+        if verdict:
+            _LAST[target.file] = i
+            return verdict
+    checks = [gradcheck, gradgradcheck]
+    if "norm" in target.rows[0]:  # statistics are results there, with signals of their own
+        checks.append(lambda f, tensors, **options: gradcheck(_with_gradient(f), tensors, **options))
+    return next((verdict for check in checks for call in made if (verdict := _verdict(check, *call))), "")
+
+
+def _verdict(check, f, tensors, **options):
+    report = check(f, tensors, raise_exception=False, **options)
+    return "" if report else RAISED if " raised" in report.failure else WRONG
 
 
 _LAST: dict[str, int] = {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.mutants.mutation import Namespace
+from tests.mutants.mutation import RAISED, WRONG, Namespace
 from tests.optim.table import INPUTS, PAIRS, parameters, train
 
 _BY_TORCH = {"foreach", "fused", "capturable", "differentiable"}
@@ -75,13 +75,14 @@ TARGETS = [
 
 
 def caught(target, mutant):
-    """True if some steps differ from torch's, or fail."""
+    """Return WRONG if some steps differ from torch's, RAISED if they fail, else ""."""
     try:
         paths = (target.file, *target.dependents)
         namespace = Namespace(mutant, tuple(f"torch_bp.optim.{name}" for name in paths))
-        return any(_differ(getattr(namespace, name), name, options) for name, options in _options(target))
+        differ = any(_differ(getattr(namespace, name), name, options) for name, options in _options(target))
     except Exception:
-        return True
+        return RAISED
+    return WRONG if differ else ""
 
 
 def _options(target):

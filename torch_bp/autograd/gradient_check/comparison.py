@@ -65,7 +65,7 @@ def _beside_kinks(
 def _others(slopes: Slopes, name: str) -> Iterator[Tensor]:
     n = real(slopes.subject.tensors[name]).numel()
     if n <= _FEW:
-        yield from torch.eye(n, dtype=torch.float64)
+        yield from torch.eye(n, dtype=torch.float64, device="cpu")
     else:
         for k in range(_DIRECTIONS):
             yield slopes.random(name, kept=max(0.5 ** (k + 1), 2 / n))
@@ -87,7 +87,7 @@ def _worst(slopes: Slopes, name: str, signal: Signal, direction: Tensor, probe: 
             halves.append((abs(found.analytic - found.numeric), half))
         part = max(halves, key=lambda pair: pair[0])[1]
     index = int(part.abs().argmax())
-    entry = slopes.probe(name, signal, torch.zeros_like(part).index_fill_(0, torch.tensor([index]), 1.0))
+    entry = slopes.probe(name, signal, torch.zeros_like(part).index_fill_(0, torch.tensor([index], device="cpu"), 1.0))
     if entry.error <= slopes.rtol:
         return _row(slopes, name, probe, kinks=kinks, ratio=_ratio(slopes, name, signal))
     return _row(slopes, name, entry, index, kinks, _ratio(slopes, name, signal))
@@ -97,22 +97,23 @@ def entry_by_entry(slopes: Slopes, name: str, signal: Signal, kinks: int = 0) ->
     """Compare every entry; those at a kink are counted and left out."""
     tensor = slopes.subject.tensors[name]
     n = real(tensor).numel()
-    numeric, analytic, error = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
-    unit = torch.zeros(n, dtype=torch.float64)
-    floor = torch.zeros(n, dtype=torch.float64)
+    numeric, analytic, error = (torch.zeros(n, dtype=torch.float64, device="cpu") for _ in range(3))
+    unit = torch.zeros(n, dtype=torch.float64, device="cpu")
+    floor = torch.zeros(n, dtype=torch.float64, device="cpu")
     for i in range(n):
         unit.zero_()[i] = 1
         difference = slopes.difference(name, unit, slopes.eps)
         probe = slopes.compare(name, signal, difference)
         analytic[i], numeric[i] = probe.analytic, probe.numeric
-        floor[i] = slopes.floor(signal, difference, 0.0)
-    largest = numeric.abs().nan_to_num(0, 0, 0).max().item() / 20 if slopes.atol is None else 0.0
+        floor[i] = slopes.floor(signal, difference, 0.0) if slopes.tells(probe, signal) else -1.0
+    told = numeric.abs().nan_to_num(0, 0, 0) * (floor >= 0)
+    largest = told.max().item() / 20 if slopes.atol is None else 0.0
     scale = torch.maximum(torch.maximum(analytic.abs(), numeric.abs()), floor.clamp(min=largest))
     error = ((analytic - numeric).abs() / scale).where(analytic != numeric, 0.0).nan_to_num(torch.inf, torch.inf)
     checked = n
-    for i in (error > slopes.rtol).nonzero().view(-1).tolist():
+    for i in ((error > slopes.rtol) | (floor < 0)).nonzero().view(-1).tolist():
         unit.zero_()[i] = 1
-        probe = slopes.probe(name, signal, unit, largest)
+        probe = slopes.probe(name, signal, unit, largest if floor[i] >= 0 else 0.0)
         if probe.error > slopes.rtol and probe.kink and probe.between:
             kinks, checked, error[i] = kinks + 1, checked - 1, -1.0
         else:
@@ -131,7 +132,7 @@ def _ratio(slopes: Slopes, name: str, signal: Signal) -> float | None:
         d = slopes.difference(name, slopes.random(name), slopes.eps)
         probe = slopes.compare(name, signal, d)
         found.append((probe.analytic, probe.numeric))
-    analytic, numeric = torch.tensor(found, dtype=torch.float64).T
+    analytic, numeric = torch.tensor(found, dtype=torch.float64, device="cpu").T
     return ratio_of(analytic, numeric, slopes.rtol)
 
 
@@ -152,7 +153,7 @@ def _row(
     where = None
     if index is not None:
         place = index // 2 if tensor.is_complex() else index
-        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), tensor.shape))
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(place, device="cpu"), tensor.shape))
     a, n, failure = probe.analytic, probe.numeric, ""
     if probe.error > slopes.rtol:
         at = "along a random direction" if where is None else f"at index {where}"

@@ -159,7 +159,7 @@ class _Live:
         yield from self.points
         for device in {p.device.type for p in self.parameters.values()}:
             if torch.is_autocast_enabled(device):
-                yield torch.empty(0, dtype=torch.get_autocast_dtype(device))
+                yield torch.empty(0, dtype=torch.get_autocast_dtype(device), device="cpu")
 
     def run(self, parameters: dict[str, Tensor]) -> Any:
         """Run forward with the same random numbers as ever, on copies of the buffers."""
@@ -213,7 +213,7 @@ class _Live:
 
 def _direction(gradient: Tensor, generator: torch.Generator) -> Tensor:
     """The gradient at unit length, and random numbers whose product with it is of the same size, and sign."""
-    drawn = torch.empty(gradient.shape, dtype=torch.float64).uniform_(-1.7, 1.7, generator=generator)
+    drawn = torch.empty(gradient.shape, dtype=torch.float64, device="cpu").uniform_(-1.7, 1.7, generator=generator)
     drawn, norm = drawn.to(gradient.device), gradient.norm()
     if norm == 0:
         return drawn

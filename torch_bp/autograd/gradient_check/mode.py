@@ -12,32 +12,39 @@ from torch.autograd import forward_ad
 from torch.autograd.gradcheck import GradcheckError
 
 from torch_bp.autograd.gradient_check.passes import Passes, signals_like
-from torch_bp.autograd.gradient_check.slope import Slopes, covector_like
+from torch_bp.autograd.gradient_check.slope import Signal, Slopes, covector_like
 from torch_bp.autograd.gradient_check.subject import flat, real
 
 
-def check_forward(passes: Passes, slopes: Slopes) -> None:
-    """Raise unless forward mode gives the slope of differences along a direction of each tensor."""
-    subject, covector = passes.subject, passes.covector
-    for name in subject.checked:
-        if not subject.tensors[name].numel():
+def check_forward(passes: Passes, slopes: Slopes, signal: Signal | None) -> None:
+    """Raise unless forward mode gives the slopes of backward, or else those of differences, along a direction each.
+
+    Args:
+        signal: of a backward that is right, or None. It is exact, also at kinks.
+    """
+    for name in passes.subject.checked:
+        if not passes.subject.tensors[name].numel():
             continue
         direction = slopes.random(name)
-        difference = slopes.difference(name, direction, slopes.eps)
-        tangent = _tangents(passes, name, difference.moved)
-        terms = covector * tangent
-        numeric = covector * (difference.above - difference.below) / (2 * difference.step)
-        size = max((covector * difference.above).norm().item() / 20, numeric.norm().item())
-        error = abs(terms.sum() - numeric.sum()).item() / max(size, 1e-300)
-        if not error <= slopes.rtol:
-            sharper = slopes.difference(name, direction, slopes.eps / 256)
-            numeric = covector * (sharper.above - sharper.below) / (2 * sharper.step)
-            if abs(terms.sum() - numeric.sum()).item() <= 300 * slopes.rtol * max(size, 1e-300):
-                continue  # a kink within eps
-            raise GradcheckError(
-                f"forward mode along a direction of {name} gives {terms.sum().item():.6g} but should give "
-                f"{numeric.sum().item():.6g} (numeric); correct jvp, or move the point if it is at a kink."
-            )
+        moved = direction if signal else slopes.difference(name, direction, slopes.eps).moved
+        terms = passes.covector * _tangents(passes, name, moved)
+        found, size = terms.sum().item(), terms.norm().item()
+        if signal is not None:
+            products = signal.gradients[name] * moved
+            off, size = abs(found - products.sum().item()), max(size, products.norm().item())
+            if off <= passes.slack * max(size, 1e-3 * passes.values.norm().item()):
+                continue
+        # the gradient along `moved` that has this slope, for the comparison that knows about kinks
+        along = Signal(passes.covector, {name: moved * (found / torch.dot(moved, moved).item())})
+        probe = slopes.probe(name, along, direction, size)
+        if probe.error <= slopes.rtol:
+            continue
+        if probe.kink and probe.between:
+            continue
+        raise GradcheckError(
+            f"forward mode along a direction of {name} gives {found:.6g} but should give {probe.numeric:.6g} "
+            "(numeric); correct jvp, or move the point if it is at a kink."
+        )
 
 
 def _tangents(passes: Passes, name: str, direction: Tensor) -> Tensor:

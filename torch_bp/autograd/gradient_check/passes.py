@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from torch_bp.autograd.gradient_check.slope import PRECISION, Signal, covector_like
-from torch_bp.autograd.gradient_check.subject import Subject, Tensors, flat, real
+from torch_bp.autograd.gradient_check.sparse import SparseOutputError
+from torch_bp.autograd.gradient_check.subject import Subject, Tensors, flat, largest, real
 
 
 class Passes:
@@ -37,7 +38,20 @@ class Passes:
         tensors = [*self.outputs, *(subject.tensors[name] for name in subject.checked)]
         self.dtype = min((t.dtype.to_real() for t in tensors), key=lambda dtype: (dtype.itemsize, str(dtype)))
         self.values = flat(self.outputs)
+        self._sizes = [real(t).numel() for t in self.outputs]
         self.covector = covector_like(len(self.values), self.dtype)
+
+    @property
+    def slack(self) -> float:
+        """How far apart rounding may set two ways to the same numbers, relative to the largest."""
+        return 1e5 * torch.finfo(self.dtype).eps
+
+    def cut(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the co-vector of the first examples alone, and the same with zeros for the others."""
+        parts = [p.view(real(t).shape) for p, t in zip(self.covector.split(self._sizes), self.outputs)]
+        first = [p[:count].reshape(-1) for p in parts]
+        rest = [torch.cat([f, torch.zeros_like(p[count:]).reshape(-1)]) for f, p in zip(first, parts)]
+        return torch.cat(first), torch.cat(rest)
 
     def signal(self) -> Signal:
         return Signal(self.covector, self.backward(self.outputs, self.covector))
@@ -62,17 +76,17 @@ class Passes:
         try:
             if any(t.requires_grad for t in outputs):
                 found = torch.autograd.grad(outputs, tensors, dy, allow_unused=True, retain_graph=True)
-        except RuntimeError as error:
+        except Exception as error:
             raise GradcheckError(self._blame(names, layout, error)) from error
         self.subject.require_unaltered("its backward")
         if not torch.equal(flat(dy), covector):
             raise GradcheckError("backward altered the gradient it was given in place; compute out of place.")
         return {
-            name: torch.zeros(real(t).numel(), dtype=torch.float64) if g is None else flat([g])
+            name: torch.zeros(real(t).numel(), dtype=torch.float64, device="cpu") if g is None else flat([g])
             for name, t, g in zip(names, tensors, found)
         }
 
-    def _blame(self, names: Sequence[str], layout: str, error: RuntimeError) -> str:
+    def _blame(self, names: Sequence[str], layout: str, error: Exception) -> str:
         if layout != "dense":
             return f"backward raised for a {layout} gradient from above: {error}; use reshape, not view, or contiguous."
         culprits = [name for name in names if self._fails_alone(name)] or names
@@ -80,7 +94,7 @@ class Passes:
 
     def _fails_alone(self, name: str) -> bool:
         """True if backward raises where no other tensor requires grad."""
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(Exception):
             outputs = self.subject.outputs(self.frozen([name]))
             found = [t for t in outputs if t.requires_grad]
             torch.autograd.grad(found, self.subject.tensors[name], signals_of_ones(found), allow_unused=True)
@@ -94,7 +108,7 @@ class Passes:
 
 
 def signals_like(outputs: list[Tensor], covector: Tensor, layout: str = "dense") -> list[Tensor]:
-    """Cut a flat co-vector into gradients for the outputs: "dense", or "non-contiguous"."""
+    """Cut a flat co-vector into gradients for the outputs: "dense", or "non-contiguous", at an offset."""
     dy = []
     sizes = [real(t).numel() for t in outputs]
     for part, output in zip(covector.split(sizes), outputs):
@@ -102,9 +116,10 @@ def signals_like(outputs: list[Tensor], covector: Tensor, layout: str = "dense")
         part = part.view(shape).to(output.device, output.dtype.to_real())
         part = torch.view_as_complex(part.clone()) if output.is_complex() else part.clone()
         if layout == "non-contiguous":
-            wide = torch.empty(*output.shape, 2, dtype=output.dtype, device=output.device)
-            wide[..., 0] = part
-            part = wide[..., 0].transpose(0, -1).contiguous().transpose(0, -1) if output.dim() > 1 else wide[..., 0]
+            part = part.transpose(0, -1) if output.dim() > 1 else part
+            wide = torch.zeros(*part.shape, 2, dtype=output.dtype, device=output.device)
+            wide[..., 1] = part  # neither its strides nor its offset are what they usually are
+            part = wide[..., 1].transpose(0, -1) if output.dim() > 1 else wide[..., 1]
         dy.append(part)
     return dy
 
@@ -116,8 +131,20 @@ def signals_of_ones(outputs: list[Tensor]) -> list[Tensor]:
 
 def require_supported(name: str, tensor: Tensor) -> None:
     """Refuse what has no slopes of its own here."""
+    if name.startswith("output") and tensor.layout is not torch.strided:
+        raise SparseOutputError(f"gradcheck: {name} must be dense, got {tensor.layout}.")
+    if tensor.is_meta:
+        raise ValueError(f"gradcheck: {name} must have numbers, got a tensor on the meta device; use to_empty.")
     if tensor.dtype.to_real() not in PRECISION or tensor.layout is not torch.strided:
         raise ValueError(
             f"gradcheck: {name} must be dense, real or complex, of half to double precision, got {tensor.dtype} and "
             f"{tensor.layout}; use torch.autograd.gradcheck."
         )
+
+
+def close(a: Tensor, b: Tensor, slack: float, least: float = 0.0) -> bool:
+    """True if two tensors differ by rounding alone: by `slack` of the largest entry, or by `least`."""
+    if torch.equal(a, b):
+        return True
+    off = largest(a - b)
+    return off <= least or off <= slack * largest(b) + least

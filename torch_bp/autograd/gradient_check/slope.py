@@ -16,12 +16,12 @@ slope must lie between what one side and the other give, output by output.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from torch_bp.autograd.gradient_check.subject import Subject, flat, real
+from torch_bp.autograd.gradient_check.subject import Subject, flat, largest, real
 
 # eps, rtol: rounding costs about u |f| / h and truncation h^2 |f'''| / 6, least together near the cube root of u
 PRECISION = {
@@ -77,7 +77,11 @@ class Slopes:
     ) -> None:
         self.subject, self.outputs, self.atol = subject, outputs, atol
         self._usual, usual_rtol = PRECISION[dtype]
-        self.given, self.eps, self.rtol = eps is not None, eps or self._usual, rtol or usual_rtol
+        self.given, self.eps, self.rtol = (
+            eps is not None,
+            eps or self._usual,
+            usual_rtol if rtol is None else max(rtol, 1e-30),
+        )
         self.unit = torch.finfo(dtype).eps
         self.seed = torch.Generator("cpu").manual_seed(0)
 
@@ -86,10 +90,10 @@ class Slopes:
         centre = real(self.subject.tensors[name])
         n = centre.numel()
         if n == 1:
-            return torch.ones(1, dtype=torch.float64)
+            return torch.ones(1, dtype=torch.float64, device="cpu")
         if n <= _SMALL or kept < 1:
             direction = _draw(n, self.seed)
-            return direction if kept == 1 else direction * (torch.rand(n, generator=self.seed) < kept)
+            return direction if kept == 1 else direction * (torch.rand(n, generator=self.seed, device="cpu") < kept)
         # a product of two vectors: no sum of a wrong gradient with it is 0, but for a set of measure 0
         rows = centre.shape[0] if 1 < centre.shape[0] < n else 2 ** int(math.log2(n) / 2)
         columns = -(-n // rows)
@@ -104,17 +108,15 @@ class Slopes:
         tensor = self.subject.tensors[name].detach()
         centre = real(tensor)
         move = direction.view(centre.shape).to(centre)
-        if not self.given:  # a step has some digits also where the entry is large
-            largest = centre.abs().max().item()
-            if 64 * self.unit * largest > step:
-                move = move * (centre.abs() * (64 * self.unit / step)).clamp(min=1)
+        if not self.given and 64 * self.unit * largest(centre) > step:  # some digits also where the entry is large
+            move = move * (centre.abs() * (64 * self.unit / step)).clamp(min=1)
         upper, lower = torch.add(centre, move, alpha=step), torch.sub(centre, move, alpha=step)
         moved = (upper.double() - lower.double()).div_(2 * step).reshape(-1).cpu()
         if self.given and ((moved == 0) & (direction != 0)).any():
             raise ValueError(f"gradcheck: eps must exceed the rounding of {name}, got {step:.0e}; scale {name} down.")
 
         def value(end: Tensor) -> Tensor:
-            point = torch.view_as_complex(end) if tensor.is_complex() else end
+            point = self.subject.moved(name, torch.view_as_complex(end) if tensor.is_complex() else end)
             return flat(self.subject.outputs(self.subject.tensors | {name: point.requires_grad_()}))
 
         return Difference(value(upper), value(lower), moved, step)
@@ -124,9 +126,11 @@ class Slopes:
         terms = signal.gradients[name] * d.moved
         numeric = torch.dot(signal.covector, d.above - d.below).item() / (2 * d.step)
         analytic = terms.sum().item()
-        scale = max(abs(analytic), abs(numeric), self.floor(signal, d, max(least, terms.norm().item())))
+        scale = max(abs(analytic), abs(numeric), self.floor(signal, d, max(least, norm(terms))))
         error = abs(analytic - numeric) / scale if scale > 0 else 0.0
         same = analytic == numeric
+        if numeric == 0 and torch.equal(d.above, d.below):  # nothing moves: what is left of a gradient is rounding
+            same = abs(analytic) <= 1e4 * self.unit * d.moved.norm().item()
         return Probe(analytic, numeric, 0.0 if same else error if math.isfinite(error) else math.inf, d)
 
     def floor(self, signal: Signal, d: Difference, least: float) -> float:
@@ -136,22 +140,48 @@ class Slopes:
         return max(least, self.rounding(signal, d))
 
     def rounding(self, signal: Signal, d: Difference) -> float:
-        size = max((signal.covector * d.above).norm().item(), (signal.covector * d.below).norm().item())
-        return size / 20 * max(1.0, self._usual / d.step) if math.isfinite(size) else 0.0
+        size = max(norm(signal.covector * d.above), norm(signal.covector * d.below))
+        usual = self._usual / d.step
+        # a step of another size than usual follows that of the input
+        return size / 20 * (max(1.0, usual) if usual > 1e-3 else usual) if math.isfinite(size) else 0.0
+
+    def tells(self, probe: Probe, signal: Signal) -> bool:
+        """True unless both slopes are nearly lost in the rounding of the outputs, whatever they are."""
+        strength = max(abs(probe.analytic), abs(probe.numeric))
+        if self.given or self.atol is not None or strength == 0:
+            return True
+        return strength > 100 * self.rtol * self.rounding(signal, probe.difference)
 
     def probe(self, name: str, signal: Signal, direction: Tensor, least: float = 0.0) -> Probe:
+        """Compare along one direction, with a step of the size of the input where the usual one does not tell."""
+        found = self._probe(name, signal, direction, least, self.eps)
+        if found.error > self.rtol or self.tells(found, signal):
+            return found
+        tensor = real(self.subject.tensors[name])
+        step = self.eps * largest(tensor)
+        if not 0 < step < math.inf or norm(signal.covector * self.outputs) < 1e-280:
+            return found
+        other = self.compare(name, signal, self.difference(name, direction, step), least)
+        strength = max(abs(other.analytic), abs(other.numeric))
+        if self.rtol * self.rounding(signal, other.difference) > 1e-2 * strength:
+            return found
+        return self._probe(name, signal, direction, least, step)
+
+    def _probe(self, name: str, signal: Signal, direction: Tensor, least: float, step: float) -> Probe:
         """Compare along one direction, with smaller steps if need be; tell a kink from an error."""
-        first = sharpest = self.compare(name, signal, self.difference(name, direction, self.eps), least)
+        first = sharpest = self.compare(name, signal, self.difference(name, direction, step), least)
         if first.error <= self.rtol:
             return first
         for factor in STEPS[1:]:
             try:
-                probe = self.compare(name, signal, self.difference(name, direction, self.eps * factor), least)
+                probe = self.compare(name, signal, self.difference(name, direction, step * factor), least)
             except ValueError:  # lost in rounding
                 continue
             strength = max(abs(probe.analytic), abs(probe.numeric))
             if self.rtol * self.rounding(signal, probe.difference) > max(1e-4, 10 * self.rtol) * strength:
                 continue  # only rounding is left
+            if factor == STEPS[1] and self._only_rounding(first, probe, signal):
+                return replace(first, error=0.0)
             if factor == STEPS[1] and self._no_kink_explains(first, probe, signal):
                 return first
             if probe.error <= self.rtol:
@@ -159,6 +189,15 @@ class Slopes:
             if probe.difference.step < sharpest.difference.step:
                 sharpest = probe
         return self._at_a_kink(first, sharpest, signal)
+
+    def _only_rounding(self, first: Probe, second: Probe, signal: Signal) -> bool:
+        """True if outputs move by a few roundings of numbers near 1, however small the step, and so says the slope.
+
+        They are 0 but for rounding, as the gradient of what is constant is: theirs says nothing.
+        """
+        sizes = [(signal.covector * (p.difference.above - p.difference.below)).norm().item() for p in (first, second)]
+        tiny = max(sizes) <= 1e3 * self.unit * signal.covector.norm().item()
+        return tiny and sizes[1] >= sizes[0] / 4 and abs(first.analytic) * first.difference.step <= max(sizes)
 
     def _no_kink_explains(self, first: Probe, second: Probe, signal: Signal) -> bool:
         """True if the slope does not change with the step, and one-sided slopes draw together as it shrinks.
@@ -188,10 +227,19 @@ class Slopes:
         return Probe(first.analytic, first.numeric, first.error, first.difference, smooth, between)
 
 
+def norm(tensor: Tensor) -> float:
+    """Return the norm, also where squares are out of range."""
+    found = tensor.norm().item()
+    if (found == 0 or math.isinf(found)) and tensor.numel():
+        top = largest(tensor)
+        return top * (tensor / top).norm().item() if 0 < top < math.inf else top
+    return found
+
+
 def _draw(n: int, generator: torch.Generator) -> Tensor:
     """Numbers of 0.5 to 2 in size, of either sign."""
-    numbers = torch.rand(n, dtype=torch.float64, generator=generator).mul_(3).sub_(1.5)
-    return numbers + 0.5 * torch.where(numbers < 0, -1.0, 1.0).double()
+    numbers = torch.rand(n, dtype=torch.float64, generator=generator, device="cpu").mul_(3).sub_(1.5)
+    return numbers + 0.5 * torch.where(numbers < 0, -1.0, 1.0).to(numbers)
 
 
 def covector_like(size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

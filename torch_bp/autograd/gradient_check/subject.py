@@ -45,6 +45,16 @@ class Subject:
         self.originals = {name: widened(t, precise) for name, t in found.items()}
         self.promoted = precise and any(self.originals[n].dtype is not found[n].dtype for n in found)
         self.tensors = {n: copied(t).requires_grad_(found[n].requires_grad) for n, t in self.originals.items()}
+        self._unseen()
+
+    def _unseen(self) -> None:
+        self.seen: set[str] = set()
+        self.versions: dict[str, int] = {}
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """The CUDA devices whose random numbers the function may draw."""
+        return {t.device for t in self.tensors.values() if t.is_cuda}
 
     def outputs(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Run the function; return the outputs that require grad, or every real or complex one if none does."""
@@ -57,21 +67,40 @@ class Subject:
             result = torch.func.functional_call(self.module, state, arguments)
         return differentiable(result)
 
-    def require_unaltered(self, culprit: str) -> None:
-        """Raise if one of the copies is no longer what it was."""
+    def require_unaltered(self, culprit: str, thorough: bool = False) -> None:
+        """Raise if one of the copies is no longer what it was.
+
+        Numbers are compared once for each culprit, if `thorough`, and where the version of a tensor says that somebody
+        wrote to it; between, those who write to `.data` are found by the last look.
+        """
+        thorough = thorough or culprit not in self.seen
+        self.seen.add(culprit)
         for name, t in self.originals.items():
-            if t.layout is not torch.strided or torch.equal(self.tensors[name], t):
+            found = self.tensors[name]
+            if t.layout is not torch.strided or not (thorough or found._version != self.versions.get(name)):
                 continue
-            if ((self.tensors[name] != t) & (t == t)).any():
+            self.versions[name] = found._version
+            if torch.equal(found, t):
+                continue
+            if ((found != t) & (t == t)).any():
                 raise GradcheckError(f"{name} was altered in place by {culprit}; compute out of place, or on a clone.")
 
-    def first(self, names: list[str], count: int) -> Subject:
-        """Return the same function of the first entries of some tensors."""
+    def part(self, names: list[str], first: int, last: int) -> Subject:
+        """Return the same function of some entries of some tensors."""
         part = copy.copy(self)
-        part.originals = self.originals | {n: self.originals[n][:count] for n in names}
-        sliced = {n: self.tensors[n].detach()[:count].clone() for n in names}
+        part.originals = self.originals | {n: self.originals[n][first:last] for n in names}
+        sliced = {n: self.tensors[n].detach()[first:last].clone() for n in names}
         part.tensors = self.tensors | {n: t.requires_grad_(n in self.checked) for n, t in sliced.items()}
+        part.seen, part.versions = set(self.seen), dict(self.versions)
         return part
+
+    def moved(self, name: str, point: Tensor) -> Tensor:
+        """Return a point for a tensor, laid out as that is, unless entries share memory there."""
+        tensor = self.tensors[name].detach()
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        if (tensor.is_contiguous() and whole) or type(tensor) not in (Tensor, torch.nn.Parameter) or overlaps(tensor):
+            return point
+        return copied(tensor).copy_(point)
 
     def forward(self) -> list[Tensor]:
         """Run the function; raise if it alters what it is given."""
@@ -97,6 +126,14 @@ class Gradient(Subject):
         self.tensors = subject.tensors | {n: copied(t).requires_grad_(t.requires_grad) for n, t in given.items()}
         self.checked = [name for name, t in self.tensors.items() if t.requires_grad]
         self.promoted = subject.promoted
+        self._unseen()
+
+    @classmethod
+    def asked(
+        cls, func: Callable[..., Any], inputs: Any, grad_outputs: Any, strided: bool
+    ) -> Callable[[bool], Subject]:
+        """Return what makes the gradient of a function, in double precision or as it is."""
+        return lambda precise: cls.of(Subject(func, inputs, precise), grad_outputs, strided)
 
     @classmethod
     def of(cls, subject: Subject, grad_outputs: Any, strided: bool) -> Gradient:
@@ -104,7 +141,7 @@ class Gradient(Subject):
         if grad_outputs is None:
             drawn = torch.Generator("cpu").manual_seed(1)
             found = [t for t in subject.outputs(subject.tensors) if t.requires_grad]
-            made = [torch.randn(t.shape, dtype=t.dtype, generator=drawn).to(t.device) for t in found]
+            made = [torch.randn(t.shape, dtype=t.dtype, generator=drawn, device="cpu").to(t.device) for t in found]
             given = [t.repeat_interleave(2, -1)[..., ::2] if strided and t.dim() else t for t in made]
             return cls(subject, [t.requires_grad_() for t in given])
         given = list(grad_outputs) if isinstance(grad_outputs, tuple | list) else [grad_outputs]
@@ -117,7 +154,7 @@ class Gradient(Subject):
         if not any(t.requires_grad for t in outputs):
             return [0 * t for t in points.values()]
         found = torch.autograd.grad(outputs, [*points.values()], signals, create_graph=True, allow_unused=True)
-        return differentiable([g for g in found if g is not None])
+        return differentiable([g for g in found if g is not None]) or [0 * t for t in points.values()]
 
     def _points(self, tensors: Mapping[str, Tensor]) -> Tensors:
         return {name: tensors[name] for name in self.subject.checked}
@@ -155,6 +192,17 @@ def _as_laid_out(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
+def overlaps(tensor: Tensor) -> bool:
+    """True if entries may share memory: an expanded tensor, or windows."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False
+
+
 def real(tensor: Tensor) -> Tensor:
     """Return a complex tensor as pairs of real numbers, any other as it is; dense."""
     tensor = tensor.detach()
@@ -166,3 +214,11 @@ def flat(tensors: list[Tensor]) -> Tensor:
     """Return all numbers of some tensors, in float64, on the CPU."""
     parts = [real(t).reshape(-1).to("cpu", torch.float64) for t in tensors]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def largest(tensor: Tensor) -> float:
+    """Return the largest size of a number, NaN if there is one: many times faster than the norm of infinite order."""
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor)
+    return torch.maximum(-low, high).item()
