@@ -35,7 +35,7 @@ def kinds(path, **options):
 def test_a_run_that_is_well(tmp_path, capsys):
     train(tmp_path / "run")
     assert main(["doctor", str(tmp_path / "run")]) == 0
-    assert "run of 30 readings, steps 0 to 29\nNothing is wrong." in capsys.readouterr().out
+    assert "run of 30 readings, steps 0 to 29\nNothing was found." in capsys.readouterr().out
     assert main(["doctor", str(tmp_path)]) == 0  # the only run below it
 
 

@@ -332,7 +332,7 @@ def test_of_what_is_well_it_is_said_that_it_is(tmp_path):
     with torch_bp.watch(model, optimizer, tmp_path, loss_fn=loss_fn, **ALWAYS):
         train(model, loss_fn, optimizer)
     (text,) = EventAccumulator(str(tmp_path)).Reload().Tensors("verdicts/text_summary")
-    assert text.tensor_proto.string_val[0] == b"Nothing is wrong."
+    assert text.tensor_proto.string_val[0] == b"Nothing was found."
 
 
 @pytest.mark.parametrize("name", ["diagnose", "silent"])

@@ -71,16 +71,19 @@ def test_graphs_train_as_autograd_does(kind, options, maker):
 
 
 @pytest.mark.cuda
-def test_a_step_does_not_wait_for_the_device():
+@pytest.mark.parametrize("level", [None, "summary", "layers"])
+def test_a_step_does_not_wait_for_the_device(level):
     model = model_of("relu")
     step = torch_bp.TrainStep(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters()), clip_grad_norm=1.0)
+    if level is not None:  # each second step is recorded, and written at the end
+        torch_bp.watch(step, level=level, every=2, budget=None, write_every=1000)
     made = batches(20)
-    for x, y in made[:4]:
+    for x, y in made[:6]:
         step(x, y)
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("error")
-        for x, y in made[4:]:
+        for x, y in made[6:]:
             step(x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")

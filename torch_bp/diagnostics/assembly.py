@@ -85,7 +85,7 @@ class Assembly:
         return float(numbers["carried"]) if "carried" in numbers else 0.0
 
     def _known(self, facts: Mapping[str, Any], numbers: Mapping[str, Tensor]) -> dict[str, Any]:
-        names = ["epoch", "batch", "seconds", "share", "loss_function", "unused", "frozen"]
+        names = ["epoch", "batch", "seconds", "share", "loss_function", "unused", "frozen", "refused"]
         names += ["gradient_errors", "gradient_tolerance"]
         found = {name: facts[name] for name in names if facts.get(name) is not None}
         found["lr"] = tuple(numbers["lr"].tolist()) if "lr" in numbers else facts.get("lr", ())

@@ -53,6 +53,8 @@ RULES: dict[Rule, int] = {
     loss_rules.overfitting: 1,
 }
 
+REFUSED: dict[Rule, int] = {nonfinite_rules.nonfinite: 1}  # of a batch that was not taken: the others tell of training
+
 # What follows from a fault is not a fault of its own while that is there.
 FOLLOWS: dict[str, tuple[str, ...]] = {
     "NaN or Inf": ("divergence", "rate too high", "loss does not fall", "plateau", "exploding gradient"),
@@ -111,30 +113,34 @@ class Diagnosis:
     def findings(self) -> list[Finding]:
         return list(self._found.values())
 
+    def follows(self, step: int) -> bool:
+        """Whether a reading of this step may be the next."""
+        return self._history.follows(step)
+
     def update(self, reading: Reading) -> list[Finding]:
         """Take one reading more, and return what is found for the first time.
 
         Args:
-            reading: of a later step than the one before.
+            reading: of a later step than the one before, or the same if that one was refused.
 
         Raises:
             ValueError: its step is not after that of the reading before.
         """
-        if self._history.latest and reading.step <= self._history.now.step:
+        if not self._history.follows(reading.step):
             raise ValueError(
                 f"Diagnosis: step must be above {self._history.now.step}, that of the reading before, got "
                 f"{reading.step}. Use a new Diagnosis for another run."
             )
         self._history.add(reading)
-        spoken: dict[tuple[str, str], int] = {}
+        before, spoken = self._in_a_row, dict[tuple[str, str], int]()
         new = []
-        for rule, wanted in RULES.items():
+        for rule, wanted in (REFUSED if reading.refused else RULES).items():
             for found in self._apply(rule):
                 key = (found.kind, "" if found.kind in _OF_MODEL else found.layer)
                 spoken[key] = self._in_a_row.get(key, 0) + 1
                 if spoken[key] >= wanted and self._take(key, found):
                     new.append(self._found[key])
-        self._in_a_row = spoken
+        self._in_a_row = before if reading.refused else spoken
         return new
 
     def _apply(self, rule: Rule) -> list[Finding]:

@@ -32,7 +32,7 @@ class Examination:
         return not self.findings
 
     def __str__(self) -> str:
-        lines = [f"{found.severity}: {found}" for found in self.findings] or ["Nothing is wrong."]
+        lines = [f"{found.severity}: {found}" for found in self.findings] or ["Nothing was found."]
         return "\n".join([f"{self.path}: {self.subject}", *lines])
 
     def to_dict(self) -> dict[str, Any]:

@@ -90,9 +90,9 @@ def markdown(findings: Iterable[Finding]) -> str:
 
     Example:
         >>> markdown([])
-        'Nothing is wrong.'
+        'Nothing was found.'
     """
-    return "\n\n".join(map(_paragraphs, gravest_first(findings))) or "Nothing is wrong."
+    return "\n\n".join(map(_paragraphs, gravest_first(findings))) or "Nothing was found."
 
 
 def gravest_first(findings: Iterable[Finding]) -> list[Finding]:

@@ -17,7 +17,7 @@ NORMALIZING = ("Softmax", "LogSoftmax", "Softmin")
 
 
 class History:
-    """Readings in the order of their steps. `now` is the latest.
+    """Readings in the order of their steps. `now` is the latest; one of a batch that was refused is gone after that.
 
     Example:
         >>> history = History()
@@ -38,6 +38,10 @@ class History:
 
     def add(self, reading: Reading) -> None:
         """Take one more."""
+        if self.latest and self.now.refused:
+            refused = self.latest.pop()
+            if self.start[-1] is refused:
+                self.start.pop()
         if len(self.start) < FIRST:
             self.start.append(reading)
         self.latest.append(reading)
@@ -71,6 +75,10 @@ class History:
         """Finite losses of the first `count` readings, or of the latest -`count`."""
         chosen = self.start[:count] if count > 0 else self.latest[count:]
         return [r.loss for r in chosen if r.loss is not None and math.isfinite(r.loss)]
+
+    def follows(self, step: int) -> bool:
+        """Whether a reading of this step may be the next."""
+        return not self.latest or step > self.now.step or (self.now.refused and step == self.now.step)
 
     def losses_since(self, step: int) -> list[float]:
         """Finite losses of the kept readings at `step` or later."""

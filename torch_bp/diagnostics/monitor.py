@@ -186,10 +186,10 @@ class Monitor:
         if self._checks:
             self._check.ran(model, args, targets, loss_fn)  # type: ignore[union-attr]
 
-    def updating(self) -> None:
-        """The optimizer is about to step."""
+    def updating(self, inside: bool = False) -> None:
+        """The optimizer is about to step; `inside` of a graph, which computes the gradients, too."""
         if self._whole and self._recording and self._optimizer is not None:
-            self._safely(self._parameters.before, self._optimizer, alone=self.alone)
+            self._safely(self._parameters.before, self._optimizer, inside, self.alone, beside=inside)
 
     def updated(self) -> None:
         """The optimizer has stepped."""
@@ -200,6 +200,20 @@ class Monitor:
         """What has been heard is of a step that was not taken."""
         self._anew()
         self._probe.forget()
+
+    def attend(self) -> None:
+        """Record the step that is under way, whether its turn has come or not: it has gone wrong, and comes again."""
+        self.skipped()
+        self._recording = self._losses.wanted = not self._closed
+
+    def refused(self) -> None:
+        """The step was not taken, as it was not finite: what was heard of it is read, and it does not count."""
+        if self._recording:
+            rows, sums = self._safely(self._parameters.gradients) or ([], ())
+            self._safely(self._record, rows, sums, refused=True)
+            self._log.arrived(wait=False)
+        self._anew()
+        self._next()
 
     # --- what is read
 
@@ -399,7 +413,8 @@ class Monitor:
                 exc_info=error,
             )
 
-    def _record(self, rows: list[int], sums: Sequence[Tensor]) -> None:
+    @torch.no_grad()
+    def _record(self, rows: list[int], sums: Sequence[Tensor], refused: bool = False) -> None:
         probe, measurements = self._probe, self._measurements
         probe.finish()
         measurements.keep_examples(probe.batch)
@@ -430,7 +445,10 @@ class Monitor:
             named["scale"] = scale
         facts: dict[str, Any] = {
             "rows": rows,
-            "updated": self._optimizer is not None and "_applied_in_backward" not in vars(self._optimizer),
+            "refused": refused or None,
+            "updated": not refused
+            and self._optimizer is not None
+            and "_applied_in_backward" not in vars(self._optimizer),
             "idle": 0.0 if self.alone else None,  # what the optimizer has changed of layers that it does not have
             "answered": probe.answered,
             "compiled": probe.compiled,

@@ -49,17 +49,20 @@ class ParameterSums:
         self._there: list[tuple[Tensor, Tensor]] = []
         self._carried_tables: dict[Any, Table] = {}
 
-    def before(self, optimizer: torch.optim.Optimizer, computes: bool = False, alone: bool = True) -> None:
+    def before(
+        self, optimizer: torch.optim.Optimizer, computes: bool = False, alone: bool = True, beside: bool = False
+    ) -> None:
         """The step is about to run.
 
         Args:
             optimizer: that steps.
             computes: it computes the gradients, as it calls a closure.
             alone: no other one updates parameters, so that those that it does not have are measured, too.
+            beside: measure around the step, even of an optimizer that could do so in it.
         """
         self.abandon(optimizer)  # what a step that has raised has left
         inside = vars(optimizer).get("_extras")
-        if measures_itself(optimizer):
+        if measures_itself(optimizer) and not beside:
             if inside is None:
                 self._extras = optimizer._extras = Extras(measured=True, projected=self._projected)  # type: ignore[attr-defined]
                 self._own = True

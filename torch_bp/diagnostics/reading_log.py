@@ -98,7 +98,7 @@ class ReadingLog:
                     "Call watch before the first run, or torch.compiler.reset() after it."
                 )
             due = self._write_every is None or snapshot.step % self._write_every == 0
-            if due or snapshot.nonfinite:
+            if due or snapshot.nonfinite or snapshot.facts["refused"]:
                 self._write(snapshot)
             else:
                 self._kept.append(snapshot)

@@ -59,7 +59,8 @@ def _of_files(path: Path, files: list[Path]) -> list[Reading]:
         raise ValueError(f"run: {files[0]} must be text, a reading a line, got bytes that are none.") from error
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from error
-    back = sum(after.step <= before.step for before, after in itertools.pairwise(readings))
+    taken = [reading for reading in readings if not reading.refused]
+    back = sum(after.step <= before.step for before, after in itertools.pairwise(taken))
     if back * 4 > len(readings) > 4:
         raise ValueError(
             f"run: {files[0]} must hold one run, got lines of several at once, as steps go back {back} times in "
@@ -75,7 +76,7 @@ def _not_empty(path: Path, readings: list[Reading], why: str) -> list[Reading]:
 
 
 def in_order(readings: Iterable[Reading]) -> list[Reading]:
-    """Without the steps that a resumed run has taken again: what came last counts.
+    """Without the steps that a resumed run has taken again: what came last counts, beside what was refused.
 
     Example:
         >>> [r.step for r in in_order([Reading(0), Reading(10), Reading(20), Reading(10), Reading(15)])]
@@ -83,7 +84,7 @@ def in_order(readings: Iterable[Reading]) -> list[Reading]:
     """
     kept: list[Reading] = []
     for reading in readings:
-        while kept and kept[-1].step >= reading.step:
+        while kept and kept[-1].step >= reading.step and not (kept[-1].refused and kept[-1].step == reading.step):
             kept.pop()
         kept.append(reading)
     return kept

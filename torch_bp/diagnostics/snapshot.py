@@ -43,7 +43,8 @@ class Snapshot:
                 at += values.size
             vector = torch.from_numpy(room)
         else:
-            vector = torch.cat([t.detach().reshape(-1).to(device, torch.float64) for t in tensors])
+            # small, and from memory that is not pinned: staged as it is sent
+            vector = torch.cat([t.detach().reshape(-1).to(device, torch.float64, non_blocking=True) for t in tensors])
         if device.type == "cuda":
             host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
             host.copy_(vector, non_blocking=True)

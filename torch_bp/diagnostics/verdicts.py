@@ -53,7 +53,7 @@ class Verdicts:
         return gravest_first(self._diagnosis.findings)
 
     def __call__(self, reading: Reading) -> None:
-        if reading.step <= self._step:  # the run went back to a checkpoint: another run begins
+        if not self._diagnosis.follows(reading.step):  # the run went back to a checkpoint: another run begins
             self._diagnosis = Diagnosis(self._thresholds, self._failed)
         self._step = reading.step
         new = self._diagnosis.update(reading)

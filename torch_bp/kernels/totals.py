@@ -7,13 +7,16 @@ the answer is the host's, in an array that is there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from torch_bp.kernels.plain import grad_enabled, recording, unwatched
 from torch_bp.kernels.table import Table
+
+if TYPE_CHECKING:
+    from torch_bp.kernels.formula import Formula
 
 
 class Totals:
@@ -31,7 +34,8 @@ class Totals:
     """
 
     def __init__(self, formula: Any) -> None:
-        self._formula, self._table, self._built = formula.formula, Table(), 0
+        self._formula: Formula = formula.formula
+        self._table, self._built = Table(), 0
         self._partial = self._found = np.empty((0, 0))
         self._first = np.empty(0, np.int64)
 
@@ -44,7 +48,7 @@ class Totals:
         first = tensors[0]
         if not first.is_cpu or not unwatched() or (grad_enabled() and recording(tensors)):
             return None
-        program, table = self._formula._prepare(first, 1, {}), self._table
+        program, table = self._formula.prepare(first, 1, {}), self._table
         if program is None or not program.numba or not table.refresh([tensors], program.writes, program.chunk):
             return None
         if table.built != self._built:

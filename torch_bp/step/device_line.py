@@ -96,6 +96,7 @@ class DeviceLine:
         self.batch_bytes = sum(t.numel() * t.element_size() for t in batch)
         self._update, self._loss_scale, self._pool, self._bad = update, loss_scale, pool, bad
         self._limits: tuple[float | None, float | None] = (None, None)
+        self._total: Tensor | None = None  # the norm before clipping by it
         self.reached = [p for p, gradient in zip(leaves, found) if gradient is not None]
         reached = set(self.reached)
         every = dict.fromkeys([*leaves, *(p for m in modules for p in m.parameters())])
@@ -134,11 +135,15 @@ class DeviceLine:
             if static is not given:
                 static.copy_(given, non_blocking=True)
         if self._step is not None:
+            if self._monitor is not None:
+                self._monitor.updating(inside=True)
             self._step.send()
         self._graph.replay()  # type: ignore[union-attr]
         torch._C._increment_version(self._touched)
         if self._step is not None:
             self._step.ran()
+            if self._monitor is not None and self._limits[0] is not None:
+                self._monitor.clipped(self._total, self._limits[0])
         elif not self._add:
             self._deliver([g.clone() for g in self._made] if own else self._made)
         return self.loss
@@ -253,6 +258,7 @@ class DeviceLine:
             torch._foreach_clamp_min_(held, -max_value)
         if max_norm is not None:
             total = total if max_value is None else _total_norm(held)
+            self._total = total
             factor = ratio(max_norm, total).clamp(max=1.0)
             for dtype in dict.fromkeys(g.dtype for g in held):
                 torch._foreach_mul_([g for g in held if g.dtype is dtype], factor.to(dtype))

@@ -1,8 +1,9 @@
-"""Where in a step the first number that is not finite comes from."""
+"""Where in a step the first number that is not finite comes from: in words, and for a monitor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch_bp.autograd.entry import Entry
 from torch_bp.kernels.norm import values_of
 from torch_bp.step.line import Passes
+from torch_bp.step.watched import Monitor
 
 
 class _FoundError(Exception):
@@ -23,7 +25,6 @@ def origin(passes: Passes, inputs: Any, leaves: Sequence[Tensor], modules: Itera
 
     The modules' buffers and torch's random numbers are afterwards as before.
     """
-    buffers = [(b, b.clone()) for module in modules for b in module.buffers()]
     for place, value in (("the input", inputs), ("a parameter", leaves)):
         if _bad(value):
             return f"it is in {place}"
@@ -43,15 +44,37 @@ def origin(passes: Passes, inputs: Any, leaves: Sequence[Tensor], modules: Itera
             raise _FoundError(f"it comes from the backward of {entry.name}{_of(paths[id(entry)])}")
 
     try:
-        with torch.random.fork_rng(devices={t.device for t in leaves if t.is_cuda}):
+        with _without_trace(leaves, modules):
             passes.run(inputs, leaves, 1.0, remembered, seen)
     except _FoundError as found:
         return str(found)
+    return "run again, the batch has none: random numbers, as dropout's, were others"
+
+
+def tell(
+    monitor: Monitor, passes: Passes, inputs: Any, leaves: Sequence[Tensor], modules: Iterable[torch.nn.Module]
+) -> None:
+    """Let a monitor read a step that was not finite, which is not taken; if it has not heard it, it hears it again."""
+    if not monitor.recording:
+        monitor.attend()
+        with _without_trace(leaves, modules):
+            hearing = monitor.hearing(None)
+            loss, _ = passes.run(inputs, leaves, 1.0, hearing=hearing)
+        monitor.heard(hearing.heard, loss)
+    monitor.refused()
+
+
+@contextlib.contextmanager
+def _without_trace(leaves: Sequence[Tensor], modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Let the modules' buffers and torch's random numbers be afterwards as before."""
+    buffers = [(b, b.clone()) for module in modules for b in module.buffers()]
+    try:
+        with torch.random.fork_rng(devices={t.device for t in leaves if t.is_cuda}):
+            yield
     finally:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-    return "run again, the batch has none: random numbers, as dropout's, were others"
 
 
 def _bad(values: Any) -> bool:

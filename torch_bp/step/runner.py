@@ -110,6 +110,9 @@ class Runner:
             kind = (*kind, own, final)
         if passes.copies is not None:
             passes.copies.refresh(self.trusting)
+        scaled_by = None  # before an update inside a graph has found another
+        if self.monitor is not None and passes.loss_scale is not None:
+            scaled_by = passes.loss_scale.clone()
         recording = torch.is_grad_enabled()
         _set_recording(False)  # as no_grad, which takes a microsecond
         try:
@@ -120,7 +123,7 @@ class Runner:
             _set_recording(recording)
         if self.monitor is not None:
             self.monitor.ran(passes.model, *inputs, passes.loss_fn)
-            self.monitor.heard(ran.heard, ran.loss, passes.loss_scale)
+            self.monitor.heard(ran.heard, ran.loss, scaled_by)
         return ran
 
     def _again(self, kind: Any, batch: Sequence[Tensor], own: bool) -> Line | DeviceLine | None:
@@ -191,7 +194,7 @@ class Runner:
         if serves:
             if not all(map(device_line.serves, tensors_in(tree_leaves(inputs)))):
                 raise NotCapturableError("inputs and targets must be where the parameters are")
-            update = self._update if final and self.monitor is None else None
+            update = self._update if final else None
             scales = None if own else self._loss_scale
             line = make(update, scales, *self._on_device(leaves[0]), self.monitor)
         else:

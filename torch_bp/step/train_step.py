@@ -59,9 +59,9 @@ class TrainStep:
             does: a step whose gradients overflow is left out, without an error, and the scale halved. Default: None,
             the precision of the model, which may be float64.
         watch: a monitor, as `torch_bp.watch` returns for this model and optimizer, which then reads these steps. Those
-            that it records are captured apart, as they keep what it measures. A step whose loss or gradients are not
-            finite has no reading, and on CUDA the host waits for one that is recorded. Default: none; it can be set,
-            also by `torch_bp.watch(step)`.
+            that it records are captured apart, as they keep what it measures; nor does the host wait for them. A batch
+            that is refused, as it is not finite, is read too, on CUDA if its step was recorded. Default: none; it can
+            be set, also by `torch_bp.watch(step)`.
 
     Raises:
         TypeError, ValueError: an argument is none of these, or the optimizer holds no parameter of the model.

@@ -14,7 +14,7 @@ from torch_bp.step.arguments import Inputs
 from torch_bp.step.device_line import DeviceLine
 from torch_bp.step.line import Line, Passes
 from torch_bp.step.loss_scale import LossScale
-from torch_bp.step.origin import origin
+from torch_bp.step.origin import origin, tell
 from torch_bp.step.outcomes import NOT_FINITE
 from torch_bp.step.runner import Runner
 from torch_bp.step.uncaptured import Uncaptured
@@ -147,6 +147,8 @@ class Window:
         """Leave everything as it was before the batch, but for the gradients of its window, and say what is wrong."""
         value = loss.item()
         self.ran.restore()  # type: ignore[union-attr]
+        if self._update.monitor is not None:
+            tell(self._update.monitor, self._passes, inputs, self._parameters(), self._modules)
         self.drop()
         where = origin(self._passes, inputs, self._parameters(), self._modules)
         raise FloatingPointError(
