@@ -152,7 +152,9 @@ def test_scaler():
     model, guard = module(), DivergenceGuard(factor=0.5, **KEPT)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     seen = []
-    guard.on_train_batch_start = lambda *_: seen.append(guard.guard and list(guard.guard._tests[None]._losses)[-1:])
+    guard.on_train_batch_start = lambda *_: seen.append(
+        guard.guard and list(guard.guard._judge._tests[None]._losses)[-1:]
+    )
     precision = MixedPrecision("16-mixed", "cpu", scaler)
     trainer(guard, plugins=[precision]).fit(model, loader(bad=[5]))
     assert [(e.reason, e.back_to) for e in guard.events] == [("loss", 4)]

@@ -62,7 +62,7 @@ def test_what_the_doctor_says_of_a_run_that_has_ended_so(tmp_path):
 
 def test_refused_batches_of_a_run_that_goes_on_stay_in_its_file(tmp_path):
     trained(1, tmp_path, 4, spoiled_input)
-    readings = [(reading.step, reading.refused) for reading in read_run(tmp_path)]
+    readings = [(reading.step, bool(reading.refused)) for reading in read_run(tmp_path)]
     assert readings == [*((k, False) for k in range(4)), (4, True), *((k, False) for k in (4, 5, 6))]
 
 
@@ -76,6 +76,6 @@ def test_an_infinite_loss_of_finite_values_has_a_reading_too(tmp_path):
                 step(x, y)
         with pytest.raises(FloatingPointError):
             step(x, y)
-    assert [(reading.step, reading.refused) for reading in read_run(tmp_path)] == [(0, False), (1, True)]
+    assert [(reading.step, bool(reading.refused)) for reading in read_run(tmp_path)] == [(0, False), (1, True)]
     assert monitor.last.loss == torch.inf
     assert [(f.kind, f.step, f.severity) for f in monitor.findings] == [("NaN or Inf", 1, "error")]

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_bp.diagnostics import late
 from torch_bp.diagnostics.guard_arguments import check_numbers, check_objects, several
 from torch_bp.diagnostics.guard_event import DivergenceError, Event
+from torch_bp.diagnostics.judge import Judge
 from torch_bp.diagnostics.loss_test import Finding, LossTest
 from torch_bp.diagnostics.recovery import Recovery
 from torch_bp.diagnostics.run_state import RunState
 from torch_bp.diagnostics.snapshot_ring import SnapshotRing
-from torch_bp.kernels.norm import total_of_squares
 
-_OVERFLOWS = 20  # in a row: 2^20 below the scale it began with; that is no search for a scale any more
 _logger = logging.getLogger("torch_bp")
 
 
@@ -135,15 +133,9 @@ class DivergenceGuard:
         self._ring = SnapshotRing(RunState(model, self._optimizers, objects), every, keep, trust, storage)
         self._retries = retries
         self._recovery = Recovery(self._ring, self._optimizers, self._schedulers, factor, retries, cooldown)
-        self._tests = {key: LossTest(spike, patience, rise, window) for key in (None, *range(len(self._optimizers)))}
-        self._tables: dict[Any, Any] = {}  # of the kernel that reads gradients
+        self._judge = Judge(self._optimizers, self._scaler, lambda: LossTest(spike, patience, rise, window))
         self.events: list[Event] = []
         self.steps = 0
-        self._scale, self._overflows = 0.0, 0
-        self._key: int | None = None
-        self._found: Finding | None = None
-        self._out: list[tuple[int | None, float, late.Late]] = []  # what is on its way to the host
-        self._marked: list[Optimizer] = []  # that have been told on the device
 
     def step(self, loss: Tensor | Callable[[], Tensor], optimizer: Optimizer | None = None) -> bool:
         """Step the optimizers, if nothing is wrong; gradients must be there. In the place of `optimizer.step()`.
@@ -167,7 +159,7 @@ class DivergenceGuard:
             if proceeds:
                 self._update(self._chosen(optimizer))
         except BaseException:
-            self._close()
+            self._judge.close()
             raise
         return self.after_update()
 
@@ -180,20 +172,21 @@ class DivergenceGuard:
         Returns:
             The loss; None where the run went back.
         """
-        self._recovery.start(self._notes)
+        judge = self._judge
+        self._recovery.start(judge.state_dict)
         self._settle()
-        self._key, before, loss = None, getattr(step, "steps", None), None
-        if self._found is None:
+        judge.key, before, loss = None, getattr(step, "steps", None), None
+        if judge.found is None:
             try:
                 loss = step(*args, **keywords)
             except FloatingPointError:
-                self._found = Finding("step", math.nan, math.inf)
+                judge.found = Finding("step", math.nan, math.inf)
             else:
-                self._look(_one(loss), [], None)
-        if self._found is None and before is not None and before == step.steps:  # type: ignore[attr-defined]
-            self._close()
+                judge.look(_one(loss), None)
+        if judge.found is None and before is not None and before == step.steps:  # type: ignore[attr-defined]
+            judge.close()
             return loss  # one of several batches that make an update
-        went = self._found is not None and self._found.certain
+        went = judge.certain
         self.after_update(acted=loss is not None)
         if went and hasattr(step, "drop"):
             step.drop()
@@ -204,19 +197,18 @@ class DivergenceGuard:
 
         Once for each update, where a step of the loop has several; `after_update` comes at its end.
         """
-        chosen, loss, before = self._chosen(optimizer), _one(loss), self._found
-        if before is not None and before.certain:
+        judge = self._judge
+        chosen, loss, before = self._chosen(optimizer), _one(loss), judge.found
+        if judge.certain:
             return False
-        self._recovery.start(self._notes)
+        self._recovery.start(judge.state_dict)
         self._settle()
-        if self._found is before:
-            self._found = None
-            self._key = None if optimizer is None else self._optimizers.index(optimizer)
-            groups = [] if self._scaler else [group for each in chosen for group in each.param_groups]
-            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            self._look(loss, gradients, chosen)
-        proceeds = self._found is None
-        self._found = self._found or before
+        if judge.found is before:
+            judge.found = None
+            judge.key = None if optimizer is None else self._optimizers.index(optimizer)
+            judge.look(loss, chosen)
+        proceeds = judge.found is None
+        judge.found = judge.found or before
         return proceeds
 
     def after_update(self, *, acted: bool = False) -> bool:
@@ -228,11 +220,11 @@ class DivergenceGuard:
         Raises:
             DivergenceError, RuntimeError: as of `step`.
         """
-        found = self._found
-        self._close()
+        found = self._judge.found
+        self._judge.close()
         self.steps += 1
         if found is None:
-            self._recovery.go_on(self._notes)
+            self._recovery.go_on(self._judge.state_dict)
             return True
         if found.certain:
             self._go_back(found)
@@ -247,7 +239,7 @@ class DivergenceGuard:
             Whether all was well.
         """
         self._settle()
-        found, self._found = self._found, None
+        found, self._judge.found = self._judge.found, None
         if found is not None and found.certain:
             self._go_back(found)
         return found is None
@@ -257,8 +249,8 @@ class DivergenceGuard:
 
         It is taken at the next step, before the update.
         """
-        self._close()
-        self._out.clear()
+        self._judge.close()
+        self._judge.forget()
         self._recovery.reset()
 
     def memory(self) -> dict[str, int]:
@@ -269,7 +261,7 @@ class DivergenceGuard:
         """What the guard has seen and done, to be saved with the run. Snapshots are not in it."""
         return {
             "steps": self.steps,
-            "seen": self._notes(),
+            "seen": self._judge.state_dict(),
             "recovery": self._recovery.state_dict(),
             "events": [asdict(event) for event in self.events],
         }
@@ -279,7 +271,7 @@ class DivergenceGuard:
         state = copy.deepcopy(state)
         self.reset()
         self.steps = state["steps"]
-        self._recall(state["seen"])
+        self._judge.load_state_dict(state["seen"])
         self._recovery.load_state_dict(state["recovery"])
         self.events = [Event(**event) for event in state["events"]]
 
@@ -295,41 +287,9 @@ class DivergenceGuard:
             )
         return [optimizer]
 
-    def _look(self, loss: Tensor, gradients: list[Tensor], chosen: list[Optimizer] | None) -> None:
-        """Judge a loss and gradients, at once or, on a CUDA device, when they have come."""
-        squares = total_of_squares(gradients, self._tables)
-        if not late.asynchronous(loss):
-            scale = self._scaler.get_scale() if self._scaler else 0.0
-            self._judge(self._key, None, loss.item(), squares.item(), scale)
-            return
-        threshold = self._tests[self._key].threshold()
-        squares = squares.to(loss.device)
-        scale_now = loss.new_zeros(()) if self._scaler is None else self._scaler.scale(loss.new_ones(()))
-        self._out.append((self._key, threshold, late.Late([loss, squares, scale_now])))
-        if self._scaler is None and chosen is not None:
-            bad = ~(torch.isfinite(loss) & torch.isfinite(squares) & (loss <= threshold))
-            for optimizer in chosen:
-                if _honours_a_flag(optimizer):
-                    optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
-                    self._marked.append(optimizer)
-
     def _settle(self) -> None:
-        """Judge what has come from the device since the last step."""
-        out, self._out = self._out, []
-        for key, threshold, numbers in out:
-            if self._found is None or not self._found.certain:
-                self._judge(key, threshold, *numbers.read())
-        if out and self._found is not None:
+        if self._judge.settle():
             self._ring.doubt()
-
-    def _judge(self, key: int | None, threshold: float | None, loss: float, squares: float, scale: float) -> None:
-        self._key = key
-        finite = not math.isfinite(loss) or math.isfinite(squares)
-        self._found = self._tests[key].judge(loss, threshold) if finite else Finding("gradient", squares, math.inf)
-        self._overflows = self._overflows + 1 if scale < self._scale else 0
-        self._scale = scale
-        if self._overflows >= _OVERFLOWS and self._found is None:
-            self._found = Finding("overflow", self._overflows, _OVERFLOWS)
 
     def _update(self, chosen: list[Optimizer]) -> None:
         for optimizer in chosen:
@@ -363,39 +323,18 @@ class DivergenceGuard:
         except _LeftOutError:
             pass
         except BaseException:
-            self._close()
+            self._judge.close()
             raise
-        if self._found is None:
-            params = [p for group in chosen[0].param_groups for p in group["params"]]
-            squares = total_of_squares(params, self._tables).item()
-            if not math.isfinite(squares):
-                self._found = Finding("gradient", squares, math.inf)
+        self._judge.look_at_parameters(chosen[0])
         return self.after_update()
-
-    def _close(self) -> None:
-        """Whatever comes next is another step."""
-        self._found = None
-        for optimizer in self._marked:
-            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        self._marked = []
 
     # What follows it.
 
-    def _notes(self) -> dict[str, Any]:
-        """What has been seen, which goes back with the run."""
-        tests = {str(key): test.state_dict() for key, test in self._tests.items()}
-        return {"tests": tests, "scale": self._scale, "overflows": self._overflows}
-
-    def _recall(self, notes: dict[str, Any]) -> None:
-        for key, test in self._tests.items():
-            test.load_state_dict(notes["tests"][str(key)])
-        self._scale, self._overflows = notes["scale"], notes["overflows"]
-
     def _go_back(self, found: Finding) -> None:
-        self._out.clear()
+        self._judge.forget()
         self._end_scaling()
         slot, gives_up = self._recovery.go_back(found.since if found.reason == "rise" else 0)
-        self._recall(slot.notes[1])
+        self._judge.load_state_dict(slot.notes[1])
         self._note(found, "stop" if gives_up else "rollback", slot.position)
         if gives_up:
             raise DivergenceError(self.events, self._retries)
@@ -417,7 +356,7 @@ class DivergenceGuard:
 
     def _note(self, found: Finding, action: str, back_to: int | None = None) -> None:
         factor = self._recovery.factor
-        event = Event(self.steps, found.reason, found.number, found.threshold, action, back_to, factor, self._key)
+        event = Event(self.steps, found.reason, found.number, found.threshold, action, back_to, factor, self._judge.key)
         self.events.append(event)
         _logger.warning("DivergenceGuard: %s.", event)
 
@@ -427,9 +366,3 @@ def _one(loss: Any) -> Tensor:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"DivergenceGuard: loss must be a tensor of one element, got {got}. Hand over the mean.")
     return loss.detach().reshape(())
-
-
-def _honours_a_flag(optimizer: Optimizer) -> bool:
-    """Whether its step is left out on the device where `found_inf` is 1: torch's with `fused=True`."""
-    flagged = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return flagged and type(optimizer).__module__.startswith("torch.optim.")
