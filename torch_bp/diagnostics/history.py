@@ -78,7 +78,7 @@ class History:
 
     def follows(self, step: int) -> bool:
         """Whether a reading of this step may be the next."""
-        return not self.latest or step > self.now.step or (self.now.refused and step == self.now.step)
+        return not self.latest or step > self.now.step or (bool(self.now.refused) and step == self.now.step)
 
     def losses_since(self, step: int) -> list[float]:
         """Finite losses of the kept readings at `step` or later."""

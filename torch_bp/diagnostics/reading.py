@@ -80,8 +80,8 @@ class Reading:
         gradient_errors: relative errors of the gradients, by layer and of the "loss", where they were checked in this
             step: `check_every` of `watch`; those that rounding hides are left out.
         gradient_tolerance: the largest of these that is all right in this precision.
-        refused: True (else None) for a batch that a `TrainStep` did not take, as its loss or gradients were not finite: nothing was
-            updated, and the step has another reading if there was another batch for it.
+        refused: True, else None, for a batch that a `TrainStep` did not take, as its loss or gradients were not finite:
+            nothing was updated, and the step has another reading if there was another batch for it.
         seconds: how long a step takes without the monitor, in the mean since the reading before.
         share: what the monitor adds to that, 0.02 for 2 %, as far as it has measured itself.
     """
