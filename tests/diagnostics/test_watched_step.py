@@ -223,7 +223,7 @@ def test_the_second_argument_beside_a_step_may_be_the_folder(folder, tmp_path):
         watch(step, folder(tmp_path / "run"), tmp_path)
 
 
-def test_a_step_that_is_refused_has_no_reading():
+def test_what_is_read_of_a_step_that_is_refused_is_no_part_of_the_next():
     model = network("fused")
     step = torch_bp.TrainStep(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters()))
     monitor = watch(step, **ALWAYS)
@@ -231,8 +231,9 @@ def test_a_step_that_is_refused_has_no_reading():
     with pytest.raises(FloatingPointError):
         step(X * math.nan, Y)
     step(X, Y)
-    first, second = monitor.readings
-    assert (first.step, second.step) == (0, 1)
+    first, refused, second = monitor.readings
+    assert [(r.step, bool(r.refused)) for r in (first, refused, second)] == [(0, False), (1, True), (1, False)]
+    assert refused.layers["0"].forward.nan == 12 * 8
     assert second.layers["0"].forward.ok
     assert (second.batch, second.layers["0"].forward.count) == (12, 12 * 8)
 
