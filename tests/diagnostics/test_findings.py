@@ -27,6 +27,7 @@ from torch_bp.diagnostics import (
     examine,
     markdown,
 )
+from torch_bp.diagnostics.history import History
 
 FOUND = Finding(
     "vanishing gradient", "fc3", 20, 3.1e-9, 1e-3, "sigmoids are flat", "use nn.ReLU()", action="activation"
@@ -381,3 +382,18 @@ def test_silent_verdicts_and_runs_that_go_back(caplog):
     assert verdicts.findings == []
     with pytest.raises(TypeError, match="write must be callable, got str"):
         Verdicts("folder")
+
+
+def test_a_batch_that_was_refused_is_named_and_is_no_part_of_the_course():
+    refused = Reading(3, loss=math.nan, input_finite=Finiteness(8, 1, 0), refused=True)
+    course = Diagnosis()
+    found = [course.update(reading) for reading in (*(Reading(k, loss=2.0) for k in range(3)), refused)]
+    assert [[each.kind for each in new] for new in found] == [[], [], [], ["NaN or Inf"]]
+    assert course.update(replace(refused, input_finite=Finiteness(8, 2, 0))) == []  # another batch for the same step
+    assert course.update(Reading(3, loss=2.0)) == []
+    assert [(each.step, each.last_step) for each in course.findings] == [(3, 3)]
+    with pytest.raises(ValueError, match="step must be above 3"):
+        course.update(Reading(3, loss=2.0))
+    kept = History([Reading(0, loss=2.0), refused, Reading(3, loss=1.0), replace(refused, step=4)])
+    assert [(reading.step, bool(reading.refused)) for reading in kept.latest] == [(0, False), (3, False), (4, True)]
+    assert kept.start == kept.latest

@@ -8,6 +8,7 @@ import torch
 import torch_bp
 from torch_bp import nn
 from torch_bp.kernels import library, products
+from torch_bp.step import program
 
 pytestmark = pytest.mark.skipif(library.quick(products.SYMBOL) is None, reason="torch multiplies by another library")
 
@@ -65,15 +66,17 @@ def test_chains_switch_only_where_products_of_both_kinds_meet(monkeypatch):
 
 # Shapes for which MKL's result depends on the number of threads.
 @pytest.mark.parametrize(("batch", "width"), [(7, 127), (10, 100), (7, 65), (10, 33)])
-def test_a_step_and_autograd_agree_to_the_bit(batch, width):
+def test_a_step_and_autograd_agree_to_the_bit(batch, width, monkeypatch):
     torch.manual_seed(0)
     x, y = torch.randn(batch, width), torch.randint(10, (batch,))
     results = []
-    for kind in ("autograd", "uncaptured", "captured"):
+    for kind in ("autograd", "uncaptured", "captured", "captured, called from Python"):
         torch.manual_seed(1)
+        if kind.endswith("Python"):
+            monkeypatch.setattr(program, "record", lambda *_: None)
         model = nn.MLP([width, width, 10])
         loss_fn, optimizer = nn.CrossEntropyLoss(), torch_bp.optim.SGD(model.parameters(), lr=0.1)
-        step = torch_bp.TrainStep(model, loss_fn, optimizer, capture=kind == "captured")
+        step = torch_bp.TrainStep(model, loss_fn, optimizer, capture=kind.startswith("captured"))
         for _ in range(5):
             if kind == "autograd":
                 optimizer.zero_grad()
