@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from torch_bp.diagnostics import late
 from torch_bp.diagnostics.loss_test import Finding, LossTest
-from torch_bp.kernels.norm import total_of_squares
+from torch_bp.kernels.norm import sum_of_squares, total_of_squares
+from torch_bp.kernels.totals import Totals
 
 _OVERFLOWS = 20  # in a row: 2^20 below the scale it began with; that is no search for a scale any more
 
@@ -33,7 +34,7 @@ class Judge:
     def __init__(self, optimizers: Sequence[Optimizer], scaler: Any, test: Callable[[], LossTest]) -> None:
         self._optimizers, self._scaler = optimizers, scaler
         self._tests = {key: test() for key in (None, *range(len(optimizers)))}
-        self._tables: dict[Any, Any] = {}  # of the kernel that reads gradients
+        self._totals, self._tables = Totals(sum_of_squares), dict[Any, Any]()  # of what reads gradients
         self._scale, self._overflows = 0.0, 0
         self.key: int | None = None
         self.found: Finding | None = None
@@ -48,13 +49,13 @@ class Judge:
     def look(self, loss: Tensor, chosen: Sequence[Optimizer] | None) -> None:
         """Judge a loss and the gradients of those that are `chosen` to step, if they are there to be looked at."""
         groups = [] if self._scaler else [group for each in chosen or () for group in each.param_groups]
-        squares = self.squares([p.grad for group in groups for p in group["params"] if p.grad is not None])
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         if not late.asynchronous(loss):
             scale = self._scaler.get_scale() if self._scaler else 0.0
-            self._judge(self.key, None, loss.item(), squares.item(), scale)
+            self._judge(self.key, None, loss.item(), self._squares(gradients), scale)
             return
         threshold = self._tests[self.key].threshold()
-        squares = squares.to(loss.device)
+        squares = total_of_squares(gradients, self._tables).to(loss.device)
         scale_now = loss.new_zeros(()) if self._scaler is None else self._scaler.scale(loss.new_ones(()))
         self._out.append((self.key, threshold, late.Late([loss, squares, scale_now])))
         if self._scaler is None and chosen is not None:
@@ -67,7 +68,7 @@ class Judge:
     def look_at_parameters(self, optimizer: Optimizer) -> None:
         """Judge what an update has made, if nothing was found before."""
         if self.found is None:
-            squares = self.squares([p for group in optimizer.param_groups for p in group["params"]]).item()
+            squares = self._squares([p.detach() for group in optimizer.param_groups for p in group["params"]])
             if not math.isfinite(squares):
                 self.found = Finding("gradient", squares, math.inf)
 
@@ -100,9 +101,10 @@ class Judge:
             test.load_state_dict(state["tests"][str(key)])
         self._scale, self._overflows = state["scale"], state["overflows"]
 
-    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The sum of squares of all of them."""
-        return total_of_squares(tensors, self._tables)
+    def _squares(self, tensors: Sequence[Tensor]) -> float:
+        """The sum of squares of all of them, on the host."""
+        found = self._totals(tensors) if tensors else None
+        return total_of_squares(tensors, self._tables).item() if found is None else float(found.sum())
 
     def _judge(self, key: int | None, threshold: float | None, loss: float, squares: float, scale: float) -> None:
         self.key = key
