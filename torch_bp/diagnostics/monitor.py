@@ -23,6 +23,7 @@ from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.reading_log import ReadingLog
 from torch_bp.diagnostics.recorder import signals
 from torch_bp.diagnostics.snapshot import Snapshot
+from torch_bp.diagnostics.told import Told
 from torch_bp.diagnostics.writers import Output
 
 _log = logging.getLogger(__name__)
@@ -57,15 +58,14 @@ class Monitor:
         self.epoch: int | None = None
         self._model, self._optimizer, self._output, self._cadence = model, optimizer, output, cadence
         self._losses, self._measurements, self._probe = losses, measurements, probe
-        self._scaler, self._reduce = options["scaler"], options["reduce"]
+        self._reduce = options["reduce"]
+        self._told = Told(losses, options["scaler"], self._reduce)
         self._mean = options["reduction"] == "mean"
         self._log = ReadingLog(output, options, self._safely)
         self._check: LiveCheck | None = options["check"]
         self._make: Callable[[], tuple[Measurements, Probe]] | None = options["anew"]
         self._detail = detail
         self._arrange()
-        self._latest: Tensor | None = None  # loss of the last step, if that was recorded
-        self._now: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         self._began, self._closed = clock(), False
         self._explicit = self._whole = False  # passes are those of a TrainStep; and so are updates
@@ -98,14 +98,12 @@ class Monitor:
     def clipped(self, total_norm: Any, max_norm: float) -> Any:
         """Note what `clip_grad_norm_` returned, and return it; `max_norm` is what it was given."""
         if self._recording:
-            norm = torch.as_tensor(total_norm, dtype=torch.float64).detach()
-            self._now["before"] = norm
-            self._now["clipped norm"] = norm.clamp(max=max_norm)
+            self._told.clipped(total_norm, max_norm)
         return total_norm
 
     def loss_after(self, loss: Any) -> None:
         """Note the loss of the last step's batch after the step: its achieved decrease is in the next reading."""
-        self._now["after"] = torch.as_tensor(loss).detach().double().mean()
+        self._told.loss_after(loss)
 
     def loss_of_check(self, loss_fn: nn.Module) -> None:
         """The module that computes the loss from what the model returns, for `check_every` alone, where `watch` was not
@@ -178,7 +176,7 @@ class Monitor:
         if heard and self._recording:
             self._losses.add(loss.clone())
             if loss_scale is not None:
-                self._now["scale"] = torch.as_tensor(loss_scale, dtype=torch.float64).detach().clone()
+                self._told.scaled(loss_scale)
             self._safely(measure, heard, self._probe, self._measurements, self._losses)
 
     def ran(self, model: nn.Module, args: tuple[Any, ...], targets: tuple[Any, ...], loss_fn: Any) -> None:
@@ -384,14 +382,12 @@ class Monitor:
 
     def _anew(self) -> None:
         """The last step was skipped: what it left is no part of this one."""
-        for name in ("carried", "before", "clipped norm", "scale"):
-            self._now.pop(name, None)
         self._measurements.begin()
-        self._losses.forget()
+        self._told.drop()
 
     def _backward_begins(self) -> None:
         if self.step and not self._explicit and (carried := self._parameters.carried(self._optimizer)) is not None:
-            self._now["carried"] = carried
+            self._told.carried(carried)
 
     def _safely(self, call: Callable[..., Any], *args: Any, what: str = _UNREAD, **keywords: Any) -> Any:
         """What a call returns; None if it has failed, which is said once, and no reason to stop a training."""
@@ -421,28 +417,7 @@ class Monitor:
         named = signals(measurements, self._reduce)
         if rows:
             named |= dict(zip(COLUMNS, sums))
-        labels, output = self._losses.labels, self._losses.output
-        loss, validation = self._losses.take()
-        carried = self._now.pop("carried", None)
-        carried = carried if self._parameters.added_to() else None
-        for name, value in (
-            ("loss", loss),
-            ("validation_loss", validation),
-            ("labels", labels),
-            ("output", output),
-            ("carried", carried),
-        ):
-            if value is not None:
-                named[name] = value
-        if self._reduce and loss is not None:
-            named["loss"] = _mean_of_processes(loss)
-        if (after := self._now.pop("after", None)) is not None and self._latest is not None:
-            named["achieved_decrease"] = self._latest.double() - after
-        self._latest = named.get("loss")
-        if "scale" in self._now:
-            named["scale"] = self._now.pop("scale")
-        if self._scaler is not None and (scale := getattr(self._scaler, "_scale", None)) is not None:
-            named["scale"] = scale
+        named |= self._told.take(self._parameters.added_to())
         facts: dict[str, Any] = {
             "rows": rows,
             "refused": refused or None,
@@ -464,8 +439,6 @@ class Monitor:
         facts["examples"] = list(measurements.examples)
         facts["widths"] = dict(probe.widths)
         facts["seconds"], facts["share"] = self._cadence.seconds, self._cadence.share
-        if "before" in self._now:
-            named["before"], named["clipped norm"] = self._now.pop("before"), self._now.pop("clipped norm")
         if self._optimizer is not None:
             rates = [group["lr"] for group in self._optimizer.param_groups]
             if any(isinstance(rate, Tensor) for rate in rates):  # which may be on a device
@@ -480,9 +453,3 @@ class Monitor:
 def _structure(model: nn.Module) -> list[object]:
     """The modules of a model, and their parameters."""
     return [part for module in model.modules() for part in (module, *module._parameters.values())]
-
-
-def _mean_of_processes(loss: Tensor) -> Tensor:
-    loss = loss.double() / distributed.get_world_size()
-    distributed.all_reduce(loss)
-    return loss
