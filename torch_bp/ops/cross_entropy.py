@@ -324,6 +324,8 @@ def cross_entropy(
     if pairing.enabled:
         pairing.check("cross_entropy", input)
     code = reduction_code(size_average, reduce, reduction)
+    if not isinstance(input, torch.Tensor):  # torch's error
+        return torch._C._nn.cross_entropy_loss(input, target, weight, code, ignore_index, label_smoothing)
     label_smoothing = max(label_smoothing, 0.0)  # torch takes what is negative for none
     args: tuple[Any, ...]
     if isinstance(target, torch.Tensor) and target.is_floating_point() and input.shape == target.shape:

@@ -79,10 +79,10 @@ def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace:
         return handle_torch_function(dropout, (input,), input, p=p, training=training, inplace=inplace)
     if p < 0.0 or p > 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if not isinstance(input, torch.Tensor) or input.is_nested:  # torch's alone: its error, and ragged rows
+        return torch.nn.functional.dropout(input, p, training, inplace)
     if not training or p == 0 or not input.numel():
         return input
-    if input.is_nested:  # ragged rows are torch's alone
-        return torch.nn.functional.dropout(input, p, training, inplace)
     k = input.new_zeros(()) if p == 1 else torch.empty_like(input).bernoulli_(1 - p).div_(1 - p)
     result = Dropout.apply(input, k, p)
     return input.copy_(result) if inplace else result

@@ -142,8 +142,13 @@ def layer_norm(
     if has_torch_function_variadic(*tensors) and overridden():
         return handle_torch_function(layer_norm, tensors, input, normalized_shape, weight=weight, bias=bias, eps=eps)
     dims = len(normalized_shape) if isinstance(normalized_shape, Sequence) else 0
-    # torch's alone: ragged rows, and its error about a shape
-    if not dims or input.is_nested or tuple(input.shape[-dims:]) != tuple(normalized_shape):
+    # torch's alone: ragged rows, and its errors about what is no tensor and about a shape
+    if (
+        not dims
+        or not isinstance(input, torch.Tensor)
+        or input.is_nested
+        or tuple(input.shape[-dims:]) != tuple(normalized_shape)
+    ):
         return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
     if input.is_cuda and under_autocast(input):  # on the CPU torch leaves the dtype as it is
         return cast_apply(LayerNorm, torch.float32, input, weight, bias, dims, eps)[0]
