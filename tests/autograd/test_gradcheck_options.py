@@ -1,6 +1,7 @@
 """Every option of torch's `gradcheck` and `gradgradcheck` works: what is right passes, and each finds its fault."""
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -23,6 +24,17 @@ def fails(check, *arguments, **options):
 )
 def test_all_arguments_of_torch_are_taken(ours, theirs):
     assert inspect.signature(theirs).parameters.keys() <= inspect.signature(ours).parameters.keys()
+
+
+@pytest.mark.parametrize("func", [lambda x: x / 0, lambda x: x * x.detach()], ids=["no finite output", "wrong"])
+def test_a_report_is_json(func):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    report = gradcheck(func, draw(3), raise_exception=False)
+    found = json.loads(json.dumps(report.to_dict()), parse_constant=refuse)
+    assert not found["passed"]
+    assert repr(float(found["eps"])) == repr(report.eps)
 
 
 # Forward mode
@@ -85,6 +97,13 @@ def test_batched_gradients():
     by_value = function(SQUARE, lambda dy, x: 2 * x * dy * (1 if dy.sum() > -1e9 else 2))
     assert "under vmap" in fails(gradcheck, by_value, draw(3), check_batched_grad=True)
     assert gradcheck(by_value, draw(3))
+
+
+def test_batched_gradients_in_single_precision_differ_by_rounding():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(512, 256), torch.nn.Tanh(), torch.nn.Linear(256, 10))
+    both = {"check_batched_grad": True, "check_batched_forward_grad": True}
+    assert gradcheck(model, draw(16, 512, dtype=torch.float32), precise=False, **both)
 
 
 def test_batched_forward_mode():
