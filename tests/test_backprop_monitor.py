@@ -143,6 +143,12 @@ def test_manual_optimization_and_several_optimizers():
     assert reading.loss > 0
 
 
+@pytest.mark.parametrize("which", [1, -1, "first"])
+def test_an_optimizer_that_is_not_there(which):
+    with pytest.raises(ValueError, match="optimizer must be one of the 1 of the module, 0 to 0, got"):
+        trainer(BackpropMonitor(optimizer=which, **ALWAYS), max_epochs=1).fit(module(), DATA, DATA)
+
+
 def test_a_checkpoint_takes_it_along(tmp_path):
     first, callback = module(), BackpropMonitor("full", **ALWAYS)
     fit = trainer(callback, max_epochs=1)
