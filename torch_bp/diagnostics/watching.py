@@ -141,7 +141,6 @@ def watch(
     if reduce and not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError("watch: reduce must be False where torch.distributed is not initialised, got True.")
     measured = layers_of(model, layers)
-    whole = model
     is_compiled = compiled(model)
     leads = not reduce or distributed.get_rank() == 0
     destination = open_output(output if leads else None, dict(tags or {}))
@@ -165,8 +164,8 @@ def watch(
     options["check"] = check
 
     def anew() -> tuple[Measurements, Probe]:
-        found = Measurements(layers_of(whole, layers), detail, device_of(whole))
-        return found, EagerProbe(whole, found)
+        found = Measurements(layers_of(model, layers), detail, device_of(model))
+        return found, EagerProbe(model, found)
 
     options["anew"] = None if is_compiled else anew
     options |= {"on_reading": on_reading, "diagnose": diagnose, "silent": silent or not leads}
@@ -217,7 +216,8 @@ def _check(
         if value is None and name == "write_every":
             continue
         _check_whole(name, value)
-    if budget is not None and not (isinstance(budget, int | float) and 0 < budget <= 1):
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if budget is not None and not (number and 0 < budget <= 1):
         raise ValueError(
             f"watch: budget must be in (0, 1], a share of the time, got {budget!r}. None sets no limit, 0.02 is 2 %."
         )
