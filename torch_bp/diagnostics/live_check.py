@@ -22,7 +22,7 @@ from torch_bp.autograd import directional_check
 from torch_bp.diagnostics.hook import Hook
 from torch_bp.diagnostics.replica import same_random_numbers
 
-_log = logging.getLogger("torch_bp")
+_logger = logging.getLogger("torch_bp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class LiveCheck:
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            _log.warning("watch: no gradient check was made: %s.", reason.rstrip("."))
+            _logger.warning("watch: no gradient check was made: %s.", reason.rstrip("."))
 
     def _forget(self) -> None:
         self._call = self._loss = None

@@ -26,7 +26,7 @@ from torch_bp.diagnostics.snapshot import Snapshot
 from torch_bp.diagnostics.told import Told
 from torch_bp.diagnostics.writers import Output
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _UNREAD = "a reading could not be made"
 
 
@@ -400,7 +400,7 @@ class Monitor:
     def _failed(self, error: Exception, what: str = _UNREAD) -> None:
         if what not in self._said:
             self._said.add(what)
-            _log.warning(
+            _logger.warning(
                 "watch: at step %d %s; training goes on, and further ones are tried. %s: %s",
                 self.step,
                 what,

@@ -22,7 +22,7 @@ from torch_bp.diagnostics.probe import CompiledProbe, EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.writers import open_output
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 Level = Literal["summary", "layers", "full"]
 _LEVELS: dict[str, Detail] = {
     "summary": Detail(),
@@ -145,7 +145,7 @@ def watch(
     leads = not reduce or distributed.get_rank() == 0
     destination = open_output(output if leads else None, dict(tags or {}))
     if is_compiled and detail != Detail():
-        _log.warning(
+        _logger.warning(
             "watch: of a compiled model norms, moments and what is not finite are measured, as at level 'summary', got "
             "level %r. Watch a model that is not compiled for more, or say level='summary'.",
             level,
