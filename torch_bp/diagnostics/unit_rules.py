@@ -35,7 +35,7 @@ def dead_units(history: History, limit: Thresholds) -> Iterator[Finding]:
         cause = f"{layer.dead_units} of {layer.units} units are dead{killed or _blame(layer)}"
         if killed:
             cure, action = lower(history), "lr*0.1"
-        elif history.span < 5:
+        elif history.early:
             cure, action = INIT, "init"
         elif layer.activation == "ReLU":
             cure, action = "use nn.LeakyReLU(0.01) instead of nn.ReLU(), eq. 15", "activation"
@@ -83,7 +83,7 @@ def saturation(history: History, limit: Thresholds) -> Iterator[Finding]:
         size = math.hypot(now.input.mean, now.input.std) if now.input is not None else 0.0
         if first and size > limit.input_high:
             cure, action, why = "standardize the input: x = (x - x.mean(0)) / x.std(0)", "standardize", "its input"
-        elif history.span < 5:
+        elif history.early:
             cure, action, why = INIT, "init", "its weights"
         else:
             cure, action, why = "a learning rate 10 times lower", "lr*0.1", "large updates of its weights"
