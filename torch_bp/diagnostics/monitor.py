@@ -21,8 +21,8 @@ from torch_bp.diagnostics.parameters import COLUMNS, ParameterSums, measures_its
 from torch_bp.diagnostics.probe import EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.reading_log import ReadingLog
+from torch_bp.diagnostics.record import Record
 from torch_bp.diagnostics.recorder import signals
-from torch_bp.diagnostics.snapshot import Snapshot
 from torch_bp.diagnostics.told import Told
 from torch_bp.diagnostics.writers import Output
 
@@ -445,9 +445,9 @@ class Monitor:
                 named["lr"] = torch.stack([torch.as_tensor(rate, dtype=torch.float64).reshape(()) for rate in rates])
             else:
                 facts["lr"] = tuple(map(float, rates))
-        snapshot = Snapshot(self.step, facts)
-        snapshot.take(named)
-        self._log.add(snapshot)
+        record = Record(self.step, facts)
+        record.take(named)
+        self._log.add(record)
 
 
 def _structure(model: nn.Module) -> list[object]:
