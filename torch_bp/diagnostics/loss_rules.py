@@ -23,7 +23,12 @@ def initial_loss(history: History, limit: Thresholds) -> Iterator[Finding]:
         cause = f"the first loss is {loss:.3g}, that of chance log({number}) = {math.log(number):.3g}"
         name = list(history.now.layers)[-1]
         yield Finding(
-            *("bad initialization", name, history.now.step, excess, limit.initial_loss, f"{cause}: outputs too large"),
+            "bad initialization",
+            name,
+            history.now.step,
+            excess,
+            limit.initial_loss,
+            f"{cause}: outputs too large",
             "torch_bp.nn.init.auto_(model)",
             action="init",
         )
@@ -40,7 +45,7 @@ def not_falling(history: History, limit: Thresholds) -> Iterator[Finding]:
     cause = f"in {history.span} steps the loss fell by {decrease:.1%}"
     cure = "a rate found by torch-bp lr-find CONFIG; check too that inputs belong to their targets"
     yield Finding(
-        *("loss does not fall", "", history.now.step, decrease, limit.stuck_decrease, cause, cure), action="lr*10"
+        "loss does not fall", "", history.now.step, decrease, limit.stuck_decrease, cause, cure, action="lr*10"
     )
 
 

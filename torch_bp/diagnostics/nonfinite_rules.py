@@ -59,7 +59,14 @@ def nonfinite(history: History, limit: Thresholds) -> Iterator[Finding]:
         )
     count = float(origin.found.nan + origin.found.inf) if origin.found is not None else 1.0
     yield Finding(
-        *("NaN or Inf", origin.layer, run[0].step, count, 0.0, cause, cure, "info" if skipped else "error"),
+        "NaN or Inf",
+        origin.layer,
+        run[0].step,
+        count,
+        0.0,
+        cause,
+        cure,
+        "info" if skipped else "error",
         last_step=history.now.step,
         action=action,
     )

@@ -32,7 +32,13 @@ def rate_too_high(history: History, limit: Thresholds) -> Iterator[Finding]:
         return
     cause = f"one step changes layer {name} by {ratio:.0%} of its weights{', and the loss rises' if risen else ''}"
     yield Finding(
-        *("rate too high", "", history.now.step, ratio, threshold, cause, lower(history)),
+        "rate too high",
+        "",
+        history.now.step,
+        ratio,
+        threshold,
+        cause,
+        lower(history),
         severity="error" if risen else "warning",
         action="lr*0.1",
     )
@@ -56,7 +62,12 @@ def rate_too_low(history: History, limit: Thresholds) -> Iterator[Finding]:
     if rates[-1] == 0:
         cause = "the learning rate is 0"
     yield Finding(
-        *("rate too low", "", history.now.step, max(ratios), limit.update_ratio_low, cause),
+        "rate too low",
+        "",
+        history.now.step,
+        max(ratios),
+        limit.update_ratio_low,
+        cause,
         f"a learning rate 10 times higher: lr={10 * rates[-1]:g}" if rates[-1] else "set lr, such as lr=1e-3",
         action="lr*10" if rates[-1] else "",
     )
@@ -74,7 +85,13 @@ def divergence(history: History, limit: Thresholds) -> Iterator[Finding]:
     latest = losses[-1]
     cause = f"the loss has risen from {first:.3g} to {latest:.3g}"
     yield Finding(
-        *("divergence", "", history.now.step, latest / first, limit.divergence, cause, lower(history)),
+        "divergence",
+        "",
+        history.now.step,
+        latest / first,
+        limit.divergence,
+        cause,
+        lower(history),
         severity="error",
         action="lr*0.1",
     )

@@ -73,6 +73,9 @@ class Verdicts:
             _logger.warning(
                 "diagnosis: the rule %s has failed at step %d and finds nothing there; training and the other rules go "
                 "on. %s: %s",
-                *(rule, self._step, type(error).__name__, error),
+                rule,
+                self._step,
+                type(error).__name__,
+                error,
                 exc_info=error,
             )
