@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import History
+from torch_bp.diagnostics.remedy import INIT
 from torch_bp.diagnostics.thresholds import Thresholds
 
 
@@ -70,7 +71,7 @@ def zero_gradient(history: History, limit: Thresholds) -> Iterator[Finding]:
             0.0,
             0.0,
             cause,
-            "torch_bp.nn.init.auto_(model)",
+            INIT,
             action="init",
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import History, classes, update_ratios
+from torch_bp.diagnostics.remedy import INIT
 from torch_bp.diagnostics.thresholds import Thresholds
 
 NOISE = 0.2  # by which the least of many losses of batches may lie below their mean
@@ -29,7 +30,7 @@ def initial_loss(history: History, limit: Thresholds) -> Iterator[Finding]:
             excess,
             limit.initial_loss,
             f"{cause}: outputs too large",
-            "torch_bp.nn.init.auto_(model)",
+            INIT,
             action="init",
         )
 

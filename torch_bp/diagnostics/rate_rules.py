@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import History, update_ratios
+from torch_bp.diagnostics.remedy import lower_rate
 from torch_bp.diagnostics.thresholds import Thresholds
 
 BEYOND = 5.0  # times too high: one step replaces what was there
@@ -38,7 +39,7 @@ def rate_too_high(history: History, limit: Thresholds) -> Iterator[Finding]:
         ratio,
         threshold,
         cause,
-        lower(history),
+        lower_rate(history),
         severity="error" if risen else "warning",
         action="lr*0.1",
     )
@@ -91,7 +92,7 @@ def divergence(history: History, limit: Thresholds) -> Iterator[Finding]:
         latest / first,
         limit.divergence,
         cause,
-        lower(history),
+        lower_rate(history),
         severity="error",
         action="lr*0.1",
     )
@@ -109,9 +110,3 @@ def clipped_always(history: History, limit: Thresholds) -> Iterator[Finding]:
         cure += f" to {2 * statistics.median(norms):.2g}, twice the usual norm"
     cause = f"{now.clip_rate:.0%} of all steps were clipped"
     yield Finding("always clipped", "", now.step, now.clip_rate, limit.clip_rate, cause, cure)
-
-
-def lower(history: History) -> str:
-    """The cure for steps that are too large."""
-    rate = max(history.now.lr, default=0.0)
-    return f"a learning rate 10 times lower: lr={rate / 10:g}" if rate else "a learning rate 10 times lower"

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import SATURATING, UNFOLDING, History, hidden, signals, unfolding
 from torch_bp.diagnostics.reading import LayerReading, Reading
+from torch_bp.diagnostics.remedy import INIT
 from torch_bp.diagnostics.thresholds import Thresholds
 
-INIT = "torch_bp.nn.init.auto_(model)"
 BYPASS = 10.0  # a signal of the first layer that is larger has not come through the layers where it is least
 
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import SATURATING, History, hidden, unfolding, update_ratios
-from torch_bp.diagnostics.rate_rules import lower
 from torch_bp.diagnostics.reading import LayerReading
-from torch_bp.diagnostics.signal_rules import INIT
+from torch_bp.diagnostics.remedy import INIT, lower_rate
 from torch_bp.diagnostics.thresholds import Thresholds
 
 FEW = 16  # examples among which a unit may be inactive by chance
@@ -34,7 +33,7 @@ def dead_units(history: History, limit: Thresholds) -> Iterator[Finding]:
         killed = _killed(history, layer.name, limit.dead)
         cause = f"{layer.dead_units} of {layer.units} units are dead{killed or _blame(layer)}"
         if killed:
-            cure, action = lower(history), "lr*0.1"
+            cure, action = lower_rate(history), "lr*0.1"
         elif history.early:
             cure, action = INIT, "init"
         elif layer.activation == "ReLU":
