@@ -12,6 +12,7 @@ from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.record import Record
 from torch_bp.diagnostics.verdicts import Verdicts
+from torch_bp.diagnostics.watch_options import WatchOptions
 from torch_bp.diagnostics.writers import Output
 
 _logger = logging.getLogger(__name__)
@@ -31,15 +32,12 @@ class ReadingLog:
 
     assembly: Assembly
 
-    def __init__(self, output: Output, options: Mapping[str, Any], safely: Callable[..., Any]) -> None:
+    def __init__(self, output: Output, options: WatchOptions, safely: Callable[..., Any]) -> None:
         self._output, self._safely = output, safely
-        self._write_every: int | None = options["write_every"]
-        self._on_reading: Callable[[Reading], None] | None = options["on_reading"]
-        self._verdicts: Verdicts | None = None
-        if options["diagnose"]:
-            self._verdicts = Verdicts(output.text, silent=options["silent"])
+        self._write_every, self._on_reading = options.write_every, options.on_reading
+        self._verdicts = Verdicts(output.text, silent=options.silent) if options.diagnose else None
         self._waiting: deque[Record] = deque()
-        self._kept: deque[Record | Reading] = deque(maxlen=options["keep"])
+        self._kept: deque[Record | Reading] = deque(maxlen=options.keep)
         self._deaf = False  # nothing is heard
 
     @property

@@ -20,6 +20,7 @@ from torch_bp.diagnostics.measurements import Detail, Measurements
 from torch_bp.diagnostics.monitor import Monitor
 from torch_bp.diagnostics.probe import CompiledProbe, EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
+from torch_bp.diagnostics.watch_options import WatchOptions
 from torch_bp.diagnostics.writers import open_output
 
 _logger = logging.getLogger(__name__)
@@ -153,24 +154,26 @@ def watch(
     measurements = Measurements(measured, detail, device_of(model))
     probe: Probe = (CompiledProbe if is_compiled else EagerProbe)(model, measurements)
     losses = Losses(loss_fn, labels=detail.units)
-    options: dict[str, Any] = {
-        "scaler": scaler,
-        "reduce": reduce,
-        "reduction": reduction,
-        "write_every": write_every,
-        "keep": keep,
-    }
-    check = None if check_every is None else LiveCheck(getattr(model, "module", model), check_every, loss_fn)
-    options["check"] = check
+    inner = model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
+    check = LiveCheck(inner, check_every, loss_fn)
 
     def anew() -> tuple[Measurements, Probe]:
         found = Measurements(layers_of(model, layers), detail, device_of(model))
         return found, EagerProbe(model, found)
 
-    options["anew"] = None if is_compiled else anew
-    options |= {"on_reading": on_reading, "diagnose": diagnose, "silent": silent or not leads}
+    options = WatchOptions(
+        scaler=scaler,
+        reduction=reduction,
+        reduce=reduce,
+        write_every=write_every,
+        keep=keep,
+        on_reading=on_reading,
+        diagnose=diagnose,
+        silent=silent or not leads,
+    )
     cadence = Cadence(every, None if is_compiled or reduce else budget)
-    monitor = Monitor(model, stepping, destination, detail, cadence, losses, measurements, probe, options)
+    parts = (destination, detail, cadence, losses, measurements, probe, check, None if is_compiled else anew)
+    monitor = Monitor(model, stepping, *parts, options)
     if step is not None:
         step.watch = monitor
     return monitor
