@@ -107,13 +107,15 @@ def test_a_part_of_the_name_module_is_not_the_model():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.module = nn.Linear(6, 3)
+            self.module = nn.Sequential(nn.Linear(6, 3))
 
         def forward(self, x):
             return 2 * self.module(x)
 
     monitor = run(Twice(), check_every=2, steps=1)
-    assert set(monitor.readings[0].gradient_errors) == {"loss", "module"}
+    reading = monitor.readings[0]
+    assert set(reading.gradient_errors) == {"loss", "module.0"}
+    assert list(reading.layers) == ["module.0"]
 
 
 def test_a_wrong_backward_is_found_where_it_is(tmp_path):

@@ -13,7 +13,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_bp.diagnostics.cadence import Cadence
-from torch_bp.diagnostics.layer import Which, compiled, device_of, layers_of
+from torch_bp.diagnostics.layer import Which, compiled, device_of, layers_of, unwrapped
 from torch_bp.diagnostics.live_check import LiveCheck
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
@@ -154,8 +154,7 @@ def watch(
     measurements = Measurements(measured, detail, device_of(model))
     probe: Probe = (CompiledProbe if is_compiled else EagerProbe)(model, measurements)
     losses = Losses(loss_fn, labels=detail.units)
-    inner = model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
-    check = LiveCheck(inner, check_every, loss_fn)
+    check = LiveCheck(unwrapped(model), check_every, loss_fn)
 
     def anew() -> tuple[Measurements, Probe]:
         found = Measurements(layers_of(model, layers), detail, device_of(model))
