@@ -143,6 +143,15 @@ def test_complex_numbers():
     assert "(imaginary part)" in fails(gradcheck, real_part, z)
 
 
+@pytest.mark.parametrize("ours", [gradcheck, gradgradcheck], ids=lambda check: check.__name__)
+def test_torch_gets_all_options_of_a_sparse_check(ours, monkeypatch):
+    theirs, given = getattr(torch.autograd, ours.__name__), {}
+    monkeypatch.setattr(torch.autograd, ours.__name__, lambda *_, **options: given.update(options))
+    ours(torch.sparse.mm, (draw(3, 3).detach().to_sparse().requires_grad_(), draw(3, 2)))
+    known = inspect.signature(theirs).parameters.keys()
+    assert given.keys() == known - {"func", "inputs", "grad_outputs", "raise_exception"}
+
+
 def test_sparse_tensors_are_checked_by_torch():
     dense = torch.eye(3, dtype=torch.float64)
     sparse = dense.to_sparse().requires_grad_()
