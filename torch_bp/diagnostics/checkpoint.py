@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_bp.diagnostics.finding import Finding, gravest_first
-from torch_bp.diagnostics.remedy import INIT
+from torch_bp.diagnostics.remedy import EARLIER_CHECKPOINT, INIT
 
 _MODELS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights")
 _OPTIMIZERS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optim", "optimizers")
@@ -120,8 +120,7 @@ def _of_weight(name: str, weight: Tensor, checkpoint: Checkpoint) -> Iterator[Fi
     weight = weight.detach().float()
     if bad := int((~weight.isfinite()).sum()):
         cause = f"{bad} of {weight.numel()} values of {name} are NaN or infinite"
-        cure = "go back to a checkpoint before it, with a learning rate 10 times lower"
-        yield Finding("NaN or Inf", layer, checkpoint.step, float(bad), 0.0, cause, cure, "error")
+        yield Finding("NaN or Inf", layer, checkpoint.step, float(bad), 0.0, cause, EARLIER_CHECKPOINT, "error")
     elif part == "weight" and weight.dim() > 1 and not any(word in name for word in _EMBEDDINGS):
         yield from _of_matrix(layer, weight.flatten(1), checkpoint)
 

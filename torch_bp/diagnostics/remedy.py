@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch_bp.diagnostics.history import History
 
 INIT = "torch_bp.nn.init.auto_(model)"
+EARLIER_CHECKPOINT = "go back to a checkpoint before it, with a learning rate 10 times lower"
 
 
 def lower_rate(history: History) -> str:

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from torch_bp.diagnostics.picture import heat_map
-from torch_bp.diagnostics.reading import Histogram, LayerReading, Reading
+from torch_bp.diagnostics.reading import Histogram, Reading
 from torch_bp.diagnostics.reading_file import READINGS, JsonLines
+from torch_bp.diagnostics.tags import OF_LAYER, OF_RUN
 
 MOST = 100  # scalars of a run
 _PICTURE_EVERY = 20  # readings
@@ -35,12 +36,6 @@ _PICTURES = {  # by tag: which numbers, and what they are
 _COLUMNS = 1600  # of a picture; then every second one is dropped
 _logger = logging.getLogger(__name__)
 
-_OF_LAYERS: dict[str, Callable[[LayerReading], float | None]] = {
-    "delta": lambda layer: layer.signal_norm,
-    "update_ratio": lambda layer: layer.update_ratio,
-    "weight": lambda layer: layer.weight_norm,
-    "dead": lambda layer: layer.dead_units,
-}
 _BASE = 16  # scalars that are not of layers, at most
 _LAYOUT = {
     "training": {
@@ -129,23 +124,15 @@ class Scalars:
 
     def _scalars(self, reading: Reading) -> list[tuple[str, float]]:
         layers = list(reading.layers.values())
-        found: list[tuple[str, float | None]] = [
-            ("loss/train", reading.loss),
-            ("loss/val", reading.validation_loss),
-            ("grad/total", reading.grad_norm),
-            ("noise/scale", reading.noise_scale),
-            ("clip/rate", reading.clip_rate),
-            ("decrease/predicted", reading.predicted_decrease),
-            ("decrease/achieved", reading.achieved_decrease),
-        ]
+        found: list[tuple[str, float | None]] = [(tag, getattr(reading, field)) for tag, field in OF_RUN.items()]
         for what in ("forward", "backward", "weight"):
             counted = [getattr(layer, what) for layer in layers]
             found.append((f"nonfinite/{what}", sum(c.nan + c.inf for c in counted if c is not None)))
         found += [(f"lr/{number}", rate) for number, rate in enumerate(reading.lr[: _BASE - len(found)])]
         self._dying |= {name for name, layer in reading.layers.items() if layer.dead_units}
-        for family, value_of in _OF_LAYERS.items():
+        for family, field in OF_LAYER.items():
             names = [name for name in self._shown_layers(reading) if family != "dead" or name in self._dying]
-            found += [(f"{family}/{_shown(name)}", value_of(reading.layers[name])) for name in names]
+            found += [(f"{family}/{_shown(name)}", getattr(reading.layers[name], field)) for name in names]
         checked = [*self._shown_layers(reading), *(set(reading.gradient_errors) - set(reading.layers) - {"loss"})]
         found += [(f"gradcheck/{_shown(name)}", reading.gradient_errors.get(name)) for name in ("loss", *checked)]
         return [(tag, float(value)) for tag, value in found if value is not None]
@@ -153,7 +140,7 @@ class Scalars:
     def _shown_layers(self, reading: Reading) -> list[str]:
         if self._names is None:
             names = list(reading.layers)
-            families = len(_OF_LAYERS) + bool(reading.gradient_errors)
+            families = len(OF_LAYER) + bool(reading.gradient_errors)
             room = (MOST - _BASE) // families - bool(reading.gradient_errors)  # one more for the loss
             if len(names) > room:
                 names = [names[i] for i in np.linspace(0, len(names) - 1, room).round().astype(int)]
