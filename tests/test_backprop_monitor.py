@@ -1,5 +1,7 @@
 """The monitor as a callback, in fits of a few steps."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
+import torch_bp
 from torch_bp import nn, optim
 from torch_bp.diagnostics import read_readings
 from torch_bp.lightning import BackpropModule, BackpropMonitor
@@ -141,6 +144,20 @@ def test_manual_optimization_and_several_optimizers():
     assert reading.layers["one"].update_norm is None
     assert reading.layers["one"].signal_norm > 0
     assert reading.loss > 0
+
+
+def test_defaults_are_those_of_watch():
+    watched = inspect.signature(torch_bp.watch).parameters
+    ours = inspect.signature(BackpropMonitor).parameters
+    shared = ours.keys() & watched.keys() - {"optimizer"}
+    assert ours.keys() - shared == {"optimizer", "validation_loss"}
+    assert {name: ours[name].default for name in shared} == {name: watched[name].default for name in shared}
+
+
+@pytest.mark.parametrize("which", [1, -1, "first"])
+def test_an_optimizer_that_is_not_there(which):
+    with pytest.raises(ValueError, match="optimizer must be one of the 1 of the module, 0 to 0, got"):
+        trainer(BackpropMonitor(optimizer=which, **ALWAYS), max_epochs=1).fit(module(), DATA, DATA)
 
 
 def test_a_checkpoint_takes_it_along(tmp_path):

@@ -12,6 +12,7 @@ import torch_bp
 from tests.faults.faults import FAULTS
 from torch_bp.cure import CURES
 from torch_bp.diagnostics import Finding
+from torch_bp.diagnostics.history import SATURATING
 
 # A fault of the suite, and the action of its cure.
 CURABLE = {
@@ -122,6 +123,16 @@ def test_what_cannot_be_tried_says_so():
     assert "no activation of it" in trial.reason
 
 
+def test_activations_that_rules_call_saturating_are_exchanged():
+    batches = [(torch.randn(8, 4), torch.randn(8, 1))]
+    finding = Finding("x", "", 0, 0, 0, "", "", action="activation")
+    for name in SATURATING:
+        model = nn.Sequential(nn.Linear(4, 4), getattr(nn, name)(), nn.Linear(4, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        trial = torch_bp.try_cure(model, nn.MSELoss(), optimizer, batches, finding, steps=1)
+        assert trial.tried.startswith(f"{name} replaced by ReLU")
+
+
 def test_a_watched_and_a_compiled_model_can_be_copied():
     model, loss, optimizer, batches, finding = started("exploding: large weights")
     with torch_bp.watch(model, optimizer, loss_fn=loss, every=1, budget=None) as monitor:
@@ -137,9 +148,10 @@ def test_a_watched_and_a_compiled_model_can_be_copied():
         ("optimizer", None, TypeError, "optimizer must be a torch.optim.Optimizer, got NoneType"),
         ("finding", "dead", TypeError, "finding must be a Finding"),
         ("finding", Finding("x", "", 0, 0, 0, "", "", action="pray"), ValueError, "action must be one of lr"),
-        ("batches", [], ValueError, "batches must be a list of pairs"),
+        ("batches", [], ValueError, "batches must be a list of pairs .*, got an empty one"),
+        ("batches", 3, ValueError, "got int"),
         ("batches", [torch.ones(3)], ValueError, "batches must be a list of pairs"),
-        ("batches", [((1, 2), 3)], TypeError, "inputs of batches must be tensors"),
+        ("batches", [((1, 2), 3)], TypeError, "inputs of batches must be tensors, got tuple"),
         ("steps", 0, ValueError, "steps must be a whole number of 1 or more, got 0"),
         ("steps", True, ValueError, "steps must be a whole number"),
     ],

@@ -1,5 +1,6 @@
 """The guard in fits: automatic and manual, both engines of BackpropModule, a scaler, accumulation, checkpoints."""
 
+import inspect
 import math
 
 import pytest
@@ -196,6 +197,14 @@ def test_checkpoints_carry_it(tmp_path):
         ends.append([[(e.step, e.reason, e.factor) for e in guard.events], guard.guard.steps, lr])
     assert ends[0] == ends[1]
     assert [e[0] for e in ends[0][0]] == [6, 22]
+
+
+def test_arguments_are_those_of_the_plain_guard():
+    plain = inspect.signature(torch_bp.DivergenceGuard).parameters
+    taken = {name: each.default for name, each in plain.items() if name not in ("model", "optimizer", "scheduler")}
+    del taken["scaler"]  # of the Trainer, as these
+    ours = {name: each.default for name, each in inspect.signature(DivergenceGuard).parameters.items()}
+    assert ours == taken
 
 
 def test_bad_arguments():

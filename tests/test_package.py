@@ -30,7 +30,7 @@ ROOMS = {
     "chart": set(),
     "config": set(),
 }
-EVERYONE = {"_mirror", "_version"}
+EVERYONE = {"_json", "_mirror", "_version"}
 ONLY_IN = {
     "numba": "kernels/",
     "triton": "kernels/",

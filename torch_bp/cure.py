@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_bp._json import plain
 from torch_bp.diagnostics import Finding, Reading, watch
+from torch_bp.diagnostics.history import SATURATING
 from torch_bp.diagnostics.replica import replica, same_random_numbers
 
 Batches = Sequence[tuple[Tensor, Any]]
-_SATURATING = (nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Softsign, nn.LogSigmoid)
+_SATURATING: tuple[type[nn.Module], ...] = tuple(getattr(nn, name) for name in SATURATING)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class Trial:
 
     @property
     def cured(self) -> bool:
-        """True if the finding is gone, no graver one has come, and the last loss is finite and not above the other."""
+        """True if the finding is gone, there is no error, and the loss ends finite, and no higher than without the cure
+        or, where it is another loss by now, than it began.
+        """
         if self.before is None or self.after is None or self.values[1] is not None:
             return False
         if any(found.severity == "error" for found in self.after.findings):
@@ -70,16 +74,17 @@ class Trial:
         """Plain values, for JSON; numbers that JSON does not know as the text that `float` reads."""
         courses = {"before": self.before, "after": self.after}
         values = dict(zip(courses, self.values))
-        return {
+        content = {
             "kind": self.finding.kind,
             "layer": self.finding.layer,
             "action": self.finding.action,
             "tried": self.tried,
             "reason": self.reason,
             "cured": self.cured,
-            "losses": {name: [_plain(loss) for loss in course.losses] for name, course in courses.items() if course},
-            "values": {name: _plain(value) for name, value in values.items() if value is not None},
+            "losses": {name: course.losses for name, course in courses.items() if course},
+            "values": {name: value for name, value in values.items() if value is not None},
         }
+        return plain(content)
 
     def __str__(self) -> str:
         if self.before is None or self.after is None:
@@ -90,10 +95,6 @@ class Trial:
         lines += [f"  {'':8}{'loss':28}{self.finding.kind}", f"  {'before':8}{courses[0]:28}{was}"]
         lines += [f"  {'after':8}{courses[1]:28}{now}", f"  {'it helps' if self.cured else 'it does not help'}"]
         return "\n".join(lines)
-
-
-def _plain(number: float) -> float | str:
-    return number if math.isfinite(number) else str(number)
 
 
 @dataclass
@@ -167,13 +168,13 @@ def try_cure(
         return Trial(finding, reason=f"its cure is a change of the code: {finding.cure}")
     zeroed = finding.kind != "gradient not zeroed"
     with same_random_numbers(model, seed=0):
-        course = _copied(model, loss_fn, optimizer, batches, zeroed).course(steps)
+        before = _copied(model, loss_fn, optimizer, batches, zeroed).course(steps)
     with same_random_numbers(model, seed=0):
-        after = _copied(model, loss_fn, optimizer, batches, zeroed)
-        tried, reason = CURES[finding.action](after)
+        run = _copied(model, loss_fn, optimizer, batches, zeroed)
+        tried, reason = CURES[finding.action](run)
         if reason:
             return Trial(finding, reason=reason)
-        return Trial(finding, tried, before=course, after=after.course(steps))
+        return Trial(finding, tried, before=before, after=run.course(steps))
 
 
 def _copied(model: nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer, batches: Batches, zeroed: bool) -> _Run:
@@ -194,9 +195,15 @@ def _check(model: Any, optimizer: Any, batches: Any, finding: Any, steps: Any) -
         raise ValueError(f"try_cure: steps must be a whole number of 1 or more, got {steps!r}.")
     pairs = isinstance(batches, list | tuple) and all(isinstance(b, list | tuple) and len(b) == 2 for b in batches)
     if not pairs or not batches:
-        raise ValueError("try_cure: batches must be a list of pairs (input, target), got none. Keep a few of a loader.")
-    if not all(isinstance(inputs, Tensor) for inputs, _ in batches):
-        raise TypeError("try_cure: inputs of batches must be tensors, got others. Wrap a model that takes more.")
+        got = "an empty one" if isinstance(batches, list | tuple) and not batches else f"{type(batches).__name__}"
+        got += " of others" if batches and isinstance(batches, list | tuple) else ""
+        raise ValueError(
+            f"try_cure: batches must be a list of pairs (input, target), got {got}. Keep a few of a loader."
+        )
+    for inputs, _ in batches:
+        if not isinstance(inputs, Tensor):
+            got = type(inputs).__name__
+            raise TypeError(f"try_cure: inputs of batches must be tensors, got {got}. Wrap a model that takes more.")
 
 
 def _rate(factor: float) -> Callable[[_Run], tuple[str, str]]:

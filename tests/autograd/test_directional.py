@@ -143,5 +143,10 @@ def test_errors():
     x, _ = batch()
     with pytest.raises(ValueError, match="some parameter of the model must require grad"):
         directional_check(nn.Tanh(), nn.functional.mse_loss, x, x)
-    with pytest.raises(ValueError, match="must return one finite number"):
+    with pytest.raises(ValueError, match=r"must return one finite number, got shape \(64, 10\)"):
         directional_check(network(), lambda z: z, x)
+    with pytest.raises(ValueError, match="must return one finite number, got nan"):
+        directional_check(network(), lambda z: z.sum() * float("nan"), x)
+    for rtol in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="rtol must be positive and finite"):
+            directional_check(network(), lambda z: z.sum(), x, rtol=rtol)

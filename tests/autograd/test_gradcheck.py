@@ -524,6 +524,7 @@ ONES = torch.ones(2, dtype=torch.float64)
         (torch.sin, ONES, {"eps": 0}, "eps must be > 0, got 0"),
         (torch.sin, ONES, {"rtol": -1.0}, "rtol must be >= 0, got -1.0"),
         (torch.sin, ONES, {"atol": math.nan}, "atol must be >= 0, got nan"),
+        (torch.sin, ONES, {"nondet_tol": -1.0}, "nondet_tol must be >= 0, got -1.0"),
         (torch.sin, ONES, {"eps": 1e-20}, "eps must exceed the rounding of input 0, got 1e-20"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every option of torch's `gradcheck` and `gradgradcheck` works: what is right passes, and each finds its fault."""
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -23,6 +24,17 @@ def fails(check, *arguments, **options):
 )
 def test_all_arguments_of_torch_are_taken(ours, theirs):
     assert inspect.signature(theirs).parameters.keys() <= inspect.signature(ours).parameters.keys()
+
+
+@pytest.mark.parametrize("func", [lambda x: x / 0, lambda x: x * x.detach()], ids=["no finite output", "wrong"])
+def test_a_report_is_json(func):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    report = gradcheck(func, draw(3), raise_exception=False)
+    found = json.loads(json.dumps(report.to_dict()), parse_constant=refuse)
+    assert not found["passed"]
+    assert repr(float(found["eps"])) == repr(report.eps)
 
 
 # Forward mode
@@ -87,6 +99,13 @@ def test_batched_gradients():
     assert gradcheck(by_value, draw(3))
 
 
+def test_batched_gradients_in_single_precision_differ_by_rounding():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(512, 256), torch.nn.Tanh(), torch.nn.Linear(256, 10))
+    both = {"check_batched_grad": True, "check_batched_forward_grad": True}
+    assert gradcheck(model, draw(16, 512, dtype=torch.float32), precise=False, **both)
+
+
 def test_batched_forward_mode():
     class Exp(torch.autograd.Function):
         generate_vmap_rule = False
@@ -122,6 +141,15 @@ def test_complex_numbers():
         assert "input 0" in fails(gradcheck, unconjugated, z, full=full)
     real_part = function(SQUARE, lambda dy, z: (2 * z.conj() * dy).real + 0j)
     assert "(imaginary part)" in fails(gradcheck, real_part, z)
+
+
+@pytest.mark.parametrize("ours", [gradcheck, gradgradcheck], ids=lambda check: check.__name__)
+def test_torch_gets_all_options_of_a_sparse_check(ours, monkeypatch):
+    theirs, given = getattr(torch.autograd, ours.__name__), {}
+    monkeypatch.setattr(torch.autograd, ours.__name__, lambda *_, **options: given.update(options))
+    ours(torch.sparse.mm, (draw(3, 3).detach().to_sparse().requires_grad_(), draw(3, 2)))
+    known = inspect.signature(theirs).parameters.keys()
+    assert given.keys() == known - {"func", "inputs", "grad_outputs", "raise_exception"}
 
 
 def test_sparse_tensors_are_checked_by_torch():

@@ -103,6 +103,21 @@ def test_what_is_right_is_not_named(engine, tmp_path):
         assert shown == [(r.step, pytest.approx(r.gradient_errors[name])) for r in checked if name in r.gradient_errors]
 
 
+def test_a_part_of_the_name_module_is_not_the_model():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Sequential(nn.Linear(6, 3))
+
+        def forward(self, x):
+            return 2 * self.module(x)
+
+    monitor = run(Twice(), check_every=2, steps=1)
+    reading = monitor.readings[0]
+    assert set(reading.gradient_errors) == {"loss", "module.0"}
+    assert list(reading.layers) == ["module.0"]
+
+
 def test_a_wrong_backward_is_found_where_it_is(tmp_path):
     monitor = run(network(Wrong), check_every=2, output=tmp_path)
     found = next(each for each in monitor.findings if each.kind == "wrong gradient")

@@ -534,6 +534,7 @@ WRONG = {
     "write_every": (lambda m, o: watch(m, o, write_every=1.5), ValueError, "write_every must be"),
     "keep": (lambda m, o: watch(m, o, keep=0), ValueError, "keep must be"),
     "budget": (lambda m, o: watch(m, o, budget=2), ValueError, r"budget must be in \(0, 1\]"),
+    "budget of bool": (lambda m, o: watch(m, o, budget=True), ValueError, r"budget must be in \(0, 1\]"),
     "loss_fn": (lambda m, o: watch(m, o, loss_fn=len), TypeError, "loss_fn must be a torch.nn.Module"),
     "layers": (lambda m, o: watch(m, o, layers="nowhere"), ValueError, "layers must name at least one.*'0', '2', '4'"),
     "pattern": (lambda m, o: watch(m, o, layers="("), ValueError, "layers must be a regular expression"),

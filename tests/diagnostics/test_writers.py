@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, caplog):
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("length", [15, 100_000])
 def test_a_line_that_was_cut_off_is_written_over(tmp_path, monkeypatch, same, length):
-    from torch_bp.diagnostics.writers import JsonLines
+    from torch_bp.diagnostics.reading_file import JsonLines
 
     lines = JsonLines(tmp_path / "readings.jsonl")
     lines.write(Reading(0))

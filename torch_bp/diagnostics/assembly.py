@@ -14,13 +14,13 @@ from torch_bp.diagnostics.measurements import AFTER, BACKWARD, BEFORE, FORWARD, 
 from torch_bp.diagnostics.parameters import COLUMNS
 from torch_bp.diagnostics.quantities import mean_and_variance, noise
 from torch_bp.diagnostics.reading import Finiteness, Histogram, Labels, LayerReading, Reading, Spread
-from torch_bp.diagnostics.snapshot import Snapshot
+from torch_bp.diagnostics.record import Record
 
 SMOOTHING = 0.9  # of the two estimates whose ratio is the noise scale
 
 
 class Assembly:
-    """Makes readings of snapshots, in their order: the ledger of dead units and the noise scale remember.
+    """Makes readings of records, in their order: the ledger of dead units and the noise scale remember.
 
     Args:
         layers: of the model.
@@ -34,15 +34,15 @@ class Assembly:
         self._noise: tuple[float, float] | None = None
         self._clips = [0, 0]  # steps whose gradients were clipped, and all
 
-    def reading(self, snapshot: Snapshot, remember: bool = True) -> Reading:
-        """What the snapshot says; later ones hear nothing of it unless `remember`."""
+    def reading(self, record: Record, remember: bool = True) -> Reading:
+        """What the record says; later ones hear nothing of it unless `remember`."""
         if not remember:
             kept = dict(self.ledger.since), self._noise, list(self._clips)
             try:
-                return self.reading(snapshot)
+                return self.reading(record)
             finally:
                 self.ledger.since, self._noise, self._clips = kept
-        numbers, facts = snapshot.numbers(), snapshot.facts
+        numbers, facts = record.numbers(), record.facts
         scale = float(numbers["scale"]) if "scale" in numbers else 1.0
         columns = [numbers[name].tolist() for name in COLUMNS if name in numbers]
         columns += [[math.nan] * len(facts["rows"])] * (len(COLUMNS) - len(columns))
@@ -52,7 +52,7 @@ class Assembly:
         chain = [layer for layer in facts["order"] if layer.chained]
         following = dict(zip(map(id, chain), chain[1:]))
         layers = {
-            layer.name: self._layer(layer, following.get(id(layer)), signals, by_row, numbers, snapshot)
+            layer.name: self._layer(layer, following.get(id(layer)), signals, by_row, numbers, record)
             for layer in order
         }
         examples = numbers.get("examples")
@@ -62,7 +62,7 @@ class Assembly:
         product = [row[3] for row in by_row.values()]
         projected = sum(product) if product and not math.isnan(product[0]) else None
         return Reading(
-            step=snapshot.step,
+            step=record.step,
             loss=loss,
             grad_norm=_root(sum(grad)) if grad else None,
             grad_norm_before=_optional(numbers.get("before")),
@@ -72,7 +72,7 @@ class Assembly:
             input=signals.spread(KINDS * len(self.layers)),
             input_finite=signals.finiteness(KINDS * len(self.layers)),
             output=_output(numbers.get("output")),
-            carried=self._carried(snapshot.step, facts, numbers),
+            carried=self._carried(record.step, facts, numbers),
             per_example=spread,
             noise_scale=self._noise_scale(spread, by_row, facts, numbers),
             labels=_labels(numbers.get("labels")),
@@ -105,7 +105,7 @@ class Assembly:
         signals: _Signals,
         by_row: Mapping[int, Sequence[float]],
         numbers: Mapping[str, Tensor],
-        snapshot: Snapshot,
+        record: Record,
     ) -> LayerReading:
         first = KINDS * layer.index
         of_params = [by_row[row] for row in self._rows[layer.index] if row in by_row]
@@ -122,11 +122,11 @@ class Assembly:
             layer.name,
             layer.kind,
             activation=None if layer.activation is None else type(layer.activation).__name__,
-            units=snapshot.facts.get("widths", {}).get(layer.index),
+            units=record.facts.get("widths", {}).get(layer.index),
             grad_norm=norms[0],
             weight_norm=norms[1],
-            update_norm=(norms[2] if of_params else snapshot.facts["idle"]) if snapshot.facts["updated"] else None,
-            update_ratio=_ratio(norms[2], norms[1]) if snapshot.facts["updated"] else None,
+            update_norm=(norms[2] if of_params else record.facts["idle"]) if record.facts["updated"] else None,
+            update_ratio=_ratio(norms[2], norms[1]) if record.facts["updated"] else None,
             signal_norm=signal,
             signal_ratio=_ratio(signal, ahead),
             weight_factor=_ratio(after, ahead),
@@ -136,17 +136,17 @@ class Assembly:
             forward=signals.finiteness(first + FORWARD),
             backward=signals.finiteness(first + BACKWARD),
             weight=Finiteness(count, int(math.isnan(weights)), int(math.isinf(weights))) if of_params else None,
-            **self._units(layer, numbers, snapshot),
+            **self._units(layer, numbers, record),
             **self._histograms(layer, numbers),
-            per_example=_of_layer(layer, numbers, snapshot.facts, signals.scale),
+            per_example=_of_layer(layer, numbers, record.facts, signals.scale),
         )
 
-    def _units(self, layer: Layer, numbers: Mapping[str, Tensor], snapshot: Snapshot) -> dict[str, Any]:
+    def _units(self, layer: Layer, numbers: Mapping[str, Tensor], record: Record) -> dict[str, Any]:
         counts = numbers.get(f"units {layer.index}")
         examples = numbers.get(f"rows {layer.index}")
         if counts is None or examples is None or not float(examples):
             return {}
-        since = self.ledger.update(layer.name, snapshot.step, counts)
+        since = self.ledger.update(layer.name, record.step, counts)
         found: dict[str, Any] = {"dead_units": int((counts == 0).sum())}
         found["saturated"] = 1 - float(counts.mean()) / float(examples)
         causes = numbers.get(f"causes {layer.index}")

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections import deque
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _WINDOW = 20  # steps of each sort that are compared
 _ENOUGH = 3  # of each sort, for a first comparison
 _START = 3  # steps that are not compared: they compile and allocate
@@ -80,7 +80,7 @@ class Cadence:
             return
         if not self._said:
             self._said = True
-            _log.warning(
+            _logger.warning(
                 "watch: a recorded step takes %.3g times as long as others: records get rarer, towards one step in %d "
                 "instead of one in %d, to stay within %.3g %% of the time; budget=None records as told, a lower level "
                 "costs less.",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_bp.diagnostics.finding import Finding, gravest_first
+from torch_bp.diagnostics.remedy import EARLIER_CHECKPOINT, INIT
 
 _MODELS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights")
 _OPTIMIZERS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optim", "optimizers")
@@ -119,29 +120,28 @@ def _of_weight(name: str, weight: Tensor, checkpoint: Checkpoint) -> Iterator[Fi
     weight = weight.detach().float()
     if bad := int((~weight.isfinite()).sum()):
         cause = f"{bad} of {weight.numel()} values of {name} are NaN or infinite"
-        cure = "go back to a checkpoint before it, with a learning rate 10 times lower"
-        yield Finding("NaN or Inf", layer, checkpoint.step, float(bad), 0.0, cause, cure, "error")
+        yield Finding("NaN or Inf", layer, checkpoint.step, float(bad), 0.0, cause, EARLIER_CHECKPOINT, "error")
     elif part == "weight" and weight.dim() > 1 and not any(word in name for word in _EMBEDDINGS):
         yield from _of_matrix(layer, weight.flatten(1), checkpoint)
 
 
 def _of_matrix(layer: str, weight: Tensor, checkpoint: Checkpoint) -> Iterator[Finding]:
     """Of a linear map or a convolution: a row of weights a unit."""
-    step, init = checkpoint.step, "torch_bp.nn.init.auto_(model)"
+    step = checkpoint.step
     scale = float(weight.square().mean().sqrt()) * math.sqrt(weight.shape[1])
     if scale == 0:
         cause = "all weights are 0"
-        yield Finding("bad initialization", layer, step, 0.0, SCALE_LOW, cause, init, "error", action="init")
+        yield Finding("bad initialization", layer, step, 0.0, SCALE_LOW, cause, INIT, "error", action="init")
         return
     if len(weight) > 1 and bool((weight[1:] == weight[:1]).all()):
         cause = "all units have the same weights, so that they learn the same"
-        yield Finding("bad initialization", layer, step, 0.0, 0.0, cause, init, "error", action="init")
+        yield Finding("bad initialization", layer, step, 0.0, 0.0, cause, INIT, "error", action="init")
     elif not SCALE_LOW <= scale <= SCALE_HIGH:
         large = scale > SCALE_HIGH
         cause = f"a unit multiplies the scale of its input by {scale:.2g}: its weights are too "
         cause += "large" if large else "small"
         limit = SCALE_HIGH if large else SCALE_LOW
-        yield Finding("bad initialization", layer, step, scale, limit, cause, init, action="init")
+        yield Finding("bad initialization", layer, step, scale, limit, cause, INIT, action="init")
     bias = checkpoint.weights.get(f"{layer}.bias" if layer else "bias")
     norms = weight.norm(dim=1)
     dead = norms == 0
@@ -151,7 +151,7 @@ def _of_matrix(layer: str, weight: Tensor, checkpoint: Checkpoint) -> Iterator[F
     if share >= DEAD:
         cause = f"{int(dead.sum())} of {len(dead)} units have no weights, or a bias far below what these can lift: "
         cause += "before a rectifier they are dead"
-        yield Finding("dead units", layer, step, share, DEAD, cause, init, action="init")
+        yield Finding("dead units", layer, step, share, DEAD, cause, INIT, action="init")
 
 
 def _of_optimizer(state: Mapping[str, Any], step: int) -> Iterator[Finding]:
@@ -173,7 +173,7 @@ def _of_optimizer(state: Mapping[str, Any], step: int) -> Iterator[Finding]:
         squares = of.get("exp_avg_sq", of.get("square_avg"))
         if isinstance(squares, Tensor) and squares.numel() and not bool(squares.any()):
             cause = f"the gradients of {names.get(index, index)} have been 0 in all steps"
-            yield Finding("no gradient", _layer(names, index), step, 0.0, 0.0, cause, "torch_bp.nn.init.auto_(model)")
+            yield Finding("no gradient", _layer(names, index), step, 0.0, 0.0, cause, INIT)
     if held and (without := [index for index in names if index not in held]):
         shown = ", ".join(names[index] for index in without[:4])
         cause = f"{shown} never had a gradient: the loss does not depend on them"

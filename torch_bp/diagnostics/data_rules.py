@@ -63,7 +63,12 @@ def not_shuffled(history: History, limit: Thresholds) -> Iterator[Finding]:
         cause = f"labels of the batch change {changes:.0f} times from one to the next, not {expected:.0f} times: "
         cause += "the data is sorted"
     yield Finding(
-        *("data not shuffled", "", history.now.step, changes, least, cause),
+        "data not shuffled",
+        "",
+        history.now.step,
+        changes,
+        least,
+        cause,
         "DataLoader(dataset, batch_size, shuffle=True)",
         action="shuffle",
     )
@@ -97,15 +102,14 @@ def output_of_loss(history: History, limit: Thresholds) -> Iterator[Finding]:
     layer = last.name if last is not None else ""
     if sigmoid and loss_function in ("BCEWithLogitsLoss", "binary_cross_entropy_with_logits"):
         yield Finding(
-            *(
-                "sigmoid before its loss",
-                layer,
-                now.step,
-                2.0,
-                1.0,
-                "the loss applies the sigmoid again, eq. 5",
-            ),
-            *("leave the sigmoid out: nn.BCEWithLogitsLoss()(logits, target)", "error"),
+            "sigmoid before its loss",
+            layer,
+            now.step,
+            2.0,
+            1.0,
+            "the loss applies the sigmoid again, eq. 5",
+            "leave the sigmoid out: nn.BCEWithLogitsLoss()(logits, target)",
+            "error",
             action="no softmax",
         )
     if not probabilities or now.loss is None or number is None:
@@ -120,7 +124,14 @@ def output_of_loss(history: History, limit: Thresholds) -> Iterator[Finding]:
     else:
         return
     yield Finding(
-        *("softmax before its loss", layer, now.step, now.loss, _least(number), cause, cure, "error"),
+        "softmax before its loss",
+        layer,
+        now.step,
+        now.loss,
+        _least(number),
+        cause,
+        cure,
+        "error",
         action=action,
     )
 

@@ -70,9 +70,22 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
 _OF_MODEL = ("vanishing gradient", "exploding gradient", "bad initialization")
 # Each of these keeps a loss at that of chance.
 _EXPLAINS_CHANCE = (
-    *("NaN or Inf", "bad initialization", "dead units", "saturation", "vanishing gradient", "rate too low"),
-    *("rate too high", "divergence", "no gradient", "not in the optimizer", "data not shuffled"),
-    *("softmax before its loss", "gradient not zeroed", "unscaled input", "exploding gradient", "unused parameters"),
+    "NaN or Inf",
+    "bad initialization",
+    "dead units",
+    "saturation",
+    "vanishing gradient",
+    "rate too low",
+    "rate too high",
+    "divergence",
+    "no gradient",
+    "not in the optimizer",
+    "data not shuffled",
+    "softmax before its loss",
+    "gradient not zeroed",
+    "unscaled input",
+    "exploding gradient",
+    "unused parameters",
     "wrong gradient",
 )
 _CHANCE = ("labels unrelated to inputs", "loss does not fall")

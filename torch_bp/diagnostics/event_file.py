@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch_bp.diagnostics.reading import LayerReading, Reading
+from torch_bp.diagnostics.tags import LOSSES, OF_LAYER, OF_RUN, VALIDATIONS
 
 PATTERN = "events.out.tfevents.*"
-LOSSES = ("loss/train", "train_loss", "train/loss", "train_loss_step", "loss")
-VALIDATIONS = ("loss/val", "val_loss", "val/loss", "validation_loss", "loss/validation")
-_OF_RUN = {"grad/total": "grad_norm", "noise/scale": "noise_scale", "clip/rate": "clip_rate"}
-_OF_RUN |= {"decrease/predicted": "predicted_decrease", "decrease/achieved": "achieved_decrease"}
-_OF_LAYER = {"delta": "signal_norm", "update_ratio": "update_ratio", "weight": "weight_norm"}
+_OF_LAYER = {tag: field for tag, field in OF_LAYER.items() if tag != "dead"}  # which says nothing without the width
 
 
 def read_events(folder: str | Path) -> list[Reading]:
@@ -48,7 +45,7 @@ def read_events(folder: str | Path) -> list[Reading]:
 
 def _names(tags: list[str]) -> dict[str, str]:
     """The field of each tag of a run; of several names for one thing the first that is there."""
-    named = {tag: field for tag, field in _OF_RUN.items() if tag in tags}
+    named = {tag: field for tag, field in OF_RUN.items() if tag in tags}
     for choices, field in ((LOSSES, "loss"), (VALIDATIONS, "validation_loss")):
         named |= dict.fromkeys([tag for tag in choices if tag in tags][:1], field)
     return named

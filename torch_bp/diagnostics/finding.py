@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from torch_bp._json import plain
 
 SEVERITIES = ("info", "warning", "error")  # from a remark to a run that cannot succeed
 
@@ -59,8 +60,7 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; numbers that JSON does not know as the text that `float` reads."""
-        values = asdict(self)
-        return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return plain(asdict(self))
 
     def to_json(self) -> str:
         """One line."""

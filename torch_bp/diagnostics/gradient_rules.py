@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import History
+from torch_bp.diagnostics.remedy import INIT
 from torch_bp.diagnostics.thresholds import Thresholds
 
 
@@ -27,7 +28,12 @@ def wrong_gradient(history: History, limit: Thresholds) -> Iterator[Finding]:
         what += f", or of what lies between it and {behind[0]}," if behind else ", or of what follows it,"
     cause = f"its gradient is off by {wrong[name]:.2g} of its size from a difference of the loss; {what} is wrong"
     yield Finding(
-        *("wrong gradient", "" if name == "loss" else name, now.step, wrong[name], tolerance or 0.0, cause),
+        "wrong gradient",
+        "" if name == "loss" else name,
+        now.step,
+        wrong[name],
+        tolerance or 0.0,
+        cause,
         "torch_bp.autograd.gradcheck(function, inputs) in float64 shows which derivative of a hand-written backward",
         "error",
     )
@@ -59,7 +65,13 @@ def zero_gradient(history: History, limit: Thresholds) -> Iterator[Finding]:
     if stuck and not any(x.dead_units and x.dead_units == x.units for x in layers):
         cause = "its gradient is exactly 0 while the last layer's is not"
         yield Finding(
-            *("no gradient", stuck[-1].name, history.now.step, 0.0, 0.0, cause, "torch_bp.nn.init.auto_(model)"),
+            "no gradient",
+            stuck[-1].name,
+            history.now.step,
+            0.0,
+            0.0,
+            cause,
+            INIT,
             action="init",
         )
 
@@ -77,7 +89,11 @@ def not_in_optimizer(history: History, limit: Thresholds) -> Iterator[Finding]:
     still = [x for x in still if x.weight_norm == before[x.name].weight_norm]
     if still and len(still) < len(layers) and all(history.now.lr):
         yield Finding(
-            *("not in the optimizer", still[0].name, history.now.step, 0.0, 0.0),
+            "not in the optimizer",
+            still[0].name,
+            history.now.step,
+            0.0,
+            0.0,
             f"the step left {', '.join(x.name for x in still[:4])} as it was, though there is a gradient",
             "give all parameters to the optimizer: torch_bp.optim.Adam(model.parameters())",
             "error",
@@ -91,7 +107,13 @@ def not_zeroed(history: History, limit: Thresholds) -> Iterator[Finding]:
     if carried := now.carried:
         cause = f"gradients of the steps before, of norm {carried:.3g}, were there when backward began, and add up"
         yield Finding(
-            *("gradient not zeroed", "", now.step, carried, 0.0, cause),
-            *("optimizer.zero_grad() before loss.backward()", "error"),
+            "gradient not zeroed",
+            "",
+            now.step,
+            carried,
+            0.0,
+            cause,
+            "optimizer.zero_grad() before loss.backward()",
+            "error",
             action="zero_grad",
         )

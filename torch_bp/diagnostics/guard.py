@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch_bp.diagnostics.guard_arguments import check_numbers, check_objects, several
 from torch_bp.diagnostics.guard_event import DivergenceError, Event
 from torch_bp.diagnostics.judge import Judge
-from torch_bp.diagnostics.loss_test import Finding, LossTest
+from torch_bp.diagnostics.loss_test import Anomaly, LossTest
 from torch_bp.diagnostics.recovery import Recovery
 from torch_bp.diagnostics.run_state import RunState
 from torch_bp.diagnostics.snapshot_ring import SnapshotRing
@@ -85,7 +85,8 @@ class DivergenceGuard:
         steps: steps so far, those that were taken back included.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument is none of these.
+        TypeError, ValueError: an argument is not what it must be.
+        RuntimeError: an optimizer steps in the backward.
 
     Example:
         >>> import torch
@@ -180,7 +181,7 @@ class DivergenceGuard:
             try:
                 loss = step(*args, **keywords)
             except FloatingPointError:
-                judge.found = Finding("step", math.nan, math.inf)
+                judge.found = Anomaly("step", math.nan, math.inf)
             else:
                 judge.look(_one(loss), None)
         if judge.found is None and before is not None and before == step.steps:  # type: ignore[attr-defined]
@@ -330,12 +331,12 @@ class DivergenceGuard:
 
     # What follows it.
 
-    def _go_back(self, found: Finding) -> None:
+    def _go_back(self, found: Anomaly) -> None:
         self._judge.forget()
         self._end_scaling()
-        slot, gives_up = self._recovery.go_back(found.since if found.reason == "rise" else 0)
-        self._judge.load_state_dict(slot.notes[1])
-        self._note(found, "stop" if gives_up else "rollback", slot.position)
+        position, seen, gives_up = self._recovery.go_back(found.since if found.reason == "rise" else 0)
+        self._judge.load_state_dict(seen)
+        self._note(found, "stop" if gives_up else "rollback", position)
         if gives_up:
             raise DivergenceError(self.events, self._retries)
 
@@ -354,7 +355,7 @@ class DivergenceGuard:
         except AssertionError:  # there were no gradients
             return
 
-    def _note(self, found: Finding, action: str, back_to: int | None = None) -> None:
+    def _note(self, found: Anomaly, action: str, back_to: int | None = None) -> None:
         factor = self._recovery.factor
         event = Event(self.steps, found.reason, found.number, found.threshold, action, back_to, factor, self._judge.key)
         self.events.append(event)

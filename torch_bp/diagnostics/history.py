@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch_bp.diagnostics.reading import LayerReading, Reading
 
 FIRST, LATEST = 16, 512  # readings that are kept of the start and of the end
+EARLY = 5  # steps
 UNFOLDING = 50  # steps in which what began as 0 takes part
 
 # Activations that are flat at both ends; all others that can be flat are rectifiers.
@@ -65,6 +66,11 @@ class History:
     def span(self) -> int:
         """Steps since the first reading."""
         return self.now.step - self.first.step
+
+    @property
+    def early(self) -> bool:
+        """True in the first steps, in which it is how the run began that is to blame, not what it has done since."""
+        return self.span < EARLY
 
     @property
     def at_start(self) -> bool:

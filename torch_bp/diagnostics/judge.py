@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_bp.diagnostics import late
-from torch_bp.diagnostics.loss_test import Finding, LossTest
+from torch_bp.diagnostics.loss_test import Anomaly, LossTest
 from torch_bp.kernels.norm import sum_of_squares, total_of_squares
 from torch_bp.kernels.totals import Totals
 
@@ -37,7 +37,7 @@ class Judge:
         self._totals, self._tables = Totals(sum_of_squares), dict[Any, Any]()  # of what reads gradients
         self._scale, self._overflows = 0.0, 0
         self.key: int | None = None
-        self.found: Finding | None = None
+        self.found: Anomaly | None = None
         self._out: list[tuple[int | None, float, late.Late]] = []  # what is on its way to the host
         self._marked: list[Optimizer] = []  # that have been told on the device
 
@@ -70,7 +70,7 @@ class Judge:
         if self.found is None:
             squares = self._squares([p.detach() for group in optimizer.param_groups for p in group["params"]])
             if not math.isfinite(squares):
-                self.found = Finding("gradient", squares, math.inf)
+                self.found = Anomaly("gradient", squares, math.inf)
 
     def settle(self) -> bool:
         """Judge what has come from the device since the last step; return whether something came, and is wrong."""
@@ -109,11 +109,11 @@ class Judge:
     def _judge(self, key: int | None, threshold: float | None, loss: float, squares: float, scale: float) -> None:
         self.key = key
         finite = not math.isfinite(loss) or math.isfinite(squares)
-        self.found = self._tests[key].judge(loss, threshold) if finite else Finding("gradient", squares, math.inf)
+        self.found = self._tests[key].judge(loss, threshold) if finite else Anomaly("gradient", squares, math.inf)
         self._overflows = self._overflows + 1 if scale < self._scale else 0
         self._scale = scale
         if self._overflows >= _OVERFLOWS and self.found is None:
-            self.found = Finding("overflow", self._overflows, _OVERFLOWS)
+            self.found = Anomaly("overflow", self._overflows, _OVERFLOWS)
 
 
 def _honours_a_flag(optimizer: Optimizer) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 Linear = nn.Linear
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -73,8 +74,11 @@ def layers_of(model: nn.Module, which: Which = None) -> list[Layer]:
     """
     chosen = _chooser(which)
     layers: list[Layer] = []
+    whole = getattr(model, "_orig_mod", model)
+    wrapped = unwrapped(whole) is not whole
     for name, module in model.named_modules():
-        name = name.replace("_orig_mod.", "").removeprefix("module.") if name else name
+        name = name.replace("_orig_mod.", "")
+        name = name.removeprefix("module.") if wrapped else name
         params = dict(module.named_parameters(recurse=False))
         if params and chosen(name, module):
             full = [f"{name}.{own}" if name else own for own in params]
@@ -140,6 +144,11 @@ def linked(model: nn.Module, layers: list[Layer]) -> None:
 
 def is_norm(module: nn.Module) -> bool:
     return isinstance(module, _NORMS)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of `DistributedDataParallel` or `DataParallel`, whose `module` it is."""
+    return model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
 
 
 def compiled(model: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from torch_bp.autograd import directional_check
 from torch_bp.diagnostics.hook import Hook
 from torch_bp.diagnostics.replica import same_random_numbers
 
-_log = logging.getLogger("torch_bp")
+_logger = logging.getLogger("torch_bp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ class LiveCheck:
 
     Args:
         model: that is watched.
-        every: steps from one check to the next.
+        every: steps from one check to the next; None: no step is checked.
         loss_fn: module that computes the loss. Default: none, as where a `TrainStep` says it.
     """
 
-    def __init__(self, model: nn.Module, every: int, loss_fn: nn.Module | None) -> None:
-        self._model, self._every, self.loss_fn = model, every, loss_fn
+    def __init__(self, model: nn.Module, every: int | None, loss_fn: nn.Module | None) -> None:
+        self._model, self.every, self.loss_fn = model, every, loss_fn
         self._hooks: list[Any] = []
         self._call: _Call | None = None
         self._loss: Callable[[Any], Tensor] | None = None
@@ -64,7 +64,7 @@ class LiveCheck:
 
     def due(self, step: int) -> bool:
         """Whether this step is checked."""
-        return step % self._every == 0
+        return self.every is not None and step % self.every == 0
 
     def attach(self) -> None:
         """Listen to the model and the loss."""
@@ -120,7 +120,7 @@ class LiveCheck:
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            _log.warning("watch: no gradient check was made: %s.", reason.rstrip("."))
+            _logger.warning("watch: no gradient check was made: %s.", reason.rstrip("."))
 
     def _forget(self) -> None:
         self._call = self._loss = None

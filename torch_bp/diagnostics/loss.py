@@ -16,7 +16,8 @@ class Losses:
     """Losses since the last step: of training, and of validation, which is computed without gradients.
 
     Args:
-        loss_fn: a module whose calls are listened to. Default: none, losses are told by `add`.
+        loss_fn: a module whose calls are listened to; None: losses are told by `add`.
+        labels: keep statistics of what the loss compares, output and labels.
     """
 
     def __init__(self, loss_fn: nn.Module | None, labels: bool) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import History, classes, update_ratios
+from torch_bp.diagnostics.remedy import INIT
 from torch_bp.diagnostics.thresholds import Thresholds
 
 NOISE = 0.2  # by which the least of many losses of batches may lie below their mean
@@ -23,8 +24,13 @@ def initial_loss(history: History, limit: Thresholds) -> Iterator[Finding]:
         cause = f"the first loss is {loss:.3g}, that of chance log({number}) = {math.log(number):.3g}"
         name = list(history.now.layers)[-1]
         yield Finding(
-            *("bad initialization", name, history.now.step, excess, limit.initial_loss, f"{cause}: outputs too large"),
-            "torch_bp.nn.init.auto_(model)",
+            "bad initialization",
+            name,
+            history.now.step,
+            excess,
+            limit.initial_loss,
+            f"{cause}: outputs too large",
+            INIT,
             action="init",
         )
 
@@ -40,7 +46,7 @@ def not_falling(history: History, limit: Thresholds) -> Iterator[Finding]:
     cause = f"in {history.span} steps the loss fell by {decrease:.1%}"
     cure = "a rate found by torch-bp lr-find CONFIG; check too that inputs belong to their targets"
     yield Finding(
-        *("loss does not fall", "", history.now.step, decrease, limit.stuck_decrease, cause, cure), action="lr*10"
+        "loss does not fall", "", history.now.step, decrease, limit.stuck_decrease, cause, cure, action="lr*10"
     )
 
 

@@ -36,12 +36,12 @@ _ALL_LOST = 4  # times `rise`
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What is wrong with a loss.
+class Anomaly:
+    """What is wrong with a step.
 
     Attributes:
-        reason: "loss" (not finite), "spike" or "rise".
-        number: what was found: the loss, or the median of the last block.
+        reason: of a loss "loss" (not finite), "spike" or "rise"; a `DivergenceGuard` has others, see `Event`.
+        number: what was found: of a loss itself, or the median of the last block.
         threshold: what it should not have passed.
         certain: False for a spike that may be a single one.
         since: how many losses ago it may have begun.
@@ -96,7 +96,7 @@ class LossTest:
         room = max(self.spike * _spread(self._losses, median), above, gained / 2, abs(first) / 10)
         return median + room if room > 0 else math.inf
 
-    def judge(self, loss: float, threshold: float | None = None) -> Finding | None:
+    def judge(self, loss: float, threshold: float | None = None) -> Anomaly | None:
         """Take a loss; return what is wrong with it, or None.
 
         Args:
@@ -104,13 +104,13 @@ class LossTest:
             threshold: what `threshold()` was before it, if that is known.
         """
         if not math.isfinite(loss):
-            return Finding("loss", loss, math.inf)
+            return Anomaly("loss", loss, math.inf)
         if len(self._losses) >= _FEW and loss > max(self._losses):  # else it is no spike
             threshold = self.threshold() if threshold is None else threshold
             if loss > threshold:
                 self._held.append(loss)
                 count = len(self._held)
-                return Finding("spike", loss, threshold, count >= self.patience, count)
+                return Anomaly("spike", loss, threshold, count >= self.patience, count)
         for each in (*self._held, loss):
             self._losses.append(each)
             self._block.append(each)
@@ -132,13 +132,13 @@ class LossTest:
         gained = self._first - self._lowest
         self._scale = max(gained, 4 * statistics.median(each for _, each in self._blocks), abs(self._first) / 10)
 
-    def _lost(self, loss: float) -> Finding | None:
+    def _lost(self, loss: float) -> Anomaly | None:
         if self.rise is None or loss <= (threshold := self._lowest + _ALL_LOST * self.rise * self._scale):
             return None
         median = statistics.median(list(self._losses)[-BLOCK:])
-        return Finding("rise", median, threshold, since=self._since) if median > threshold else None
+        return Anomaly("rise", median, threshold, since=self._since) if median > threshold else None
 
-    def _rising(self) -> Finding | None:
+    def _rising(self) -> Anomaly | None:
         medians = [median for median, _ in self._blocks]
         if self.rise is None or len(medians) < BLOCKS or concordance(medians) < _SIGNIFICANT:
             return None
@@ -146,7 +146,7 @@ class LossTest:
         threshold = self._lowest + self.rise * self._scale
         if medians[-1] <= threshold or medians[-1] - medians[0] <= 2 * spread:
             return None
-        return Finding("rise", medians[-1], threshold, since=self._since)
+        return Anomaly("rise", medians[-1], threshold, since=self._since)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen, in numbers."""

@@ -111,9 +111,8 @@ class Measurements:
         self._pending: list[tuple[int, Tensor, int]] = []
         self._bytes = 0
         self._batches: dict[tuple[tuple[int, ...], tuple[int, ...]], _Batch] = {}  # for the same slots and sizes
-        self._again: dict[
-            int, tuple[Any, _Batch | None, tuple[Tensor, ...]]
-        ] = {}  # of calls that come again, by their number
+        # of calls that come again, by their id: themselves, what sums their tensors, and these
+        self._again: dict[int, tuple[Any, _Batch | None, tuple[Tensor, ...]]] = {}
 
     def begin(self) -> None:
         """Forget: a new step begins. Buffers keep their addresses."""

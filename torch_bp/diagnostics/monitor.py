@@ -21,12 +21,14 @@ from torch_bp.diagnostics.parameters import COLUMNS, ParameterSums, measures_its
 from torch_bp.diagnostics.probe import EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.reading_log import ReadingLog
+from torch_bp.diagnostics.record import Record
 from torch_bp.diagnostics.recorder import signals
-from torch_bp.diagnostics.snapshot import Snapshot
+from torch_bp.diagnostics.structure import Structure
 from torch_bp.diagnostics.told import Told
+from torch_bp.diagnostics.watch_options import WatchOptions
 from torch_bp.diagnostics.writers import Output
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _UNREAD = "a reading could not be made"
 
 
@@ -52,19 +54,20 @@ class Monitor:
         losses: Losses,
         measurements: Measurements,
         probe: Probe,
-        options: Mapping[str, Any],
+        check: LiveCheck,
+        anew: Callable[[], tuple[Measurements, Probe]] | None,
+        options: WatchOptions,
     ) -> None:
         self.step, self.alone = 0, True
         self.epoch: int | None = None
         self._model, self._optimizer, self._output, self._cadence = model, optimizer, output, cadence
         self._losses, self._measurements, self._probe = losses, measurements, probe
-        self._reduce = options["reduce"]
-        self._told = Told(losses, options["scaler"], self._reduce)
-        self._mean = options["reduction"] == "mean"
+        self._reduce = options.reduce
+        self._told = Told(losses, options.scaler, self._reduce)
+        self._mean = options.reduction == "mean"
         self._log = ReadingLog(output, options, self._safely)
-        self._check: LiveCheck | None = options["check"]
-        self._make: Callable[[], tuple[Measurements, Probe]] | None = options["anew"]
-        self._detail = detail
+        self._check, self._detail = check, detail
+        self._make, self._structure = anew, Structure(model)  # None where layers cannot be taken down again
         self._arrange()
         self._hooks: list[Any] = []
         self._began, self._closed = clock(), False
@@ -109,7 +112,7 @@ class Monitor:
         """The module that computes the loss from what the model returns, for `check_every` alone, where `watch` was not
         given it, as the loop tells losses itself.
         """
-        if self._check is not None:
+        if self._check.every is not None:
             self._check.detach()
             self._check.loss_fn = loss_fn
             self._next()
@@ -182,7 +185,7 @@ class Monitor:
     def ran(self, model: nn.Module, args: tuple[Any, ...], targets: tuple[Any, ...], loss_fn: Any) -> None:
         """Which model ran on what, and what its loss was computed from."""
         if self._checks:
-            self._check.ran(model, args, targets, loss_fn)  # type: ignore[union-attr]
+            self._check.ran(model, args, targets, loss_fn)
 
     def updating(self, inside: bool = False) -> None:
         """The optimizer is about to step; `inside` of a graph, which computes the gradients, too."""
@@ -238,8 +241,7 @@ class Monitor:
             return
         self._closed, self._recording = True, False
         self._probe.detach()
-        if self._check is not None:
-            self._check.detach()
+        self._check.detach()
         self._losses.close()
         self._listen_to_optimizer()
         if self._optimizer is not None:
@@ -313,13 +315,13 @@ class Monitor:
     @property
     def _checks(self) -> bool:
         """Whether the gradients of this step are checked."""
-        return self._check is not None and self._recording and self._check.due(self.step)
+        return self._recording and self._check.due(self.step)
 
     def _check_gradients(self) -> None:
         """Check them, with nothing attached to the model, and put the errors to the record."""
         began = clock()
         self._probe.detach()
-        found = self._check.run(self.step)  # type: ignore[union-attr]
+        found = self._check.run(self.step)
         if found is not None:
             facts = {"gradient_errors": found.errors, "gradient_tolerance": found.tolerance}
             self._log.note(self.step, facts)
@@ -331,7 +333,6 @@ class Monitor:
         self._parameters = ParameterSums(layers, self._detail.per_example)
         self._log.assembly = Assembly(layers, self._parameters.rows)
         self.unknown = {layer.name: layer.unknown for layer in layers if layer.unknown}
-        self._structure = _structure(self._model)
 
     def _connect(self) -> None:
         probe, losses = self._probe, self._losses
@@ -341,15 +342,12 @@ class Monitor:
 
     def _changed(self) -> bool:
         """Whether modules or parameters were added, removed or replaced since they were taken down."""
-        if self._make is None or self._explicit:
-            return False
-        now = _structure(self._model)
-        return len(now) != len(self._structure) or any(a is not b for a, b in zip(now, self._structure))
+        return self._make is not None and not self._explicit and self._structure.changed()
 
     def _rearrange(self) -> None:
         """Begin anew with the layers that there are now."""
         self._log.all()
-        self._structure = _structure(self._model)  # if it has no layers now, the former ones are watched on
+        self._structure.note()  # if it has no layers now, the former ones are watched on
         made = self._safely(self._make)  # type: ignore[arg-type]
         if made is None:
             return
@@ -362,19 +360,19 @@ class Monitor:
 
     def _next(self) -> None:
         """Listen to the next step, or do not."""
-        wanted = self._cadence.records(self.step) or (self._check is not None and self._check.due(self.step))
+        wanted = self._cadence.records(self.step) or self._check.due(self.step)
         self._recording = self._losses.wanted = not self._closed and wanted
         if self._recording and self._changed():
             self._rearrange()
         self._measurements.begin()
         self._probe.forget()
         self._losses.forget()
-        if self._check is not None and not (self._checks and not self._explicit):
+        if self._explicit or not self._checks:
             self._check.detach()
         if self._explicit:
             return
         if self._checks:
-            self._check.attach()  # type: ignore[union-attr]
+            self._check.attach()
         if self._recording or self._probe.compiled:
             self._probe.attach()
         else:
@@ -400,7 +398,7 @@ class Monitor:
     def _failed(self, error: Exception, what: str = _UNREAD) -> None:
         if what not in self._said:
             self._said.add(what)
-            _log.warning(
+            _logger.warning(
                 "watch: at step %d %s; training goes on, and further ones are tried. %s: %s",
                 self.step,
                 what,
@@ -445,11 +443,6 @@ class Monitor:
                 named["lr"] = torch.stack([torch.as_tensor(rate, dtype=torch.float64).reshape(()) for rate in rates])
             else:
                 facts["lr"] = tuple(map(float, rates))
-        snapshot = Snapshot(self.step, facts)
-        snapshot.take(named)
-        self._log.add(snapshot)
-
-
-def _structure(model: nn.Module) -> list[object]:
-    """The modules of a model, and their parameters."""
-    return [part for module in model.modules() for part in (module, *module._parameters.values())]
+        record = Record(self.step, facts)
+        record.take(named)
+        self._log.add(record)

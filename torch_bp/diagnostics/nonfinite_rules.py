@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import SATURATING, History
-from torch_bp.diagnostics.rate_rules import lower
 from torch_bp.diagnostics.reading import PLACES, Finiteness, Reading
+from torch_bp.diagnostics.remedy import INIT, lower_rate
 from torch_bp.diagnostics.thresholds import Thresholds
 
 # Activations that make no NaN of a finite number.
@@ -59,7 +59,14 @@ def nonfinite(history: History, limit: Thresholds) -> Iterator[Finding]:
         )
     count = float(origin.found.nan + origin.found.inf) if origin.found is not None else 1.0
     yield Finding(
-        *("NaN or Inf", origin.layer, run[0].step, count, 0.0, cause, cure, "info" if skipped else "error"),
+        "NaN or Inf",
+        origin.layer,
+        run[0].step,
+        count,
+        0.0,
+        cause,
+        cure,
+        "info" if skipped else "error",
         last_step=history.now.step,
         action=action,
     )
@@ -105,7 +112,7 @@ def _explain(origin: _Origin, history: History, step: int, well: int | None) -> 
         return _of_weights(found, history, step, well)
     if origin.what == "forward":
         why = "it overflows" if found is not None and found.inf else "its input and weights are finite"
-        return f"the forward pass first has {which} here{where}, {why}", lower(history), "lr*0.1"
+        return f"the forward pass first has {which} here{where}, {why}", lower_rate(history), "lr*0.1"
     if origin.what == "loss":
         cure = "check the targets, and take a loss on logits: it has no log of 0"
         return "the loss is not finite while all activations are: its targets, or a logarithm of 0", cure, ""
@@ -116,9 +123,9 @@ def _explain(origin: _Origin, history: History, step: int, well: int | None) -> 
 def _of_weights(found: Finiteness | None, history: History, step: int, well: int | None) -> tuple[str, str, str]:
     which = " and ".join(what for n, what in ((found.nan, "NaN"), (found.inf, "infinities")) if n) if found else "NaN"
     if step <= history.first.step:
-        cure = "load another checkpoint, or torch_bp.nn.init.auto_(model)"
+        cure = f"load another checkpoint, or {INIT}"
         return f"the weights have {which}: the run began with them", cure, "init"
-    why, cure = "the step before made them", lower(history)
+    why, cure = "the step before made them", lower_rate(history)
     if well is not None and step - well > 1:  # whatever came with one of these batches was not seen
         why = f"a step after step {well} made them, and was not recorded"
         cure = f"watch(..., every=1, budget=None) to see whether an input brought them; if none did, {cure}"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_bp.diagnostics.finding import Finding
+from torch_bp.diagnostics.reading import PLACES
+from torch_bp.diagnostics.remedy import EARLIER_CHECKPOINT
 from torch_bp.diagnostics.replica import replica, same_random_numbers
-
-_MOST = 8  # examples that are named
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,7 @@ def _at_rest(model: nn.Module, args: tuple[Any, ...], target: Any) -> _Bad | Non
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if count := _count(parameter):
             cause = f"{name} has {count} NaN or infinite values before the step"
-            cure = "go back to a checkpoint before it, with a learning rate 10 times lower"
-            return _Bad(name.rpartition(".")[0], cause, cure, count)
+            return _Bad(name.rpartition(".")[0], cause, EARLIER_CHECKPOINT, count)
     return None
 
 
@@ -149,5 +148,5 @@ def _which(x: Tensor, count: int) -> str:
     if x.dim() < 1:
         return text
     rows = (~x.detach().isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
-    shown = ", ".join(map(str, rows[:_MOST])) + (", ..." if len(rows) > _MOST else "")
+    shown = ", ".join(map(str, rows[:PLACES])) + (", ..." if len(rows) > PLACES else "")
     return f"{text} (example{'s' if len(rows) > 1 else ''} {shown})"

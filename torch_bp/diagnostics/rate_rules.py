@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import History, update_ratios
+from torch_bp.diagnostics.remedy import lower_rate
 from torch_bp.diagnostics.thresholds import Thresholds
 
 BEYOND = 5.0  # times too high: one step replaces what was there
@@ -32,7 +33,13 @@ def rate_too_high(history: History, limit: Thresholds) -> Iterator[Finding]:
         return
     cause = f"one step changes layer {name} by {ratio:.0%} of its weights{', and the loss rises' if risen else ''}"
     yield Finding(
-        *("rate too high", "", history.now.step, ratio, threshold, cause, lower(history)),
+        "rate too high",
+        "",
+        history.now.step,
+        ratio,
+        threshold,
+        cause,
+        lower_rate(history),
         severity="error" if risen else "warning",
         action="lr*0.1",
     )
@@ -56,7 +63,12 @@ def rate_too_low(history: History, limit: Thresholds) -> Iterator[Finding]:
     if rates[-1] == 0:
         cause = "the learning rate is 0"
     yield Finding(
-        *("rate too low", "", history.now.step, max(ratios), limit.update_ratio_low, cause),
+        "rate too low",
+        "",
+        history.now.step,
+        max(ratios),
+        limit.update_ratio_low,
+        cause,
         f"a learning rate 10 times higher: lr={10 * rates[-1]:g}" if rates[-1] else "set lr, such as lr=1e-3",
         action="lr*10" if rates[-1] else "",
     )
@@ -74,7 +86,13 @@ def divergence(history: History, limit: Thresholds) -> Iterator[Finding]:
     latest = losses[-1]
     cause = f"the loss has risen from {first:.3g} to {latest:.3g}"
     yield Finding(
-        *("divergence", "", history.now.step, latest / first, limit.divergence, cause, lower(history)),
+        "divergence",
+        "",
+        history.now.step,
+        latest / first,
+        limit.divergence,
+        cause,
+        lower_rate(history),
         severity="error",
         action="lr*0.1",
     )
@@ -92,9 +110,3 @@ def clipped_always(history: History, limit: Thresholds) -> Iterator[Finding]:
         cure += f" to {2 * statistics.median(norms):.2g}, twice the usual norm"
     cause = f"{now.clip_rate:.0%} of all steps were clipped"
     yield Finding("always clipped", "", now.step, now.clip_rate, limit.clip_rate, cause, cure)
-
-
-def lower(history: History) -> str:
-    """The cure for steps that are too large."""
-    rate = max(history.now.lr, default=0.0)
-    return f"a learning rate 10 times lower: lr={rate / 10:g}" if rate else "a learning rate 10 times lower"

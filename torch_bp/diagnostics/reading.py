@@ -13,11 +13,11 @@ was there in the step, as with a frozen layer's gradient. A number that has been
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+from torch_bp._json import plain
 from torch_bp.diagnostics.layer_reading import DeadUnit, Finiteness, Histogram, LayerReading, Spread
 
 __all__ = ["DeadUnit", "Finiteness", "Histogram", "Labels", "LayerReading", "Reading", "Spread"]
@@ -82,7 +82,7 @@ class Reading:
         gradient_tolerance: the largest of these that is all right in this precision.
         refused: True, else None, for a batch that a `TrainStep` did not take, as its loss or gradients were not finite:
             nothing was updated, and the step has another reading if there was another batch for it.
-        seconds: how long a step takes without the monitor, in the mean since the reading before.
+        seconds: how long a step takes that is not recorded: the median of the latest of them.
         share: what the monitor adds to that, 0.02 for 2 %, as far as it has measured itself.
     """
 
@@ -125,7 +125,7 @@ class Reading:
 
     def to_json(self) -> str:
         """One line; NaN and infinities as the strings that `float` reads, `None` and empty left out."""
-        return json.dumps({"version": VERSION, **_plain(asdict(self))}, allow_nan=False)
+        return json.dumps({"version": VERSION, **plain(_present(asdict(self)))}, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> Reading:
@@ -174,15 +174,11 @@ _NAMES = {"unused", "frozen"}
 _LISTS = {"lr", "counts", "examples"}
 
 
-def _plain(value: Any) -> Any:
-    """Without what is absent, and with text for numbers that JSON does not know."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+def _present(value: Any) -> Any:
+    """Without what is absent."""
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items() if each is not None and each != {} and each != ()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return value
+        return {key: _present(each) for key, each in value.items() if each is not None and each != {} and each != ()}
+    return [_present(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _read(cls: type[_Read], values: Mapping[str, Any]) -> _Read:

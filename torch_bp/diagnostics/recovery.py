@@ -65,14 +65,15 @@ class Recovery:
         if self._ring.due(self.position):
             self._take(notes)
 
-    def go_back(self, since: int) -> tuple[Slot, bool]:
+    def go_back(self, since: int) -> tuple[int, Any, bool]:
         """Restore the newest good snapshot from at least `since` steps ago, or else the oldest; cut the rates.
 
         One from which the run has failed again before it was past the place of the failure is not taken once more, as
         long as there is an older one.
 
         Returns:
-            The snapshot, and whether there are no retries left; the rates are then not cut.
+            The position of the snapshot, the notes that it was taken with, and whether there are no retries left; the
+            rates are then not cut.
         """
         good = self._ring.good()
         if self._last is not None and len(good) > 1:
@@ -81,16 +82,17 @@ class Recovery:
         self._used, self._failed = self._used + 1, max(self._failed, self.position)
         self._ring.go_back(slot)
         self.position, self._last = slot.position, slot
+        before, notes = slot.notes  # what the rates were cut to
         gives_up = self._used > self._retries
         if self._cooldown:
             self._begin, self._ago = self._factor**self._used, 0
             self._warm()
         else:
             self._cut *= 1.0 if gives_up else self._factor
-            cut(self._optimizers, self._schedulers, self._cut / slot.notes[0])
+            cut(self._optimizers, self._schedulers, self._cut / before)
         if gives_up:
             self._used = 0  # a caller who goes on all the same has the retries again
-        return slot, gives_up
+        return slot.position, notes, gives_up
 
     def reset(self) -> None:
         """Drop the snapshots; the next one is the first."""

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import SATURATING, UNFOLDING, History, hidden, signals, unfolding
 from torch_bp.diagnostics.reading import LayerReading, Reading
+from torch_bp.diagnostics.remedy import INIT
 from torch_bp.diagnostics.thresholds import Thresholds
 
-INIT = "torch_bp.nn.init.auto_(model)"
 BYPASS = 10.0  # a signal of the first layer that is larger has not come through the layers where it is least
 
 
@@ -51,9 +51,8 @@ def exploding(history: History, limit: Thresholds) -> Iterator[Finding]:
         return
     name = max(ratios, key=lambda each: ratios[each])
     cause = f"the error signal is {ratios[name]:.2g} times the last layer's; large weights are to blame"
-    at_start = history.now.step - history.first.step < 5
-    cure = INIT if at_start else "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) before optimizer.step()"
-    action = "init" if at_start else "clip"
+    cure = INIT if history.early else "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) before optimizer.step()"
+    action = "init" if history.early else "clip"
     yield Finding(
         "exploding gradient", name, history.now.step, ratios[name], limit.exploding, cause, cure, "error", action=action
     )

@@ -48,7 +48,7 @@ class Told:
         self.losses.forget()
 
     def take(self, added: bool) -> dict[str, Tensor]:
-        """All there is, by the names of a snapshot.
+        """All there is, by the names of a record.
 
         Args:
             added: gradients that were `carried` are part of the step's.

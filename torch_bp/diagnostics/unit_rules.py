@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 from torch_bp.diagnostics.finding import Finding
 from torch_bp.diagnostics.history import SATURATING, History, hidden, unfolding, update_ratios
-from torch_bp.diagnostics.rate_rules import lower
 from torch_bp.diagnostics.reading import LayerReading
-from torch_bp.diagnostics.signal_rules import INIT
+from torch_bp.diagnostics.remedy import INIT, lower_rate
 from torch_bp.diagnostics.thresholds import Thresholds
 
 FEW = 16  # examples among which a unit may be inactive by chance
@@ -34,8 +33,8 @@ def dead_units(history: History, limit: Thresholds) -> Iterator[Finding]:
         killed = _killed(history, layer.name, limit.dead)
         cause = f"{layer.dead_units} of {layer.units} units are dead{killed or _blame(layer)}"
         if killed:
-            cure, action = lower(history), "lr*0.1"
-        elif history.span < 5:
+            cure, action = lower_rate(history), "lr*0.1"
+        elif history.early:
             cure, action = INIT, "init"
         elif layer.activation == "ReLU":
             cure, action = "use nn.LeakyReLU(0.01) instead of nn.ReLU(), eq. 15", "activation"
@@ -83,7 +82,7 @@ def saturation(history: History, limit: Thresholds) -> Iterator[Finding]:
         size = math.hypot(now.input.mean, now.input.std) if now.input is not None else 0.0
         if first and size > limit.input_high:
             cure, action, why = "standardize the input: x = (x - x.mean(0)) / x.std(0)", "standardize", "its input"
-        elif history.span < 5:
+        elif history.early:
             cure, action, why = INIT, "init", "its weights"
         else:
             cure, action, why = "a learning rate 10 times lower", "lr*0.1", "large updates of its weights"

@@ -11,7 +11,7 @@ from torch_bp.diagnostics.reading import Reading
 from torch_bp.diagnostics.thresholds import DEFAULT, Thresholds
 
 TAG = "verdicts"
-_log = logging.getLogger("torch_bp")
+_logger = logging.getLogger("torch_bp")
 
 
 class Verdicts:
@@ -58,7 +58,7 @@ class Verdicts:
         self._step = reading.step
         new = self._diagnosis.update(reading)
         for found in new if not self._silent else ():
-            _log.warning("%s", found)
+            _logger.warning("%s", found)
         if new and self._write is not None:
             self._write(TAG, markdown(self.findings), reading.step)
 
@@ -70,9 +70,12 @@ class Verdicts:
     def _failed(self, rule: str, error: Exception) -> None:
         if rule not in self._broken:
             self._broken.add(rule)
-            _log.warning(
+            _logger.warning(
                 "diagnosis: the rule %s has failed at step %d and finds nothing there; training and the other rules go "
                 "on. %s: %s",
-                *(rule, self._step, type(error).__name__, error),
+                rule,
+                self._step,
+                type(error).__name__,
+                error,
                 exc_info=error,
             )

@@ -13,16 +13,17 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_bp.diagnostics.cadence import Cadence
-from torch_bp.diagnostics.layer import Which, compiled, device_of, layers_of
+from torch_bp.diagnostics.layer import Which, compiled, device_of, layers_of, unwrapped
 from torch_bp.diagnostics.live_check import LiveCheck
 from torch_bp.diagnostics.loss import Losses
 from torch_bp.diagnostics.measurements import Detail, Measurements
 from torch_bp.diagnostics.monitor import Monitor
 from torch_bp.diagnostics.probe import CompiledProbe, EagerProbe, Probe
 from torch_bp.diagnostics.reading import Reading
+from torch_bp.diagnostics.watch_options import WatchOptions
 from torch_bp.diagnostics.writers import open_output
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 Level = Literal["summary", "layers", "full"]
 _LEVELS: dict[str, Detail] = {
     "summary": Detail(),
@@ -141,12 +142,11 @@ def watch(
     if reduce and not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError("watch: reduce must be False where torch.distributed is not initialised, got True.")
     measured = layers_of(model, layers)
-    whole = model
     is_compiled = compiled(model)
     leads = not reduce or distributed.get_rank() == 0
     destination = open_output(output if leads else None, dict(tags or {}))
     if is_compiled and detail != Detail():
-        _log.warning(
+        _logger.warning(
             "watch: of a compiled model norms, moments and what is not finite are measured, as at level 'summary', got "
             "level %r. Watch a model that is not compiled for more, or say level='summary'.",
             level,
@@ -154,24 +154,25 @@ def watch(
     measurements = Measurements(measured, detail, device_of(model))
     probe: Probe = (CompiledProbe if is_compiled else EagerProbe)(model, measurements)
     losses = Losses(loss_fn, labels=detail.units)
-    options: dict[str, Any] = {
-        "scaler": scaler,
-        "reduce": reduce,
-        "reduction": reduction,
-        "write_every": write_every,
-        "keep": keep,
-    }
-    check = None if check_every is None else LiveCheck(getattr(model, "module", model), check_every, loss_fn)
-    options["check"] = check
+    check = LiveCheck(unwrapped(model), check_every, loss_fn)
 
     def anew() -> tuple[Measurements, Probe]:
-        found = Measurements(layers_of(whole, layers), detail, device_of(whole))
-        return found, EagerProbe(whole, found)
+        found = Measurements(layers_of(model, layers), detail, device_of(model))
+        return found, EagerProbe(model, found)
 
-    options["anew"] = None if is_compiled else anew
-    options |= {"on_reading": on_reading, "diagnose": diagnose, "silent": silent or not leads}
+    options = WatchOptions(
+        scaler=scaler,
+        reduction=reduction,
+        reduce=reduce,
+        write_every=write_every,
+        keep=keep,
+        on_reading=on_reading,
+        diagnose=diagnose,
+        silent=silent or not leads,
+    )
     cadence = Cadence(every, None if is_compiled or reduce else budget)
-    monitor = Monitor(model, stepping, destination, detail, cadence, losses, measurements, probe, options)
+    parts = (destination, detail, cadence, losses, measurements, probe, check, None if is_compiled else anew)
+    monitor = Monitor(model, stepping, *parts, options)
     if step is not None:
         step.watch = monitor
     return monitor
@@ -217,7 +218,8 @@ def _check(
         if value is None and name == "write_every":
             continue
         _check_whole(name, value)
-    if budget is not None and not (isinstance(budget, int | float) and 0 < budget <= 1):
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if budget is not None and not (number and 0 < budget <= 1):
         raise ValueError(
             f"watch: budget must be in (0, 1], a share of the time, got {budget!r}. None sets no limit, 0.02 is 2 %."
         )

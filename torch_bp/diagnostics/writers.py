@@ -1,4 +1,4 @@
-"""Where readings go: TensorBoard, whatever else has `add_scalar`, and lines of text that can be read again.
+"""Where readings go: TensorBoard, whatever else has `add_scalar`, and a file of lines beside it.
 
 Tags group cards by their first part. There are at most `MOST` scalars: what has more layers shows some of them as
 scalars, evenly chosen, and all of them in the pictures, a row a layer and a column a reading.
@@ -23,24 +23,19 @@ from typing import Any
 import numpy as np
 
 from torch_bp.diagnostics.picture import heat_map
-from torch_bp.diagnostics.reading import Histogram, LayerReading, Reading
+from torch_bp.diagnostics.reading import Histogram, Reading
+from torch_bp.diagnostics.reading_file import READINGS, JsonLines
+from torch_bp.diagnostics.tags import OF_LAYER, OF_RUN
 
 MOST = 100  # scalars of a run
-READINGS = "readings.jsonl"
 _PICTURE_EVERY = 20  # readings
 _PICTURES = {  # by tag: which numbers, and what they are
     "signals/picture": (0, "log10 of the error signal of each layer"),
     "dead/picture": (1, "share of dead units of each layer"),
 }
 _COLUMNS = 1600  # of a picture; then every second one is dropped
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
-_OF_LAYERS: dict[str, Callable[[LayerReading], float | None]] = {
-    "delta": lambda layer: layer.signal_norm,
-    "update_ratio": lambda layer: layer.update_ratio,
-    "weight": lambda layer: layer.weight_norm,
-    "dead": lambda layer: layer.dead_units,
-}
 _BASE = 16  # scalars that are not of layers, at most
 _LAYOUT = {
     "training": {
@@ -49,55 +44,6 @@ _LAYOUT = {
         "updates over weights": ["Multiline", ["update_ratio/.*"]],
     }
 }
-
-
-class JsonLines:
-    """Appends readings to a file, a line each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._end: int | None = None  # of the last line
-        self._whole = False  # the file does not end within a line, as where a process was killed, or the disk was full
-        self._shared = False  # something else writes to the file
-
-    def write(self, reading: Reading) -> None:
-        line = f"{reading.to_json()}\n".encode()
-        try:
-            file = self.path.open("ab")
-        except FileNotFoundError:  # a folder is asked for only where there is none: to ask takes milliseconds
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("ab")
-        with file:
-            start = file.seek(0, os.SEEK_END)
-            if not self._whole:
-                start = _whole_lines(self.path, start)
-                file.truncate(start)
-            if self._end is not None and start > self._end and not self._shared:
-                self._shared = True
-                _log.warning(
-                    "watch: something else writes to %s, too, and readings of several runs cannot be told apart. Give "
-                    "each a folder of its own.",
-                    self.path,
-                )
-            self._whole = False
-            file.write(line)
-            file.flush()
-            self._whole, self._end = True, start + len(line)
-
-    def close(self) -> None:
-        pass
-
-
-def _whole_lines(path: Path, size: int) -> int:
-    """How long a file of this size is up to its last line break."""
-    with path.open("rb") as file:
-        while size:
-            start = max(size - 65536, 0)
-            file.seek(start)
-            if found := file.read(size - start).rfind(b"\n") + 1:
-                return start + found
-            size = start
-    return 0
 
 
 class Scalars:
@@ -178,23 +124,15 @@ class Scalars:
 
     def _scalars(self, reading: Reading) -> list[tuple[str, float]]:
         layers = list(reading.layers.values())
-        found: list[tuple[str, float | None]] = [
-            ("loss/train", reading.loss),
-            ("loss/val", reading.validation_loss),
-            ("grad/total", reading.grad_norm),
-            ("noise/scale", reading.noise_scale),
-            ("clip/rate", reading.clip_rate),
-            ("decrease/predicted", reading.predicted_decrease),
-            ("decrease/achieved", reading.achieved_decrease),
-        ]
+        found: list[tuple[str, float | None]] = [(tag, getattr(reading, field)) for tag, field in OF_RUN.items()]
         for what in ("forward", "backward", "weight"):
             counted = [getattr(layer, what) for layer in layers]
             found.append((f"nonfinite/{what}", sum(c.nan + c.inf for c in counted if c is not None)))
         found += [(f"lr/{number}", rate) for number, rate in enumerate(reading.lr[: _BASE - len(found)])]
         self._dying |= {name for name, layer in reading.layers.items() if layer.dead_units}
-        for family, value_of in _OF_LAYERS.items():
+        for family, field in OF_LAYER.items():
             names = [name for name in self._shown_layers(reading) if family != "dead" or name in self._dying]
-            found += [(f"{family}/{_shown(name)}", value_of(reading.layers[name])) for name in names]
+            found += [(f"{family}/{_shown(name)}", getattr(reading.layers[name], field)) for name in names]
         checked = [*self._shown_layers(reading), *(set(reading.gradient_errors) - set(reading.layers) - {"loss"})]
         found += [(f"gradcheck/{_shown(name)}", reading.gradient_errors.get(name)) for name in ("loss", *checked)]
         return [(tag, float(value)) for tag, value in found if value is not None]
@@ -202,7 +140,7 @@ class Scalars:
     def _shown_layers(self, reading: Reading) -> list[str]:
         if self._names is None:
             names = list(reading.layers)
-            families = len(_OF_LAYERS) + bool(reading.gradient_errors)
+            families = len(OF_LAYER) + bool(reading.gradient_errors)
             room = (MOST - _BASE) // families - bool(reading.gradient_errors)  # one more for the loss
             if len(names) > room:
                 names = [names[i] for i in np.linspace(0, len(names) - 1, room).round().astype(int)]
@@ -264,7 +202,7 @@ class Output:
                     sink.fail()
                 if number not in self._warned:
                     self._warned.add(number)
-                    _log.warning(
+                    _logger.warning(
                         "watch: writing has failed and is tried again with each reading; training goes on. %s: %s",
                         type(error).__name__,
                         error,

@@ -39,7 +39,7 @@ class DivergenceGuard(Callback):
 
     Raises:
         TypeError, ValueError: as of `torch_bp.DivergenceGuard`.
-        RuntimeError: in the fit, a strategy that is neither one device nor DDP.
+        RuntimeError: in the fit, a strategy that is neither one device nor DDP, or as of `torch_bp.DivergenceGuard`.
         DivergenceError: in the fit, no retries are left.
 
     Example:

@@ -26,14 +26,14 @@ class BackpropMonitor(Callback):
         level, every, budget, write_every, layers, per_example, histograms, keep, tags, diagnose, silent,
             check_every: as of `torch_bp.watch`. Gradient checks need a loss that is a module, in the attribute `loss`,
             `loss_fn` or `criterion` of the LightningModule, and is called with what `self(...)` returns.
-        optimizer: which of several optimizers is watched. Default: the first.
+        optimizer: which of several optimizers is watched, from 0. Default: the first.
         validation_loss: name under which the module logs it. Default: "loss/val", "val_loss" or "val/loss".
 
     Attributes:
         monitor: of the fit, a `Monitor`; None before.
 
     Raises:
-        ValueError, TypeError: in the fit, what `torch_bp.watch` raises.
+        ValueError, TypeError: in the fit, what `torch_bp.watch` raises; or there are optimizers, and not this one.
 
     Example:
         >>> callback = BackpropMonitor(level="layers", every=10)
@@ -63,17 +63,20 @@ class BackpropMonitor(Callback):
         self._which, self._validation_loss = optimizer, validation_loss
         self.monitor: Monitor | None = None
         self._state: Mapping[str, Any] | None = None
-        self._left: tuple[int, Mapping[str, Any]] = (
-            0,
-            {},
-        )  # at the end of a fit
+        self._left: tuple[int, Mapping[str, Any]] = 0, {}  # at the end of a fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.monitor = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.barebones or self._which >= len(trainer.optimizers):
+        count = len(trainer.optimizers)
+        if trainer.barebones or not count:
             return
+        if self._which not in range(count):
+            raise ValueError(
+                f"BackpropMonitor: optimizer must be one of the {count} of the module, 0 to {count - 1}, got "
+                f"{self._which!r}. Leave it out for the first."
+            )
         optimizer = trainer.optimizers[self._which]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         several = trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -82,7 +85,7 @@ class BackpropMonitor(Callback):
         losses = (getattr(pl_module, name, None) for name in ("loss", "loss_fn", "criterion"))
         if (loss_fn := next((each for each in losses if isinstance(each, torch.nn.Module)), None)) is not None:
             self.monitor.loss_of_check(loss_fn)
-        self.monitor.alone = len(trainer.optimizers) == 1
+        self.monitor.alone = count == 1
         if self._state is None and trainer.global_step and trainer.global_step == self._left[0]:
             self._state = self._left[1]  # the same trainer fits on
         if self._state is not None:
@@ -94,9 +97,8 @@ class BackpropMonitor(Callback):
             self.monitor.epoch = trainer.current_epoch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
-        if (
-            self.monitor is not None and not self.monitor.explicit
-        ):  # Lightning has divided it by the number of accumulated batches
+        if self.monitor is not None and not self.monitor.explicit:
+            # Lightning has divided it by the number of accumulated batches
             scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self.monitor.loss(loss.detach() * scale)
 

@@ -97,9 +97,8 @@ def entry_by_entry(slopes: Slopes, name: str, signal: Signal, kinks: int = 0) ->
     """Compare every entry; those at a kink are counted and left out."""
     tensor = slopes.subject.tensors[name]
     n = real(tensor).numel()
-    numeric, analytic, error = (torch.zeros(n, dtype=torch.float64, device="cpu") for _ in range(3))
+    numeric, analytic, floor = (torch.zeros(n, dtype=torch.float64, device="cpu") for _ in range(3))
     unit = torch.zeros(n, dtype=torch.float64, device="cpu")
-    floor = torch.zeros(n, dtype=torch.float64, device="cpu")
     for i in range(n):
         unit.zero_()[i] = 1
         difference = slopes.difference(name, unit, slopes.eps)

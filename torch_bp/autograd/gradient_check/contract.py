@@ -54,8 +54,7 @@ class Contract:
 
     def repeat(self) -> None:
         """Run backward again on the first graph."""
-        if not torch.equal(flat(self.passes.outputs), self.passes.values):
-            raise GradcheckError("backward altered the outputs in place; compute out of place.")
+        self._require_same_outputs()
         again = self.passes.backward(self.passes.outputs, self.passes.covector)
         for name, gradient in self.signal.gradients.items():
             if not _alike(gradient, again[name], self.nondet_tol):
@@ -66,8 +65,7 @@ class Contract:
 
     def require_linear(self) -> None:
         """Compare the three passes of the head of this file."""
-        if not torch.equal(flat(self.passes.outputs), self.passes.values):
-            raise GradcheckError("backward altered the outputs in place; compute out of place.")
+        self._require_same_outputs()
         strided = self._backward_of_first(self.scale, "non-contiguous")
         once, whole = 1 / self.scale, self.signal.gradients
         if wrong := [
@@ -88,6 +86,10 @@ class Contract:
                     self._explain(strided, expanded)
                     self._explain_alone(alone)
         return None
+
+    def _require_same_outputs(self) -> None:
+        if not torch.equal(flat(self.passes.outputs), self.passes.values):
+            raise GradcheckError("backward altered the outputs in place; compute out of place.")
 
     def _with_ones(self) -> Tensor:
         return (self.base.covector + 1).to(self.passes.dtype).double()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 _RTOL = {torch.float64: 1e-6, torch.float32: 2e-2, torch.float16: 0.3, torch.bfloat16: 0.5}
 _STEPS = (1.0, 1 / 8, 1 / 64)  # times the first; kinks lie closer together than a large step
@@ -92,12 +92,12 @@ def directional_check(
         loss_fn: called with what the model returns and, unless it is None, with `y`; returns one number.
         x: the batch.
         y: what the loss takes beside the outputs.
-        rtol: largest relative error that is all right. Default: 1e-6 in float64, 2e-2 in float32, 0.3 in float16 and
-            0.5 in bfloat16, of the coarsest dtype at work.
+        rtol: largest relative error that is all right, > 0. Default: 1e-6 in float64, 2e-2 in float32, 0.3 in float16
+            and 0.5 in bfloat16, of the coarsest dtype at work.
         seed: of the directions. A monitor gives the step, so as to see others each time.
 
     Raises:
-        ValueError: no parameter requires grad, or the loss is not one finite number.
+        ValueError: rtol is out of range, no parameter requires grad, or the loss is not one finite number.
 
     Example:
         >>> import torch
@@ -107,10 +107,14 @@ def directional_check(
         >>> bool(report), list(report.errors)
         (True, ['loss', '0', '2'])
     """
+    if rtol is not None and not 0 < rtol < math.inf:
+        raise ValueError(
+            f"directional_check: rtol must be positive and finite, got {rtol}; leave it out for the default."
+        )
     live = _Live(model, loss_fn, x, y)
     with torch.random.fork_rng(live.devices), torch.enable_grad():
         live.start()
-        rtol = rtol or _RTOL[live.dtype]
+        rtol = _RTOL[live.dtype] if rtol is None else rtol
         generator = torch.Generator("cpu").manual_seed(seed)
         rows = [live.loss_row(rtol, generator)]
         rows += [live.layer_row(name, names, rtol, generator) for name, names in live.layers.items()]
@@ -144,7 +148,8 @@ class _Live:
         points = [t.detach().requires_grad_() for t in ends]
         loss = self.loss(points)
         if loss.numel() != 1 or not loss.isfinite().all():
-            raise ValueError("directional_check: loss_fn must return one finite number, got another result.")
+            got = f"shape {tuple(loss.shape)}" if loss.numel() != 1 else str(loss.item())
+            raise ValueError(f"directional_check: loss_fn must return one finite number, got {got}. Return the mean.")
         found = torch.autograd.grad(loss, points, allow_unused=True)
         self.signals = [torch.zeros_like(t) if s is None else s for s, t in zip(found, points)]
         slopes = torch.autograd.grad(ends, [*leaves.values()], self.signals, allow_unused=True)
@@ -175,7 +180,7 @@ class _Live:
         outputs = list(self.outputs)
         for i, point in zip(self.places, points):
             outputs[i] = point
-        result = torch.utils._pytree.tree_unflatten(outputs, self.structure)
+        result = tree_unflatten(outputs, self.structure)
         return self.loss_fn(result) if self.y is None else self.loss_fn(result, self.y)
 
     def loss_row(self, rtol: float, generator: torch.Generator) -> DirectionalRow:
@@ -261,7 +266,7 @@ def _row(
 
 @contextlib.contextmanager
 def _modes(model: torch.nn.Module) -> Iterator[None]:
-    """Put back what a forward may set: modes, and `.grad` of parameters that it steps."""
+    """Put back the modes of modules, which a forward may set."""
     before = [(module, module.training) for module in model.modules()]
     try:
         yield

@@ -40,9 +40,9 @@ class Options:
             raise ValueError("gradcheck: full must be False with fast_mode=True, got True; leave one of them out.")
         options = cls(**chosen | {"full": full or fast is False} | others)
         if options.eps is not None and not options.eps > 0:
-            raise ValueError(f"gradcheck: eps must be > 0, got {options.eps}.")
-        for name in ("atol", "rtol"):
+            raise ValueError(f"gradcheck: eps must be > 0, got {options.eps}; leave it out for the default.")
+        for name in ("atol", "rtol", "nondet_tol"):
             value = getattr(options, name)
             if value is not None and not value >= 0:
-                raise ValueError(f"gradcheck: {name} must be >= 0, got {value}.")
+                raise ValueError(f"gradcheck: {name} must be >= 0, got {value}; leave it out for the default.")
         return options

@@ -61,9 +61,8 @@ def _as_it_is(subject: Subject, signal: Signal, options: Options) -> str:
     kinds = " and ".join(sorted({str(subject.tensors[name].dtype) for name in subject.checked}))
     for name, right in signal.gradients.items():
         ratio = ratio_of(found[name], right, usual / 100)
-        if (
-            ratio and abs(ratio) > 1e-3 and abs(ratio - 1) > usual and right.count_nonzero() > 2
-        ):  # rounding has no one factor
+        # rounding has no one factor, but over one or two numbers
+        if ratio and abs(ratio) > 1e-3 and abs(ratio - 1) > usual and right.count_nonzero() > 2:
             return f"in {kinds} the gradient of {name} is {ratio:.4g} times that in double precision."
     report, _ = run(subject, replace(options, check_contract=False, check_undefined_grad=False))
     return f"in {kinds}: {report.failure}" if report.failure else ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch_bp._json import plain
+
 
 @dataclass(frozen=True)
 class GradcheckRow:
@@ -50,5 +52,5 @@ class GradcheckReport:
         return "\n".join([*lines, *map(str, self.rows), *(f"note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as a dict of what JSON knows."""
-        return {"passed": bool(self)} | asdict(self)
+        """Return it as a dict of what JSON knows: NaN and infinities are the text that `float` reads."""
+        return plain({"passed": bool(self)} | asdict(self))

@@ -77,11 +77,8 @@ class Slopes:
     ) -> None:
         self.subject, self.outputs, self.atol = subject, outputs, atol
         self._usual, usual_rtol = PRECISION[dtype]
-        self.given, self.eps, self.rtol = (
-            eps is not None,
-            eps or self._usual,
-            usual_rtol if rtol is None else max(rtol, 1e-30),
-        )
+        self.given, self.eps = eps is not None, eps or self._usual
+        self.rtol = usual_rtol if rtol is None else max(rtol, 1e-30)
         self.unit = torch.finfo(dtype).eps
         self.seed = torch.Generator("cpu").manual_seed(0)
 

@@ -67,6 +67,7 @@ def _reported(check: Callable[..., bool], options: Options, *arguments: Any, **m
             **numbers,
             nondet_tol=options.nondet_tol,
             check_undefined_grad=options.check_undefined_grad,
+            check_grad_dtypes=options.check_grad_dtypes,
             check_batched_grad=options.check_batched_grad,
             fast_mode=not options.full,
             **more,

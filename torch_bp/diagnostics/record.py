@@ -15,7 +15,7 @@ _OF_NUMPY = {torch.float32, torch.float64}
 
 
 @dataclass
-class Snapshot:
+class Record:
     """Named tensors of one step on their way to the host.
 
     Attributes:
