@@ -1272,6 +1272,26 @@ def test_the_first_step_takes_back_what_it_wrote_when_it_is_not_finite(capture):
     takes_back(step, mine)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("capture", [True, False])
+def test_looking_for_where_it_comes_from_writes_nothing(capture, watched):
+    mine = InPlace()
+    step = TrainStep(mine, nn.CrossEntropyLoss(), optim.SGD(mine.parameters()), fallback="autograd", capture=capture)
+    if watched:
+        torch_bp.watch(step, every=100, budget=None, silent=True)
+    x, y = next(iter(batches("cross-entropy")))
+    step(x, y)
+    with torch.no_grad():
+        mine.last.weight.fill_(3e38)  # finite, as is the batch, and the result is not
+        mine.last.bias.fill_(3e38)
+    before, seen, given = copy.deepcopy(mine.state_dict()), mine.seen.clone(), x.clone()
+    with pytest.raises(FloatingPointError, match="forward of"):
+        step(x, y)
+    torch.testing.assert_close(dict(mine.state_dict()), dict(before), rtol=0, atol=0)
+    assert mine.seen == seen
+    torch.testing.assert_close(x, 0.5 * given)  # once, by the step
+
+
 def takes_back(step, model):
     """A batch with NaN changes nothing."""
     before = copy.deepcopy(model.state_dict())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,14 @@ def copied(tensor: Tensor) -> Tensor:
     copy = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     stretch(copy).copy_(stretch(tensor))
     return copy
+
+
+def memory_of(modules: Iterable[torch.nn.Module]) -> Iterator[Tensor]:
+    """The strided tensors that are parameters, buffers or other attributes of modules."""
+    for m in dict.fromkeys(m for module in modules for m in module.modules()):
+        for value in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()):
+            if isinstance(value, Tensor) and value.layout is torch.strided:
+                yield value
 
 
 class Overwritten:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch_bp.autograd.entry import Entry
 from torch_bp.kernels.norm import values_of
 from torch_bp.step.line import Passes
+from torch_bp.step.memory import Overwritten, memory_of
 from torch_bp.step.watched import Monitor
 
 
@@ -23,7 +24,7 @@ class _FoundError(Exception):
 def origin(passes: Passes, inputs: Any, leaves: Sequence[Tensor], modules: Iterable[torch.nn.Module]) -> str:
     """Run the pass again, looking at every result, and say in words where NaN or Inf came up first.
 
-    The modules' buffers and torch's random numbers are afterwards as before.
+    What the pass writes to, of the modules and of the batch, and torch's random numbers are afterwards as before.
     """
     for place, value in (("the input", inputs), ("a parameter", leaves)):
         if _bad(value):
@@ -44,7 +45,7 @@ def origin(passes: Passes, inputs: Any, leaves: Sequence[Tensor], modules: Itera
             raise _FoundError(f"it comes from the backward of {entry.name}{_of(paths[id(entry)])}")
 
     try:
-        with _without_trace(leaves, modules):
+        with _without_trace(leaves, modules, inputs):
             passes.run(inputs, leaves, 1.0, remembered, seen)
     except _FoundError as found:
         return str(found)
@@ -57,7 +58,7 @@ def tell(
     """Let a monitor read a step that was not finite, which is not taken; if it has not heard it, it hears it again."""
     if not monitor.recording:
         monitor.attend()
-        with _without_trace(leaves, modules):
+        with _without_trace(leaves, modules, inputs):
             hearing = monitor.hearing(None)
             loss, _ = passes.run(inputs, leaves, 1.0, hearing=hearing)
         monitor.heard(hearing.heard, loss)
@@ -65,16 +66,17 @@ def tell(
 
 
 @contextlib.contextmanager
-def _without_trace(leaves: Sequence[Tensor], modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Let the modules' buffers and torch's random numbers be afterwards as before."""
-    buffers = [(b, b.clone()) for module in modules for b in module.buffers()]
+def _without_trace(leaves: Sequence[Tensor], modules: Iterable[torch.nn.Module], inputs: Any) -> Iterator[None]:
+    """Let the memory of modules and batch, and torch's random numbers, be afterwards as before."""
+    given = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.layout is torch.strided]
+    before = Overwritten()
+    for tensor in (*memory_of(modules), *given):
+        before.keep(tensor)
     try:
         with torch.random.fork_rng(devices={t.device for t in leaves if t.is_cuda}):
             yield
     finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        before.restore()
 
 
 def _bad(values: Any) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from torch_bp.step.arguments import Inputs
 from torch_bp.step.line import Passes
-from torch_bp.step.memory import Overwritten, number
+from torch_bp.step.memory import Overwritten, memory_of, number
 from torch_bp.step.plan import Plan
 from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.unchanged import refuse_backward_hooks
@@ -41,7 +41,7 @@ class Uncaptured:
     ) -> None:
         refuse_backward_hooks(modules)
         self._before, self._overwritten = before, Overwritten()
-        own = set(map(number, _memory_of(modules)))
+        own = set(map(number, memory_of(modules)))
 
         def writing(tensor: Tensor) -> None:
             if tensor.layout is torch.strided and number(tensor) in own:
@@ -79,14 +79,6 @@ class Uncaptured:
         """Take back what the pass wrote to parameters, buffers and other tensors of the model."""
         self._overwritten.restore()
         self._before.restore(random=False)
-
-
-def _memory_of(modules: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
-    """The strided tensors that are parameters, buffers or other attributes of modules."""
-    for m in dict.fromkeys(m for module in modules for m in module.modules()):
-        for value in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()):
-            if isinstance(value, Tensor) and value.layout is torch.strided:
-                yield value
 
 
 def _accumulate(p: Tensor, gradient: Tensor, add: bool) -> None:
