@@ -17,14 +17,13 @@ from torch.utils._pytree import tree_leaves
 from torch_bp.step import device_line
 from torch_bp.step.arguments import Inputs, kind_of
 from torch_bp.step.device_line import DeviceLine
-from torch_bp.step.line import Line, Passes
-from torch_bp.step.loss_scale import LossScale
+from torch_bp.step.line import Line
 from torch_bp.step.outcomes import Outcomes
+from torch_bp.step.parts import Parts
 from torch_bp.step.recorder import NotCapturableError, tensors_in
 from torch_bp.step.snapshot import Snapshot
 from torch_bp.step.uncaptured import Uncaptured
 from torch_bp.step.unchanged import hooked
-from torch_bp.step.update import Update
 from torch_bp.step.watched import Monitor, OverwrittenError
 
 _set_recording = torch._C._set_grad_enabled
@@ -35,11 +34,7 @@ class Runner:
     """Runs passes, and keeps the lines that it has captured.
 
     Args:
-        passes: what to run.
-        modules: the model, and the loss if it is one.
-        parameters: gives those that are trained.
-        update: what follows a window; a line on a device may hold it.
-        loss_scale: of float16, if there is one.
+        parts: of the step; a line on a device may hold the update.
 
     Attributes:
         capture: as of `TrainStep`.
@@ -48,17 +43,10 @@ class Runner:
         monitor: that records the last pass, if any.
     """
 
-    def __init__(
-        self,
-        passes: Passes,
-        modules: Sequence[torch.nn.Module],
-        parameters: Callable[[], list[Tensor]],
-        update: Update,
-        loss_scale: LossScale | None,
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.capture: bool | str = "auto"
-        self._passes, self._modules, self._parameters = passes, modules, parameters
-        self._update, self._loss_scale = update, loss_scale
+        self._passes, self._modules, self._parameters = parts.passes, parts.modules, parts.parameters
+        self._update, self._loss_scale = parts.update, parts.loss_scale
         self._lines: dict[Any, list[Line | DeviceLine]] = {}
         self._never: set[Any] = set()  # kinds of batches that cannot be captured
         self._device: tuple[Any, Tensor] | None = None  # memory of graphs, and what became of a window

@@ -13,6 +13,7 @@ from torch_bp.optim.copies import Copies
 from torch_bp.step.arguments import Inputs, as_inputs, at, check, check_epoch, checked
 from torch_bp.step.line import DTYPES, Passes
 from torch_bp.step.loss_scale import LossScale
+from torch_bp.step.parts import Parts
 from torch_bp.step.plan import Plan
 from torch_bp.step.record import record
 from torch_bp.step.runner import Runner
@@ -105,10 +106,9 @@ class TrainStep:
             self._passes.copies.attach(optimizer)
         self._modules = [m for m in (model, loss_fn) if isinstance(m, torch.nn.Module)]
         self._update = Update(optimizer, None, None)
-        self._runner = Runner(self._passes, self._modules, self._parameters, self._update, self._loss_scale)
-        self._window = Window(
-            self._passes, self._modules, self._parameters, self._update, self._loss_scale, self._runner
-        )
+        parts = Parts(self._passes, self._modules, self._parameters, self._update, self._loss_scale)
+        self._runner = Runner(parts)
+        self._window = Window(parts, self._runner)
         self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self.accumulate, self.capture = accumulate, capture
         self.watch = watch

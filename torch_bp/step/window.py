@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor
 from torch_bp.kernels.norm import values_of
 from torch_bp.step.arguments import Inputs
 from torch_bp.step.device_line import DeviceLine
-from torch_bp.step.line import Line, Passes
-from torch_bp.step.loss_scale import LossScale
+from torch_bp.step.line import Line
 from torch_bp.step.origin import origin, tell
 from torch_bp.step.outcomes import NOT_FINITE
+from torch_bp.step.parts import Parts
 from torch_bp.step.runner import Runner
 from torch_bp.step.uncaptured import Uncaptured
-from torch_bp.step.update import Norm, Update
+from torch_bp.step.update import Norm
 from torch_bp.step.watched import name_of
 
 
@@ -26,7 +25,7 @@ class Window:
     """Does passes, and the update after the last one of a window.
 
     Args:
-        passes, modules, parameters, update, loss_scale: as of `Runner`.
+        parts: of the step.
         runner: of the passes.
 
     Attributes:
@@ -37,17 +36,9 @@ class Window:
         ran: the last pass, None before the first.
     """
 
-    def __init__(
-        self,
-        passes: Passes,
-        modules: Sequence[torch.nn.Module],
-        parameters: Callable[[], list[Tensor]],
-        update: Update,
-        loss_scale: LossScale | None,
-        runner: Runner,
-    ) -> None:
-        self._passes, self._modules, self._parameters = passes, modules, parameters
-        self._update, self._loss_scale, self._runner = update, loss_scale, runner
+    def __init__(self, parts: Parts, runner: Runner) -> None:
+        self._passes, self._modules, self._parameters = parts.passes, parts.modules, parts.parameters
+        self._update, self._loss_scale, self._runner = parts.update, parts.loss_scale, runner
         self.accumulate, self.steps = 1, 0
         self.ran: Line | DeviceLine | Uncaptured | None = None
         self.waiting, self.by_hand = 0, False
